@@ -1,0 +1,65 @@
+# Set-up comes before every target and costs nothing once it is done.
+PYTHON ?= python3
+PY     := .venv/bin/python
+PORT   ?= 8188
+
+# $(call timed,what,command): say what runs, run it, say how long it took. The first failure ends it.
+timed = @printf '%s\n' '$(1)'; start=$$(date +%s); { $(2); } && printf '%s: %d s in all\n' '$(1)' $$(( $$(date +%s) - start ))
+
+help:
+	@echo 'make demo        pictures on this computer, in a few minutes, into output/'
+	@echo 'make test        every test: papers, nodes, the real server, the real page'
+	@echo 'make check       the seconds before a commit: lint, and the tests of models/'
+	@echo 'make lint        ruff and pyright'
+	@echo 'make serve       ComfyUI with this pack, on port $(PORT) (PORT=... for another)'
+	@echo 'make bench       speed, memory and drift'
+	@echo 'make train-tiny  train the embedded models again'
+	@echo 'make clean       remove what make built, downloads excepted (make distclean removes those too)'
+
+setup:
+	@$(PYTHON) -m scripts.setup
+
+demo: setup
+	@$(PY) -m scripts.demo
+
+# pytest's closing line stays the last one: it carries the count and the time.
+test: setup web-test
+	@echo 'Tests'
+	@$(PY) -m pytest
+
+web-test: setup
+	@if ls tests/web/*.js tests/web/*.mjs >/dev/null 2>&1; then echo 'Tests of the page scripts'; $(PY) -m scripts.node --test tests/web/; fi
+
+lint: setup
+	$(call timed,Lint,$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m pyright)
+
+check: setup web-test
+	$(call timed,Check,$(PY) -m ruff check . && $(PY) -m pyright && $(PY) -m pytest tests/models)
+
+serve: setup
+	@echo 'ComfyUI with this pack'
+	@$(PY) -m scripts.server $(PORT)
+
+bench: setup
+	$(call timed,Benchmark,$(PY) -m scripts.bench)
+
+train-tiny: setup
+	$(call timed,Training of the embedded models,$(PY) -m scripts.tiny.train all)
+
+# The hashed requirements, from the short lists beside them. Needed only to move to newer versions.
+PINS = --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --upgrade --quiet
+pins:
+	cd scripts/requirements && uv pip compile host.in ../../.comfyui/ComfyUI/requirements.txt $(PINS) -o host.txt
+	cd scripts/requirements && uv pip compile dev.in -c host.txt $(PINS) -o dev.txt
+	cd scripts/requirements && uv pip compile uv.in $(PINS) -o uv.txt
+
+clean:
+	@echo 'Removing results and caches'
+	@rm -rf output .cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -not -path './.venv/*' -not -path './.comfyui/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	@echo 'Removing .venv and .comfyui, models that you put there included'
+	@rm -rf .venv .comfyui
+
+.PHONY: help setup demo test web-test lint check serve bench train-tiny pins clean distclean
