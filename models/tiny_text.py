@@ -1,0 +1,103 @@
+"""Text encoder of the embedded default: a word table and one attention layer.
+
+The vocabulary is the world's: colours, shapes, garments, places, poses. Filler words are dropped, near synonyms are
+read as the word that was trained ("scarlet" as "red"), and words it does not know are dropped too. A caption is padded
+to `SLOTS` tokens, so that every prompt gives tensors of the same shape.
+
+Shapes: ids `[B, T]`; context `[B, T, D]`, pooled `[B, P]`; T = `SLOTS`.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SLOTS = 20  # tokens per prompt
+PAD = 0
+
+VOCABULARY: tuple[str, ...] = (
+    "<pad>",
+    # things
+    "doll", "ball", "box", "star", "heart", "house", "tree", "fish", "moon",
+    # colours and grounds
+    "red", "orange", "yellow", "green", "blue", "purple", "pink", "white", "grey", "dark", "pale", "black", "brown",
+    "blonde", "ground",
+    # dolls
+    "hair", "short", "long", "shirt", "trousers", "skirt", "plain", "striped", "spotted", "arms", "up", "down", "out",
+    "waving",
+    # places
+    "left", "right", "above", "below", "top", "bottom", "centre", "in",
+    # kept for later worlds, so that ids never move
+    "two", "large", "small", "dress", "hat", "dog", "cat", "car", "flower", "cloud", "sun", "face", "running", "sitting",
+    "standing", "dotted", "checked", "sks",
+)  # fmt: skip
+
+SYNONYMS: dict[str, str] = {
+    "gray": "grey", "scarlet": "red", "crimson": "red", "ruby": "red", "golden": "yellow", "gold": "yellow",
+    "azure": "blue", "navy": "blue", "emerald": "green", "lime": "green", "violet": "purple", "lilac": "purple",
+    "magenta": "pink", "rose": "pink", "blond": "blonde", "fair": "blonde", "brunette": "brown",
+    "circle": "ball", "sphere": "ball", "disc": "ball", "disk": "ball", "balloon": "ball", "square": "box",
+    "cube": "box", "crate": "box", "block": "box", "home": "house", "hut": "house", "cottage": "house", "pine": "tree",
+    "fir": "tree", "crescent": "moon", "girl": "doll", "boy": "doll", "person": "doll", "man": "doll",
+    "woman": "doll", "child": "doll", "figure": "doll", "puppet": "doll", "pants": "trousers", "jeans": "trousers",
+    "top-wear": "shirt", "sweater": "shirt", "jumper": "shirt", "tshirt": "shirt", "blouse": "shirt", "jacket": "shirt",
+    "stripes": "striped", "stripy": "striped", "stripe": "striped", "dots": "spotted", "dotted": "spotted",
+    "spots": "spotted", "polka": "spotted", "arm": "arms", "hands": "arms", "raised": "up", "lowered": "down",
+    "outstretched": "out", "spread": "out", "wave": "waving", "waves": "waving", "background": "ground",
+    "backdrop": "ground", "floor": "ground", "over": "above", "under": "below", "beneath": "below", "upper": "top",
+    "lower": "bottom", "middle": "centre", "center": "centre", "light": "pale", "night": "dark",
+}  # fmt: skip
+
+FILLER = frozenset("a an the with and of on at to is its his her wearing this that there picture paper".split())
+
+_IDS = {word: i for i, word in enumerate(VOCABULARY)}
+_WORD = re.compile(r"[a-z]+")
+
+
+def word_ids(text: str) -> tuple[list[int], list[str]]:
+    """Ids of the known words of `text` in order, and the words that were not understood. Not padded, not cut."""
+    ids, unknown = [], []
+    for word in _WORD.findall(text.lower()):
+        if word in FILLER:
+            continue
+        known = next((w for w in (word, SYNONYMS.get(word, ""), word.removesuffix("s")) if w in _IDS), None)
+        if known is None:
+            unknown.append(word)
+        else:
+            ids.append(_IDS[SYNONYMS.get(known, known)])
+    return ids, unknown
+
+
+class TinyTextEncoder(nn.Module):
+    """Word ids to context and pooled vector. `operations`: ComfyUI's layer classes, or `torch.nn`."""
+
+    def __init__(
+        self, dim: int = 128, pooled_dim: int = 64, heads: int = 4, *, operations, device=None, dtype=None
+    ):
+        super().__init__()
+        where = {"device": device, "dtype": dtype}
+        self.heads = heads
+        self.words = operations.Embedding(len(VOCABULARY), dim, **where)
+        self.places = operations.Embedding(SLOTS, dim, **where)
+        self.norm1 = operations.LayerNorm(dim, **where)
+        self.qkv = operations.Linear(dim, 3 * dim, **where)
+        self.proj = operations.Linear(dim, dim, **where)
+        self.norm2 = operations.LayerNorm(dim, **where)
+        self.mlp_in = operations.Linear(dim, 4 * dim, **where)
+        self.mlp_out = operations.Linear(4 * dim, dim, **where)
+        self.norm3 = operations.LayerNorm(dim, **where)
+        self.pool = operations.Linear(dim, pooled_dim, **where)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids `[B, SLOTS]` -> context `[B, SLOTS, dim]`, pooled `[B, pooled_dim]`, in the weights' own dtype."""
+        h = self.words(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
+        q, k, v = self.qkv(self.norm1(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        h = h + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        h = h + self.mlp_out(F.gelu(self.mlp_in(self.norm2(h)), approximate="tanh"))
+        h = self.norm3(h)
+        said = (ids != PAD).unsqueeze(-1).to(h)
+        pooled = (h * said).sum(1) / said.sum(1).clamp(min=1)
+        return h, self.pool(pooled)

@@ -1,0 +1,372 @@
+"""Train the embedded default: `python -m scripts.tiny.train STAGE`.
+
+Stages, in order: `vae` (components, then the decoder), `base` (transformer and text encoder), `guidance` (the same
+transformer learns classifier-free guidance as an input, as FLUX.1-dev did). `all` runs every stage, the adapters of
+`scripts.tiny.adapters` included. Every stage can be stopped and started again and continues at its last checkpoint;
+the same seed and thread count give the same weights. Checkpoints and plots: `.training/`; results: `weights/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from dit_toolkit.models.tiny_text import PAD, SLOTS, TinyTextEncoder
+from dit_toolkit.models.tiny_vae import PATCH, TinyVAE, fit_components
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from . import data, world
+from .flux import Flux, Size, export, trim
+from .optim import optimisers, schedule
+from .pictures import to_unit, training_picture
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK, WEIGHTS = ROOT / ".training", ROOT / "weights"
+WIDTHS = (96, 48, 32)
+LEVELS = (1.0, 1.2, 2.2, 1.6)  # how often each difficulty of the world comes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the weights, apart from the code."""
+
+    pixels: int = 96
+    live: int = 8
+    seed: int = 1
+    pool: int = 120_000
+    batch: int = 64
+    vae_steps: int = 3_000
+    base_steps: int = 5_600
+    guidance_steps: int = 1_000
+    lr: float = 1.5e-3
+    muon_lr: float = 0.015
+    ema: float = 0.998
+    drop: float = 0.08  # captions left empty, for classifier-free guidance
+
+
+def device_of() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def save(path: Path, state: dict) -> None:
+    """Written beside, then moved: a stopped run leaves the earlier checkpoint whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+def write(name: str, weights: dict[str, Tensor], metadata: dict[str, str]) -> Path:
+    """float16 safetensors in `weights/`, keys sorted: the same weights give the same file."""
+    path = WEIGHTS / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = {key: value.detach().half().contiguous().cpu() for key, value in sorted(weights.items())}
+    save_file(half, path, {"format": "pt", **metadata})
+    return path
+
+
+def plot(name: str, losses: list[float]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    if len(losses) < 20:
+        return
+    window = max(1, len(losses) // 200)
+    smooth = np.convolve(losses, np.ones(window) / window, "valid")
+    figure, axes = pyplot.subplots(figsize=(7, 3.5))
+    axes.plot(np.arange(len(smooth)) + window, smooth)
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title=name)
+    figure.tight_layout()
+    figure.savefig(WORK / f"{name}.png", dpi=90)
+    pyplot.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------ autoencoder
+
+
+def _pictures(recipe: Recipe, seed: int, count: int) -> np.ndarray:
+    rng, stream = np.random.default_rng(seed), world.scenes(seed, (*LEVELS, 0.5))
+    return np.stack([training_picture(next(stream), recipe.pixels, rng) for _ in range(count)])
+
+
+def load_vae(recipe: Recipe) -> TinyVAE:
+    """The autoencoder with its components; they are fitted on the first call (seconds) and then fixed."""
+    vae = TinyVAE(recipe.live, WIDTHS, operations=nn)
+    path = WORK / "components.pt"
+    if not path.exists():
+        x = torch.from_numpy(to_unit(_pictures(recipe, recipe.seed, 3_000)))
+        patches = x.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, PATCH, PATCH)
+        save(path, fit_components(patches, recipe.live))
+    parts = torch.load(path, weights_only=True)
+    vae.load_state_dict({k: v for k, v in parts.items() if k.startswith("patch_")}, strict=False)
+    decoder = WORK / "vae.pt"
+    if decoder.exists():
+        vae.load_state_dict(torch.load(decoder, weights_only=True)["ema"])
+    return vae.requires_grad_(False)
+
+
+def train_vae(recipe: Recipe) -> None:
+    """The decoder's residual; latent noise up to 0.3 makes it forgive the transformer's errors."""
+    device, batch = device_of(), 24
+    torch.manual_seed(recipe.seed)
+    vae = load_vae(recipe).to(device)
+    vae.decoder.requires_grad_(True)
+    nn.init.zeros_(vae.decoder.conv_out.weight)
+    nn.init.zeros_(vae.decoder.conv_out.bias)
+    average = copy.deepcopy(vae)
+    optimiser = torch.optim.AdamW(vae.decoder.parameters(), lr=2e-3, weight_decay=0.01)
+    path, start, losses = WORK / "vae.pt", 0, []
+    if path.exists():
+        kept = torch.load(path, weights_only=True, map_location=device)
+        vae.load_state_dict(kept["model"])
+        average.load_state_dict(kept["ema"])
+        optimiser.load_state_dict(kept["optimiser"])
+        start, losses = kept["step"], kept["losses"]
+    stock: np.ndarray | None = None
+    bar = tqdm(range(start, recipe.vae_steps), initial=start, total=recipe.vae_steps, desc="vae")
+    for step in bar:
+        if stock is None or step % 200 == 0:
+            stock = _pictures(recipe, 7_000_000 + recipe.seed * 10_000 + step // 200, 200 * batch // 4)
+        rng = np.random.default_rng((recipe.seed, step))
+        x = torch.from_numpy(to_unit(stock[rng.integers(len(stock), size=batch)])).to(device)
+        z = vae.patch_in(x)
+        noise = torch.from_numpy(rng.random((batch, 1, 1, 1), np.float32) * 0.3).to(device)
+        noise[: batch // 4] = 0
+        z = z + noise * torch.from_numpy(rng.standard_normal(tuple(z.shape), np.float32)).to(device)
+        out = vae.decode_live(z)
+        loss = F.mse_loss(out, x) + 0.1 * F.l1_loss(out, x)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
+        for group in optimiser.param_groups:
+            group["lr"] = 2e-3 * schedule(step, recipe.vae_steps, flat=0.2)
+        optimiser.step()
+        decay = min(0.998, (step + 1) / (step + 10))
+        for a, b in zip(average.decoder.parameters(), vae.decoder.parameters(), strict=True):
+            a.data.lerp_(b.data, 1 - decay)
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
+        if (step + 1) % 300 == 0 or step + 1 == recipe.vae_steps:
+            state = {"model": vae.state_dict(), "ema": average.state_dict(), "optimiser": optimiser.state_dict()}
+            save(path, {**state, "step": step + 1, "losses": losses})
+            plot("vae", losses)
+    export_vae(recipe)
+
+
+def export_vae(recipe: Recipe) -> None:
+    config = {"live": recipe.live, "widths": WIDTHS}
+    write("tiny_vae.safetensors", load_vae(recipe).state_dict(), {"dit_toolkit": json.dumps({"tiny_vae": config})})
+
+
+# ------------------------------------------------------------------------------------------------------ transformer
+
+
+def noise_levels(rng: np.random.Generator, batch: int) -> Tensor:
+    """Noise levels in 0..1: logit-normal(0, 1) shifted by e^0.6, and 15 % uniform."""
+    t = 1 / (1 + np.exp(-rng.standard_normal(batch)))
+    t = math.exp(0.6) * t / (1 + (math.exp(0.6) - 1) * t)
+    t = np.where(rng.random(batch) < 0.15, rng.random(batch), t)
+    return torch.from_numpy(np.clip(t, 1e-3, 1.0).astype(np.float32))
+
+
+class Base(nn.Module):
+    """Transformer and text encoder, trained together."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        self.flux = Flux(size)
+        self.text = TinyTextEncoder(size.text_dim, size.pooled_dim, operations=nn)
+        for name in ("words", "places"):
+            nn.init.normal_(getattr(self.text, name).weight, std=0.3)
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor, guidance: Tensor, extra=None) -> Tensor:
+        return self.flux(x, t, *self.text(ids), guidance, extra)
+
+
+def size_of(recipe: Recipe) -> Size:
+    return Size(live=recipe.live)
+
+
+def batch_of(recipe: Recipe, latents: Tensor, ids: Tensor, step: int, device) -> tuple:
+    """The same step gives the same batch, whenever it runs."""
+    rng = np.random.default_rng((recipe.seed, 11, step))
+    index = torch.from_numpy(rng.integers(latents.shape[0], size=recipe.batch))
+    x0, words = latents[index].float(), ids[index].long()
+    words[torch.from_numpy(rng.random(recipe.batch) < recipe.drop)] = PAD
+    noise = torch.from_numpy(rng.standard_normal(tuple(x0.shape), np.float32))
+    guidance = torch.from_numpy(rng.uniform(1.0, 5.0, recipe.batch).astype(np.float32))
+    return tuple(part.to(device) for part in (x0, noise, noise_levels(rng, recipe.batch), words, guidance))
+
+
+def run_stage(name: str, recipe: Recipe, steps: int, model: Base, loss_of, every: int = 300) -> Base:
+    """The training loop both transformer stages share. `loss_of(model, step)` -> loss. Returns the average."""
+    device = device_of()
+    model.to(device)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optims = optimisers(model.flux, model.text, recipe.lr, recipe.muon_lr)
+    path, start, losses = WORK / f"{name}.pt", 0, []
+    if path.exists():
+        kept = torch.load(path, weights_only=True, map_location=device)
+        model.load_state_dict(kept["model"])
+        average.load_state_dict(kept["ema"])
+        for optim, state in zip(optims, kept["optimisers"], strict=True):
+            optim.load_state_dict(state)
+        start, losses = kept["step"], kept["losses"]
+    rates = [[group["lr"] for group in optim.param_groups] for optim in (optims)]
+    rates = [[recipe.muon_lr], [recipe.lr]]
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
+    for step in bar:
+        loss = loss_of(model, step)
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        factor = schedule(step, steps)
+        for optim, base in zip(optims, rates, strict=True):
+            for group, rate in zip(optim.param_groups, base, strict=True):
+                group["lr"] = rate * factor
+            optim.step()
+        decay = min(recipe.ema, (step + 1) / (step + 10))
+        for a, b in zip(average.parameters(), model.parameters(), strict=True):
+            a.data.lerp_(b.data, 1 - decay)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise RuntimeError(f"{name}: the loss is {losses[-1]} at step {step}. Delete {path.name} and lower the rate.")
+        bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
+        if (step + 1) % every == 0 or step + 1 == steps:
+            state = {"model": model.state_dict(), "ema": average.state_dict()}
+            state["optimisers"] = [optim.state_dict() for optim in optims]
+            save(path, {**state, "step": step + 1, "losses": losses})
+            plot(name, losses)
+    return average
+
+
+def pool_of(recipe: Recipe, workers: int) -> tuple[Tensor, Tensor]:
+    return data.latent_pool(
+        WORK / f"pool-{recipe.pixels}.pt", load_vae(recipe), recipe.pool, recipe.pixels, LEVELS, recipe.seed, workers
+    )
+
+
+def train_base(recipe: Recipe, workers: int) -> None:
+    device = device_of()
+    latents, ids = pool_of(recipe, workers)
+    torch.manual_seed(recipe.seed)
+
+    def loss_of(model: Base, step: int) -> Tensor:
+        x0, noise, t, words, guidance = batch_of(recipe, latents, ids, step, device)
+        x = torch.lerp(x0, noise, t[:, None, None, None])
+        return F.mse_loss(model(x, t, words, guidance), noise - x0)
+
+    export_base(run_stage("base", recipe, recipe.base_steps, Base(size_of(recipe)), loss_of), recipe, "base")
+
+
+def load_base(recipe: Recipe, stage: str) -> Base:
+    model = Base(size_of(recipe))
+    model.load_state_dict(torch.load(WORK / f"{stage}.pt", weights_only=True, map_location="cpu")["ema"])
+    return model.requires_grad_(False).eval()
+
+
+def train_guidance(recipe: Recipe, workers: int) -> None:
+    """Guidance distillation: one evaluation at guidance g learns `v_empty + g (v_prompt - v_empty)` of the base.
+
+    Source: Meng et al., arXiv:2210.03142, stage one; FLUX.1-dev's guidance input is made the same way.
+    """
+    device = device_of()
+    latents, ids = pool_of(recipe, workers)
+    teacher = load_base(recipe, "base").to(device)
+    gentle = replace(recipe, lr=recipe.lr * 0.3, muon_lr=recipe.muon_lr * 0.2, drop=0.05, seed=recipe.seed + 1)
+
+    def loss_of(model: Base, step: int) -> Tensor:
+        x0, noise, t, words, guidance = batch_of(gentle, latents, ids, step, device)
+        x = torch.lerp(x0, noise, t[:, None, None, None])
+        with torch.no_grad():
+            both = torch.cat([words, torch.full_like(words, PAD)])
+            one = torch.ones_like(guidance)
+            prompt, empty = teacher(x.repeat(2, 1, 1, 1), t.repeat(2), both, one.repeat(2)).chunk(2)
+            target = empty + guidance[:, None, None, None] * (prompt - empty)
+        return F.mse_loss(model(x, t, words, guidance), target)
+
+    student = copy.deepcopy(teacher).requires_grad_(True).train()
+    export_base(run_stage("guidance", gentle, recipe.guidance_steps, student, loss_of), recipe, "guidance")
+
+
+def export_base(model: Base, recipe: Recipe, stage: str) -> None:
+    size = model.flux.size
+    about = {"stage": stage, "recipe": asdict(recipe), "size": size.asdict()}
+    note = {"dit_toolkit": json.dumps(about)}
+    write("tiny_flux.safetensors", export(model.flux.state_dict(), size.live), note)
+    config = {"tiny_text": {"dim": size.text_dim, "pooled_dim": size.pooled_dim, "slots": SLOTS}}
+    write("tiny_text_encoder.safetensors", model.text.state_dict(), {"dit_toolkit": json.dumps(config)})
+
+
+def load_shipped() -> tuple[Base, TinyVAE]:
+    """The weights in `weights/`, as plain torch modules in float32."""
+    vae_weights = load_file(WEIGHTS / "tiny_vae.safetensors")
+    live = vae_weights["patch_in.weight"].shape[0]
+    vae = TinyVAE(live, WIDTHS, operations=nn)
+    vae.load_state_dict({k: v.float() for k, v in vae_weights.items()})
+    model = Base(Size(live=live))
+    flux = {k: v.float() for k, v in load_file(WEIGHTS / "tiny_flux.safetensors").items()}
+    model.flux.load_state_dict(trim(flux, live))
+    model.text.load_state_dict({k: v.float() for k, v in load_file(WEIGHTS / "tiny_text_encoder.safetensors").items()})
+    return model.requires_grad_(False).eval(), vae.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def sample(
+    model: Base, ids: Tensor, shape: tuple[int, int], seed: int, steps: int = 20, guidance: float = 3.5,
+    cfg: float = 1.0, extra=None,
+) -> Tensor:  # fmt: skip
+    """Euler sampling on ComfyUI's `simple` schedule with Flux's shift 1.15. Live latents `[B, live, h, w]`."""
+    b, live = ids.shape[0], model.flux.size.live
+    x = torch.randn((b, live, *shape), generator=torch.Generator().manual_seed(seed))
+    shift = math.exp(1.15)
+    t = 1 - torch.arange(steps + 1) / steps
+    sigmas = torch.where(t > 0, shift / (shift + (1 / t.clamp(min=1e-9) - 1)), torch.zeros(()))
+    strength = torch.full((b,), guidance)
+    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+        level = now.expand(b)
+        v = model(x, level, ids, strength, extra)
+        if cfg != 1.0:
+            empty = model(x, level, torch.full_like(ids, PAD), strength, extra)
+            v = empty + cfg * (v - empty)
+        x = x + (then - now) * v
+    return x
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["vae", "base", "guidance", "adapters", "all"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes that render the pool")
+    for field in ("vae_steps", "base_steps", "guidance_steps", "pool", "pixels", "batch"):
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=getattr(Recipe, field))
+    args = vars(parser.parse_args())
+    stage, threads, workers = args.pop("stage"), args.pop("threads"), args.pop("workers")
+    torch.set_num_threads(threads)
+    recipe, started = Recipe(**args), time.time()
+    if stage in ("vae", "all"):
+        train_vae(recipe)
+    if stage in ("base", "all"):
+        train_base(recipe, workers)
+    if stage in ("guidance", "all"):
+        train_guidance(recipe, workers)
+    if stage in ("adapters", "all"):
+        from . import adapters
+
+        adapters.train_all(recipe)
+    print(f"{stage}: {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
