@@ -1,0 +1,214 @@
+"""Let a FLUX.1 model see condition images as extra keys and values, computed once.
+
+Source: EasyControl, arXiv:2503.07027, section 3: condition injection LoRA, causal conditional attention with a KV
+cache, position-aware interpolation. What the paper leaves open follows the authors' published code.
+
+A condition image becomes tokens as the picture itself does, and runs through the image branch of every block. Only its
+own tokens receive the LoRA, its modulation is that of timestep 0, and it attends to itself alone. So its keys and
+values depend on the image, the LoRA, the guidance and the pooled text, and on nothing that changes between steps:
+
+    text and picture:  softmax(Q [K ; K_1 ; ... ; K_m]^T / sqrt(d)) [V ; V_1 ; ... ; V_m]
+    condition j:       softmax(Q_j K_j^T / sqrt(d)) V_j
+
+`encode_condition` computes K_j and V_j of every block; whoever runs the model appends them.
+
+Shapes: B batch, T condition tokens, D hidden size, H heads, d head size.
+Precision: everything in the dtype of the tokens; float16 states are cut at +-65504 as in the base model.
+Limits: conditions do not see each other. The paper's order of conditions does not matter here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .easycontrol_keys import PARTS, Checkpoint, Slot, layers, write
+
+Grid = tuple[int, int]  # rows and columns of tokens
+KeysValues = tuple[Tensor, Tensor]  # of one block, each [B, H, T, d], after QK norm and RoPE
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, H, T, d] -> [B, T, H*d]
+ApplyRope = Callable[[Tensor, Tensor], Tensor]  # x [B, H, T, d], pe [1, 1, T, d/2, 2, 2] -> like x
+
+SUBJECT_OFFSET = 64  # rows; the authors' constant, the token rows of a 1024 pixel picture
+FLOAT16_MAX = 65504.0
+
+
+def spatial_ids(grid: Grid, picture: Grid, device: torch.device | None = None) -> Tensor:
+    """Position ids of a condition that lies over the picture: `[T, 3]` as (0, row, column), float32.
+
+    Position-aware interpolation, section 3.3: token (i, j) of an Rc x Cc grid sits at (i * R / Rc, j * C / Cc) of the
+    picture's R x C grid. The authors' code rounds these to bfloat16, by up to 0.125 rows; this does not.
+    """
+    return _ids(grid, picture[0] / grid[0], picture[1] / grid[1], 0, device)
+
+
+def subject_ids(grid: Grid, picture: Grid, device: torch.device | None = None) -> Tensor:
+    """Position ids of a condition that lies beside the picture, below it: `[T, 3]` as (0, row, column), float32.
+
+    The authors add 64 to every row, which meets the picture's own rows where it is taller than 1024 pixels; then this
+    uses the picture's height.
+    """
+    return _ids(grid, 1.0, 1.0, max(SUBJECT_OFFSET, picture[0]), device)
+
+
+def _ids(grid: Grid, row_step: float, column_step: float, first_row: int, device: torch.device | None) -> Tensor:
+    rows = torch.arange(grid[0], dtype=torch.float32, device=device) * row_step + first_row
+    columns = torch.arange(grid[1], dtype=torch.float32, device=device) * column_step
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack((torch.zeros_like(row), row, column), dim=-1).flatten(0, 1)
+
+
+class LowRank(nn.Module):
+    """`scale * up(down(x))`, `[..., D]` to `[..., D]`. `scale` is alpha / rank."""
+
+    def __init__(self, dim: int, rank: int, scale: float, *, operations: Any, device=None, dtype=None):
+        super().__init__()
+        self.down = operations.Linear(dim, rank, bias=False, device=device, dtype=dtype)
+        self.up = operations.Linear(rank, dim, bias=False, device=device, dtype=dtype)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x)) * self.scale
+
+
+class ConditionLora(nn.Module):
+    """The low-rank weights of one condition: q, k, v and proj of double blocks, q, k and v of single blocks.
+
+    q, k, v are ordinary: they add to their third of a fused projection. `proj` is not: it takes the projection's
+    *output*, bias included, `y + scale * up(down(y))`, so it cannot be merged as a LoRA on the projection's weight.
+
+    Args:
+        dim: hidden size D of the model.
+        double, single: number of blocks.
+        rank: one for all layers, or one per layer name as `Slot.ranks` gives them.
+        scales: alpha / rank of the layers where it is not 1.
+        operations: layer classes, ComfyUI's or `torch.nn`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        double: int,
+        single: int,
+        rank: int | Mapping[str, int],
+        scales: Mapping[str, float] | None = None,
+        *,
+        operations: Any,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        ranks = dict.fromkeys(layers(double, single), rank) if isinstance(rank, int) else rank
+
+        def layer(name: str) -> LowRank:
+            scale = (scales or {}).get(name, 1.0)
+            return LowRank(dim, ranks[name], scale, operations=operations, device=device, dtype=dtype)
+
+        def block(stream: str, i: int) -> nn.ModuleDict:
+            return nn.ModuleDict({part: layer(f"{stream}.{i}.{part}") for part in PARTS[stream]})
+
+        self.dim = dim
+        self.double_blocks = nn.ModuleList(block("double_blocks", i) for i in range(double))
+        self.single_blocks = nn.ModuleList(block("single_blocks", i) for i in range(single))
+
+    def init_for_training(self, generator: torch.Generator | None = None) -> None:
+        """The authors' start: down ~ N(0, 1 / rank^2), up = 0, so that training begins at the base model."""
+        for module in self.modules():
+            if isinstance(module, LowRank):
+                nn.init.normal_(module.down.weight, std=1 / module.down.weight.shape[0], generator=generator)
+                nn.init.zeros_(module.up.weight)
+
+
+def published_state(loras: Sequence[ConditionLora]) -> dict[str, Tensor]:
+    """Weights of one LoRA per slot, in the published file layout. Scales must be 1, as the layout has no alpha."""
+    if any(module.scale != 1.0 for lora in loras for module in lora.modules() if isinstance(module, LowRank)):
+        raise ValueError("the published layout has no alpha: fold the scale into 'up' before saving")
+    slots = tuple(Slot({key: weight.detach() for key, weight in lora.state_dict().items()}, {}) for lora in loras)
+    return write(Checkpoint(slots, loras[0].dim, len(loras[0].double_blocks), len(loras[0].single_blocks)))
+
+
+def encode_condition(
+    model: Any,
+    lora: ConditionLora,
+    tokens: Tensor,
+    vec: Tensor,
+    pe: Tensor,
+    *,
+    attention: Attention,
+    apply_rope: ApplyRope,
+    strength: float = 1.0,
+    keep: Callable[[Tensor], Tensor] | None = None,
+) -> list[KeysValues]:
+    """Run one condition through the image branch of a FLUX.1 model and return its keys and values.
+
+    Nothing is written in place, so it can be differentiated with respect to everything handed in.
+
+    Args:
+        model: anything with FLUX.1's `img_in`, `double_blocks` and `single_blocks` under ComfyUI's attribute names.
+        tokens: patched condition latent, `[B or 1, T, channels of img_in]`.
+        vec: modulation vector at timestep 0, with the run's guidance and pooled text, `[B or 1, D]`.
+        pe: rotations of the condition's position ids, `[1, 1, T, d/2, 2, 2]`.
+        attention: `(q, k, v)`, each `[B, H, T, d]`, to `[B, T, H*d]`.
+        apply_rope: `(x, pe)` to `x` rotated.
+        strength: factor on the whole LoRA; 0 leaves plain tokens, it does not remove the condition.
+        keep: called on each K and V as soon as it is known, for example to move it to another device.
+
+    Returns:
+        (K, V) per block, double blocks first, after QK norm and RoPE.
+    """
+    keep = keep or (lambda x: x)
+    kept: list[KeysValues] = []
+    for k, v in _blocks(model, lora, tokens, vec, pe, attention, apply_rope, strength):
+        kept.append((keep(k), keep(v)))
+    return kept
+
+
+def _blocks(model, lora, tokens, vec, pe, attention, apply_rope, strength) -> Iterator[KeysValues]:
+    """Keys and values block by block. The last block stops there: nobody reads the condition's output."""
+    doubles = len(model.double_blocks)
+    count = doubles + len(model.single_blocks)
+    img = model.img_in(tokens)  # [B, T, D]
+
+    for i, (block, low) in enumerate(zip(model.double_blocks, lora.double_blocks, strict=True), start=1):
+        mod1, mod2 = block.img_mod(vec)
+        x = _modulate(block.img_norm1(img), mod1)
+        qkv = block.img_attn.qkv(x)
+        q, k, v = _heads(qkv, x, low, strength, block.num_heads, block.img_attn.norm, pe, apply_rope)
+        yield k, v
+        if i == count:
+            return
+        projected = block.img_attn.proj(attention(q, k, v))
+        img = img + mod1.gate * (projected + strength * low["proj"](projected))
+        img = _finite(img + mod2.gate * block.img_mlp(_modulate(block.img_norm2(img), mod2)))
+
+    for i, (block, low) in enumerate(zip(model.single_blocks, lora.single_blocks, strict=True), start=doubles + 1):
+        mod, _ = block.modulation(vec)
+        x = _modulate(block.pre_norm(img), mod)
+        fused = block.linear1(x)
+        qkv, mlp = fused[..., : 3 * img.shape[-1]], fused[..., 3 * img.shape[-1] :]
+        q, k, v = _heads(qkv, x, low, strength, block.num_heads, block.norm, pe, apply_rope)
+        yield k, v
+        if i == count:
+            return
+        joined = torch.cat((attention(q, k, v), block.mlp_act(mlp)), dim=-1)
+        img = _finite(img + mod.gate * block.linear2(joined))
+
+
+def _heads(qkv, x, low, strength, heads, norm, pe, apply_rope) -> tuple[Tensor, Tensor, Tensor]:
+    """Base projection `[B, T, 3D]` plus the LoRA's share of each third, as normalised and rotated heads."""
+    thirds = zip(qkv.chunk(3, dim=-1), ("q", "k", "v"), strict=True)
+    sums = (base + strength * low[part](x) for base, part in thirds)
+    q, k, v = (third.unflatten(-1, (heads, -1)).transpose(1, 2) for third in sums)  # [B, H, T, d]
+    q, k = norm(q, k, v)
+    return apply_rope(q, pe), apply_rope(k, pe), v
+
+
+def _modulate(x: Tensor, mod: Any) -> Tensor:
+    return x * (1 + mod.scale) + mod.shift
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.clamp(-FLOAT16_MAX, FLOAT16_MAX) if x.dtype == torch.float16 else x
