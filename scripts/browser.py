@@ -1,9 +1,9 @@
 """Drive headless Chromium, and in it ComfyUI's own page, through the DevTools protocol.
 
-    with Browser() as browser:
-        page = browser.open(server.url)
-        page.load_workflow(workflow)
-        prompt = page.prompt()
+with Browser() as browser:
+    page = browser.open(server.url)
+    page.load_workflow(workflow)
+    prompt = page.prompt()
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ class Browser:
         file, deadline = Path(self._profile, "DevToolsActivePort"), time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise BrowserError(f"Chromium stopped while it started:\n{self._log.read_text(errors='replace')[-2000:]}")
+                tail = self._log.read_text(errors="replace")[-2000:]
+                raise BrowserError(f"Chromium stopped while it started:\n{tail}")
             if file.exists() and (text := file.read_text()):
                 return int(text.splitlines()[0])
             time.sleep(0.1)
@@ -102,11 +103,11 @@ class Template:
     """A card of the template browser."""
 
     title: str
-    thumbnail: str  # address of its picture
+    width: int  # of its picture, in pixels
 
 
 class Page:
-    """One tab with ComfyUI's page. `errors` lists what went wrong on it since it was opened or `forget_errors`."""
+    """One tab with ComfyUI's page. It starts with an empty canvas."""
 
     def __init__(self, socket_url: str):
         self._socket = WebSocket(socket_url)
@@ -167,13 +168,22 @@ class Page:
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
         return file
 
-    @property
+    def settle(self, quiet: float = 0.7, timeout: float = 30) -> None:
+        """Wait until nothing has happened on the page, no request either, for `quiet` seconds."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            text = self._socket.receive(quiet)
+            if text is None:
+                return
+            self._note(json.loads(text))
+
     def errors(self) -> list[str]:
-        """Errors on the console, uncaught exceptions, and requests that failed."""
-        self.evaluate("await new Promise(done => setTimeout(done, 0))")  # what is on its way arrives before the answer
+        """Errors on the console, uncaught exceptions, and requests that failed, once the page has settled."""
+        self.settle()
         return list(self._errors)
 
     def forget_errors(self) -> None:
+        self.settle()
         self._errors.clear()
 
     def _note(self, message: dict) -> None:
@@ -195,6 +205,14 @@ class Page:
             " && Object.keys(LiteGraph.registered_node_types).length > 100 && app.extensionManager?.command && true",
             "ComfyUI's page is ready",
         )
+        # A first visit shows ComfyUI's default workflow and asks the network for the sizes of its models.
+        self.settle()
+        self.clear()
+        self.forget_errors()
+
+    def clear(self) -> None:
+        """Empty the canvas."""
+        self.load_workflow({"version": 0.4, "nodes": [], "links": [], "last_node_id": 0, "last_link_id": 0})
 
     def node_types(self) -> list[str]:
         return self.evaluate("return Object.keys(LiteGraph.registered_node_types)")
@@ -257,26 +275,27 @@ class Page:
     def templates(self, pack: str) -> list[Template]:
         """The cards of a node pack in the template browser, which stays open."""
         self.evaluate("await app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-        entry = f"""[...document.querySelectorAll('[role=dialog] nav *, [role=dialog] aside *, [role=dialog] div')]
-            .findLast(element => element.textContent.trim() === {json.dumps(pack)})"""
-        self.wait_until(f"{entry} && true", f"{pack} is listed in the template browser", timeout=60)
+        name = json.dumps(pack)
+        entry = f"""[...document.querySelectorAll('[role=dialog] nav [role=button]')]
+            .find(button => button.textContent.trim() === {name})"""
+        self.wait_until(f"!!{entry}", f"{pack} is listed in the template browser", timeout=60)
         self.evaluate(f"{entry}.click()")
-        self.wait_until(
-            """[...document.querySelectorAll('[role=dialog] h2, [role=dialog] h1')]
-                .some(title => title.textContent.trim() === """ + json.dumps(pack) + ")",
-            f"the template browser shows {pack}", timeout=60,
-        )  # fmt: skip
-        cards = self.wait_until(
-            """(() => {
-                const cards = [...document.querySelectorAll('[role=dialog] [data-testid^="template-workflow-"]')]
-                    .map(card => ({ title: card.querySelector('h3')?.textContent.trim(),
-                                    thumbnail: card.querySelector('img')?.currentSrc }));
-                return cards.length && cards.every(card => card.thumbnail) && cards;
-            })()""",
-            f"the template browser shows the pictures of {pack}",
-            timeout=60,
-        )
-        return [Template(**card) for card in cards]
+        count = self.evaluate("return (await (await app.api.fetchApi('/workflow_templates')).json())[a].length", pack)
+        cards = f"""(() => {{
+            const title = [...document.querySelectorAll('[role=dialog] span')]
+                .find(span => span.textContent.trim() === {name} && !span.closest('nav'));
+            const all = [...document.querySelectorAll('[role=dialog] [data-testid^="template-workflow-"]')];
+            const cards = all.map(
+                card => ({{
+                    title: card.querySelector('h3').textContent.trim(),
+                    width: card.querySelector('img')?.naturalWidth ?? 0,
+                }}));
+            const waiting = cards.findIndex(card => !card.width);  // pictures are fetched when they come into view
+            all.at(waiting)?.scrollIntoView();
+            return title && cards.length === {count} && waiting < 0 && cards;
+        }})()"""
+        found = self.wait_until(cards, f"the template browser shows the pictures of {pack}", timeout=60)
+        return [Template(**card) for card in found]
 
     def open_template(self, stem: str) -> None:
         """Click a card that `templates` listed, and wait until its workflow is on the canvas."""

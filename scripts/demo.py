@@ -1,0 +1,175 @@
+"""`make demo`: run the example workflows on this computer and put the pictures on one sheet.
+
+Starts a real ComfyUI, sends each row of ROWS to it, once as the workflow stands and once with every control at strength
+0, and writes the pictures and `output/contact_sheet.png`.
+
+    python -m scripts.demo --convert     renew the prompts in API format from the workflows, in the real page
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from . import workflows
+from .client import Prompt
+from .places import CACHE, DEMO_INPUTS, DEMO_PROMPTS, ROOT
+from .server import Server, ServerError
+
+OUTPUT = ROOT / "output"
+
+
+@dataclass(frozen=True)
+class Row:
+    workflow: str  # its title, the stem of its file
+    control: str  # picture in demo_inputs/, in the place of the workflow's first one
+    prompt: str
+    seed: int
+    subject: str | None = None  # picture in the place of the workflow's second one
+
+
+ROWS: tuple[Row, ...] = ()
+
+
+def main(arguments: list[str]) -> int:
+    start = time.monotonic()
+    try:
+        if arguments == ["--convert"]:
+            convert()
+        else:
+            print("Demo")
+            sheet = demo()
+            print(f"\nThe pictures are in {OUTPUT.relative_to(ROOT)}/, side by side in {sheet.relative_to(ROOT)}")
+    except ServerError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"Done in {time.monotonic() - start:.0f} s")
+    return 0
+
+
+def demo() -> Path:
+    OUTPUT.mkdir(exist_ok=True)
+    lines = []
+    with Server(CACHE / "demo") as server:
+        for number, row in enumerate(ROWS, start=1):
+            for name in filter(None, (row.control, row.subject)):
+                server.client.upload(DEMO_INPUTS / name)
+            prompt = filled(workflows.read_prompt(row.workflow), row)
+            pictures = []
+            for kind, sent in (("with", prompt), ("without", without_control(prompt))):
+                step = f"  {number}/{len(ROWS)} {row.workflow}, {kind} control"
+                result = server.client.run(sent, workflows.read(row.workflow), progress=progress_line(step))
+                saved = [image for image in result.images if image.type == "output"]
+                file = OUTPUT / f"{number:02d} {row.workflow} - {kind}.png"
+                file.write_bytes(server.client.fetch(saved[-1]))
+                pictures.append(file)
+                print(f"\r{step}: {result.seconds:.1f} s", flush=True)
+            inputs = [DEMO_INPUTS / name for name in (row.control, row.subject) if name]
+            lines.append((row, [*inputs, *pictures]))
+    return contact_sheet(lines, OUTPUT / "contact_sheet.png")
+
+
+def filled(prompt: Prompt, row: Row) -> Prompt:
+    """The workflow's prompt with the row's pictures, words and seed."""
+    prompt = copy.deepcopy(prompt)
+    loaders = [node for _, node in sorted(prompt.items(), key=by_id) if node["class_type"] == "LoadImage"]
+    pictures = [row.control] if row.subject is None else [row.control, row.subject]
+    if len(loaders) != len(pictures):
+        raise ValueError(f"{row.workflow} loads {len(loaders)} pictures, and its row in the demo names {len(pictures)}")
+    for node, picture in zip(loaders, pictures, strict=True):
+        node["inputs"]["image"] = picture
+    positive(prompt)["inputs"]["text"] = row.prompt
+    for node in prompt.values():
+        for name in ("seed", "noise_seed"):
+            if isinstance(node["inputs"].get(name), int):
+                node["inputs"][name] = row.seed
+    return prompt
+
+
+def positive(prompt: Prompt) -> dict:
+    """The text node that the sampler's positive input, or a guider's conditioning, leads back to."""
+    for node in prompt.values():
+        link = node["inputs"].get("positive") or (
+            node["inputs"].get("conditioning") if node["class_type"] == "BasicGuider" else None
+        )
+        while link:
+            inputs = prompt[link[0]]["inputs"]
+            if isinstance(inputs.get("text"), str):
+                return prompt[link[0]]
+            link = inputs.get("conditioning") or inputs.get("positive")
+    raise ValueError("no text leads to a sampler")
+
+
+def without_control(prompt: Prompt) -> Prompt:
+    """The same prompt with every control at strength 0, which is the model without it."""
+    prompt = copy.deepcopy(prompt)
+    for node in prompt.values():
+        if node["class_type"] == "DiTEasyControlApply":
+            node["inputs"]["strength"] = 0.0
+    return prompt
+
+
+def by_id(item: tuple[str, dict]) -> tuple[int, ...]:
+    return tuple(int(part) for part in item[0].split(":"))  # "3:7" is node 7 in subgraph 3
+
+
+def progress_line(step: str):
+    """Rewrite one line of a terminal as the sampler goes; say nothing into a file."""
+
+    def show(_node: str, value: int, maximum: int) -> None:
+        if sys.stdout.isatty():
+            print(f"\r{step}: {value}/{maximum}", end="", flush=True)
+
+    return show
+
+
+def contact_sheet(lines: list[tuple[Row, list[Path]]], file: Path) -> Path:
+    """One line for each row: its pictures under their headings, and below them what was asked for."""
+    side, gap, text_height, head = 320, 16, 72, 56
+    columns = max(len(pictures) for _, pictures in lines)
+    width = columns * (side + gap) + gap
+    sheet = Image.new("RGB", (width, head + len(lines) * (side + text_height)), "white")
+    draw, font, bold = ImageDraw.Draw(sheet), ImageFont.load_default(16), ImageFont.load_default(20)
+    for index, (row, pictures) in enumerate(lines):
+        top = head + index * (side + text_height)
+        headings = ["control", *(["subject"] if row.subject else []), "result with", "result without"]
+        headings_left = [gap + (columns - len(pictures) + n) * (side + gap) for n in range(len(pictures))]
+        headings_left[0] = gap
+        for heading, left, path in zip(headings, headings_left, pictures, strict=True):
+            picture = Image.open(path).convert("RGB")
+            picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+            if picture.width < side and picture.height < side:  # small pictures: whole pixels, no blur
+                factor = side // max(picture.size)
+                picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+            sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
+            if index == 0 or len(pictures) != len(lines[index - 1][1]):
+                draw.text((left, top - 28), heading, fill="black", font=bold)
+        words = textwrap.shorten(f"{row.prompt}  (seed {row.seed}; {row.workflow})", width=width // 8)
+        draw.text((gap, top + side + 8), words, fill="#333333", font=font)
+    sheet.save(file)
+    return file
+
+
+def convert() -> None:
+    """Write `demo_prompts/` from `workflows/`: ComfyUI's page is the only faithful converter."""
+    from .browser import Browser
+
+    with Server(CACHE / "demo") as server, Browser() as browser:
+        page = browser.open(server.url)
+        DEMO_PROMPTS.mkdir(exist_ok=True)
+        for stem in sorted({row.workflow for row in ROWS}):
+            page.load_workflow(workflows.read(stem))
+            text = json.dumps(page.prompt(), indent=2, ensure_ascii=False)
+            (DEMO_PROMPTS / f"{stem}.json").write_text(text + "\n", encoding="utf-8")
+            print(f"  {stem}: converted")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

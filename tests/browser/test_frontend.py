@@ -1,0 +1,75 @@
+"""The example workflows in ComfyUI's real page, used as a person uses them."""
+
+import io
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from PIL import Image
+
+from dit_toolkit.scripts import workflows
+from dit_toolkit.scripts.places import PACK
+
+pytestmark = pytest.mark.comfy
+
+STEMS = workflows.stems()
+
+
+@pytest.fixture(autouse=True)
+def empty_canvas(page):
+    page.clear()
+    page.forget_errors()
+
+
+def test_a_picture_of_core_nodes_made_from_the_page_brings_its_graph_back(page, server, tmp_path):
+    """Says whether the harness works, when one of ours below does not."""
+    page.evaluate("""
+        const [empty, save] = ["EmptyImage", "SaveImage"].map(type => LiteGraph.createNode(type));
+        for (const node of [empty, save]) app.graph.add(node);
+        save.pos = [400, 0];
+        empty.connect(0, save, 0);
+    """)
+    check_round_trip(page, server, tmp_path)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_the_workflow_opens_without_a_complaint(stem, page):
+    page.load_workflow(workflows.read(stem))
+    assert page.missing_nodes() == []
+    assert page.errors() == []
+
+
+@pytest.mark.parametrize("stem", [stem for stem in STEMS if workflows.is_embedded(stem)])
+def test_the_workflow_runs_from_the_page_and_its_picture_brings_it_back(stem, page, server, tmp_path):
+    page.load_workflow(workflows.read(stem))
+    check_round_trip(page, server, tmp_path)
+    assert page.errors() == []
+
+
+def test_the_template_browser_lists_our_workflows_with_their_pictures(page, server):
+    templates = page.templates(PACK)
+    assert sorted(template.title for template in templates) == STEMS
+    for stem in STEMS:
+        thumbnail = Image.open(io.BytesIO(server.client.get(f"/api/workflow_templates/{PACK}/{quote(stem)}.jpg")))
+        assert thumbnail.format == "JPEG"
+
+    page.open_template(STEMS[0])
+    assert page.graph()["nodes"]
+    assert page.missing_nodes() == []
+
+
+def check_round_trip(page, server, folder: Path) -> None:
+    """Queue what is on the canvas, drop the picture on an empty one, and find the same graph."""
+    before = page.prompt()
+    result = server.client.wait(page.queue())
+    saved = [image for image in result.images if image.type == "output"]
+    assert saved, "no node saved a picture"
+
+    picture = folder / "result.png"
+    picture.write_bytes(server.client.fetch(saved[0]))
+    page.clear()
+    assert page.prompt() == {}
+
+    page.load_file(picture)
+    page.wait_until(f"app.graph.nodes.length >= {len(before)}", "the dropped picture opened its workflow")
+    assert page.prompt() == before

@@ -1,0 +1,72 @@
+"""Makes the pack importable as `dit_toolkit` and ComfyUI as itself; starts the server and the browser once for all."""
+
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# ComfyUI has a nodes.py of its own. With the repository on sys.path, `import nodes` would find ours.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+package = ModuleType("dit_toolkit")
+package.__path__ = [str(ROOT)]
+sys.modules["dit_toolkit"] = package
+
+from dit_toolkit.scripts import places, workflows  # noqa: E402
+from dit_toolkit.scripts.browser import Browser, Page  # noqa: E402
+from dit_toolkit.scripts.server import Server  # noqa: E402
+
+
+def put_comfyui_on_path() -> None:
+    """For tests that import ComfyUI. Those of models/ need torch only, and pass when there is none."""
+    if not (places.comfyui() / "main.py").exists():
+        return
+    sys.path.append(str(places.comfyui()))
+    from comfy.cli_args import args  # parses nothing: only main.py does
+
+    args.cpu = not places.has_accelerator()
+    args.base_directory = str(places.prepare_base(places.CACHE / "tests"))
+
+
+put_comfyui_on_path()
+
+
+def pytest_collection_modifyitems(items):
+    for node in (node for item in items for node in item.listchain()):
+        if isinstance(node, pytest.Package) and node.path == ROOT:
+            node.setup = lambda: None  # pytest would import the root __init__.py, and with it ComfyUI
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not places.has_accelerator():
+        pytest.skip("no accelerator")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Server:
+    """A real ComfyUI with this pack, the example pictures, and an empty file for every model that is not embedded."""
+    base = places.prepare_base(tmp_path_factory.mktemp("comfyui"))
+    if places.DEMO_INPUTS.exists():
+        shutil.copytree(places.DEMO_INPUTS, base / "input", dirs_exist_ok=True)
+    for path in places.WORKFLOWS.glob("*.json"):
+        for model in workflows.models_of(workflows.read(path.stem)):
+            file = base / "models" / model["directory"] / model["name"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+    with Server(base, quiet=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def browser() -> Browser:
+    with Browser() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page(browser: Browser, server: Server) -> Page:
+    """ComfyUI's page, one tab for each file of tests."""
+    return browser.open(server.url)

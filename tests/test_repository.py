@@ -1,0 +1,169 @@
+"""Promises of the repository as a whole: what is shipped, how big it is, how fast it loads, what a workflow carries."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+import tomllib
+from PIL import Image
+
+from dit_toolkit.scripts import workflows
+from dit_toolkit.scripts.places import PACK, ROOT, WORKFLOWS, comfyui
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+STEMS = workflows.stems()
+ROOMS = [ROOT / room for room in ("nodes", "host", "models")]
+SHIPPED = [ROOT / "__init__.py", *sorted(path for room in ROOMS for path in room.rglob("*.py"))]
+DOWNLOADS = ("https://huggingface.co/", "https://civitai.com/")
+EXTENSIONS = (".safetensors", ".sft")
+
+every_workflow = pytest.mark.parametrize("stem", STEMS)
+
+
+def tracked_files() -> list:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [path for name in listed.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def texts():
+    for path in tracked_files():
+        try:
+            yield path.relative_to(ROOT), path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+
+
+# Workflows
+
+
+@every_workflow
+def test_nodes_say_which_pack_and_version_they_come_from(stem):
+    for node in workflows.nodes_of(workflows.read(stem)):
+        if node["type"] in ("Note", "MarkdownNote", "Reroute", "PrimitiveNode"):
+            continue
+        properties, where = node["properties"], f"node {node['id']} ({node['type']})"
+        ours = node["type"].startswith("DiT")
+        assert properties.get("cnr_id") == (PACK if ours else "comfy-core"), where
+        assert re.fullmatch(r"\d+\.\d+\.\d+", properties.get("ver", "")), where
+        assert properties.get("Node name for S&R") == node["type"], where
+        known = {"cnr_id", "ver", "Node name for S&R", "models"}
+        assert set(properties) <= known, f"{where} carries the marks of other packs"
+
+
+@every_workflow
+def test_model_files_can_be_downloaded_from_where_they_are_missing(stem):
+    for node in workflows.nodes_of(workflows.read(stem)):
+        for model in node.get("properties", {}).get("models", ()):
+            assert model["name"] in node["widgets_values"], model["name"]
+            assert model["url"].startswith(DOWNLOADS)
+            assert model["url"].partition("?")[0].endswith(EXTENSIONS)
+            assert model["directory"]
+
+
+@every_workflow
+def test_a_workflow_is_a_finished_example(stem):
+    workflow = workflows.read(stem)
+    types = [node["type"] for node in workflow["nodes"]]
+    assert workflow["version"] == 0.4
+    assert "MarkdownNote" in types
+    assert "SaveImage" in types
+    assert any(kind.startswith("DiT") for kind in types)
+    assert not set(stem) & set("#?%")
+    for node in workflow["nodes"]:
+        assert "randomize" not in node.get("widgets_values", ()), f"node {node['id']}: the seed is not fixed"
+
+
+@every_workflow
+def test_a_workflow_has_a_thumbnail(stem):
+    thumbnail = WORKFLOWS / f"{stem}.jpg"
+    assert Image.open(thumbnail).format == "JPEG"
+    assert thumbnail.stat().st_size < 200_000
+
+
+# What is shipped
+
+
+def test_dependencies_stay_empty():
+    assert PROJECT["project"]["dependencies"] == []
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert all(line.startswith("#") for line in lines if line)
+
+
+def test_the_changelog_names_the_version():
+    version = PROJECT["project"]["version"]
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_weights_are_small_enough_to_ship():
+    size = sum(path.stat().st_size for path in (ROOT / "weights").rglob("*") if path.is_file())
+    assert size <= 40e6
+
+
+def test_no_machine_and_no_registry_is_named():
+    machine = r"(?:^|[^\w.])/(?:work|root|farm|home/\w+|Users/\w+)/"
+    registry = r"pypi\.org/simple|files\.pythonhosted\.org|registry\.npmjs\.org"
+    forbidden = re.compile(f"{machine}|{registry}")
+    found = {str(name): match[0] for name, text in texts() if (match := forbidden.search(text))}
+    assert not found
+
+
+def test_there_is_no_lock_file_with_addresses():
+    assert not [path for path in tracked_files() if path.name in ("uv.lock", "poetry.lock", "Pipfile.lock")]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shipped_code_does_nothing_that_a_scanner_flags(path):
+    """The registry's scanner, and what makes weights load badly: see the conventions of the ecosystem."""
+    source = path.read_text(encoding="utf-8")
+    source.encode("cp1252")
+    for node in ast.walk(ast.parse(source)):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+        bad = {"subprocess", "pickle", "ctypes", "socket", "urllib", "requests", "importlib"}
+        assert not {module.partition(".")[0] for module in modules} & bad
+        if isinstance(node, ast.Call):
+            call = ast.unparse(node.func)
+            assert call not in ("eval", "exec", "torch.load", "print", "os.system")
+            assert not re.fullmatch(r"(torch\.)?nn\.(Linear|Conv\dd|LayerNorm|GroupNorm|Embedding)", call), call
+            assert not call.endswith((".cuda", "empty_cache"))
+
+
+# Loading
+
+IMPORT = """
+import asyncio, importlib.util, sys, time
+sys.path.insert(0, {host!r})
+from comfy.cli_args import args
+args.cpu, args.base_directory = True, {base!r}
+import nodes, comfy.sd, comfy_api.latest
+asyncio.run(nodes.init_builtin_extra_nodes())
+def load(name):
+    init = {root!r} + "/__init__.py"
+    spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[{root!r}])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
+before = set(sys.modules)
+load("warm_up")  # writes the byte code, and brings in what the pack imports from elsewhere
+new = {{name.partition(".")[0] for name in set(sys.modules) - before}} - {{"warm_up"}} - sys.stdlib_module_names
+times = []
+for number in range(3):
+    start = time.process_time()
+    load(f"pack_{{number}}")
+    times.append(time.process_time() - start)
+print("RESULT", round(min(times) * 1000), *sorted(new))
+"""
+
+
+@pytest.mark.comfy
+def test_the_pack_loads_fast_and_brings_no_module_that_comfyui_has_not_loaded(tmp_path):
+    code = IMPORT.format(host=str(comfyui()), base=str(tmp_path), root=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    milliseconds, *modules = line.split()[1:]
+    assert modules == []
+    assert int(milliseconds) < 150
