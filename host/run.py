@@ -1,0 +1,152 @@
+"""The life of a sampling run: what hangs on the MODEL, what is born with the run, and what dies with it.
+
+A *description* is frozen and hangs on a MODEL. A *run* lives from the start of sampling to its end, however it ends,
+and counts evaluations. A *lane* is what one feature keeps for one condition within a run.
+
+`attach` puts a description on a clone of the MODEL. When a sampler starts, an OUTER_SAMPLE wrapper makes the `Run`,
+lets every description `bind` its hooks to the run's own copy of the options, and drops all of it in `finally`. So the
+order of nodes does not matter, and nothing stays on the MODEL, its weights or its modules.
+
+Two hooks are the run's own. PREDICT_NOISE is one evaluation by the sampler, whatever the guider makes of it.
+APPLY_MODEL is one call of the model, with one or more conditions side by side in its batch: a `Chunk`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from comfy.model_patcher import ModelPatcher, create_model_options_clone
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+KEY = "dit_toolkit"
+CHUNK = "dit_toolkit.chunk"  # in transformer_options: the Chunk that is being computed
+
+State = TypeVar("State")
+
+
+class Description(Protocol):
+    """What a node hangs on a MODEL: frozen settings that know how to start."""
+
+    def bind(self, run: Run, model_options: dict) -> None:
+        """Add this feature's hooks to `model_options`, which belong to this run alone."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Which condition a part of a batch is, as far as state must not be mixed.
+
+    The uuid alone is not enough: positive and negative may share one, context windows of one evaluation do, and so do
+    the extra passes of guidance nodes. `occurrence` counts those, in the order of the evaluation.
+    """
+
+    uuid: Hashable
+    index: int  # place in the guider's list: 0 positive, 1 negative
+    occurrence: int
+    window: tuple[int, ...] | None  # frames of the context window, where there is one
+    hooks: Hashable  # ComfyUI's HookGroup, or None
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One call of the model: `rows` pictures for each of `conditions`, one after the other in the batch."""
+
+    conditions: tuple[Condition, ...]
+    rows: int
+
+    def part(self, i: int) -> slice:
+        """The batch rows of condition `i`."""
+        return slice(i * self.rows, (i + 1) * self.rows)
+
+
+class Run:
+    """One run of one sampler. `evaluation` is the number of the current one, from 0; -1 before the first."""
+
+    def __init__(self):
+        self.evaluation = -1
+        self._lanes: dict[tuple[int, Condition], Any] = {}
+        self._seen: Counter[Hashable] = Counter()
+        self._lock = threading.Lock()  # with several GPUs, conditions run in threads
+
+    def lane(self, owner: object, condition: Condition, make: Callable[[], State]) -> State:
+        """What `owner` keeps for `condition` in this run; `make` is called on the first use."""
+        with self._lock:
+            key = (id(owner), condition)
+            if key not in self._lanes:
+                self._lanes[key] = make()
+            return self._lanes[key]
+
+    def begin_evaluation(self) -> None:
+        with self._lock:
+            self.evaluation += 1
+            self._seen.clear()
+
+    def open_chunk(self, x: torch.Tensor, options: dict, hooks: Hashable) -> Chunk:
+        """The conditions of a model call with batch `x` and these transformer_options."""
+        uuids = options.get("uuids") or [None]
+        indices = options.get("cond_or_uncond") or [0] * len(uuids)
+        window = options.get("context_window")
+        frames = None if window is None else tuple(window.index_list)
+        conditions = []
+        with self._lock:
+            for uuid, index in zip(uuids, indices, strict=True):
+                same = (uuid, index, frames, hooks, x.device)
+                conditions.append(Condition(uuid, index, self._seen[same], frames, hooks, x.device))
+                self._seen[same] += 1
+        return Chunk(tuple(conditions), x.shape[0] // len(conditions))
+
+    def close(self) -> None:
+        with self._lock:
+            self._lanes.clear()
+
+
+def attach(model: ModelPatcher, description: Description) -> ModelPatcher:
+    """A clone of `model` on which `description` takes effect whenever it is sampled."""
+    patched = model.clone()
+    options = patched.model_options["transformer_options"]
+    options[KEY] = (*options.get(KEY, ()), description)
+    patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sampler_run)
+    return patched
+
+
+def attached(model: ModelPatcher) -> tuple[Description, ...]:
+    """The descriptions that hang on `model`, in the order of their nodes."""
+    return model.model_options["transformer_options"].get(KEY, ())
+
+
+def chunk_of(options: dict) -> Chunk:
+    """The chunk that transformer_options belong to, anywhere below APPLY_MODEL."""
+    return options[CHUNK]
+
+
+def sampler_run(executor, *args, **kwargs):
+    """OUTER_SAMPLE: one run from first to last."""
+    guider, run = executor.class_obj, Run()
+    before = guider.model_options
+    guider.model_options = options = create_model_options_clone(before)
+
+    def count(executor, *args, **kwargs):
+        run.begin_evaluation()
+        return executor(*args, **kwargs)
+
+    def name_conditions(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
+        hooks = getattr(executor.class_obj.current_patcher, "current_hooks", None)
+        chunk = run.open_chunk(x, transformer_options, hooks)
+        transformer_options = {**transformer_options, CHUNK: chunk}
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    try:
+        add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, count, options, is_model_options=True)
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, name_conditions, options, is_model_options=True)
+        for description in options["transformer_options"].get(KEY, ()):
+            description.bind(run, options)
+        return executor(*args, **kwargs)
+    finally:
+        guider.model_options = before
+        run.close()
