@@ -29,7 +29,7 @@ OUTPUT = ROOT / "output"
 @dataclass(frozen=True)
 class Row:
     workflow: str  # its title, the stem of its file
-    control: str  # picture in demo_inputs/, in the place of the workflow's first one
+    control: str  # picture in demo_inputs/, in the place of the workflow's first one (by node id)
     prompt: str
     seed: int
     subject: str | None = None  # picture in the place of the workflow's second one
@@ -55,6 +55,7 @@ def main(arguments: list[str]) -> int:
 
 
 def demo() -> Path:
+    """Run every row; returns the sheet."""
     OUTPUT.mkdir(exist_ok=True)
     lines = []
     with Server(CACHE / "demo") as server:
@@ -132,7 +133,7 @@ def progress_line(step: str):
 
 def contact_sheet(lines: list[tuple[Row, list[Path]]], file: Path) -> Path:
     """One line for each row: its pictures under their headings, and below them what was asked for."""
-    side, gap, text_height, head = 320, 16, 72, 56
+    side, gap, text_height, head = 384, 16, 72, 56  # 384 shows 96 pixels at four times their size
     columns = max(len(pictures) for _, pictures in lines)
     width = columns * (side + gap) + gap
     sheet = Image.new("RGB", (width, head + len(lines) * (side + text_height)), "white")

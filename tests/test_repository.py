@@ -137,8 +137,7 @@ import asyncio, importlib.util, sys, time
 sys.path.insert(0, {host!r})
 from comfy.cli_args import args
 args.cpu, args.base_directory = True, {base!r}
-import nodes, comfy.sd, comfy_api.latest
-asyncio.run(nodes.init_builtin_extra_nodes())
+import nodes, comfy.sd, comfy_api.latest  # what ComfyUI has loaded by the time it reads the first pack, and less
 def load(name):
     init = {root!r} + "/__init__.py"
     spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[{root!r}])
