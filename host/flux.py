@@ -1,0 +1,104 @@
+"""FLUX.1 in ComfyUI: where its tokens, positions, blocks and modulation are.
+
+Everything goes through the live modules and core's own functions, so that fp8 and GGUF weights, offloading, weight
+patches and RoPE options apply. Flux2, Chroma, LongCat and Ovis share code with FLUX.1 and are told apart here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy.ldm.flux.layers import timestep_embedding
+from comfy.ldm.flux.math import apply_rope1
+from comfy.ldm.flux.model import Flux
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+from torch.nn import functional as F
+
+from .attention import BlockKeys
+
+
+def require_flux1(model: ModelPatcher, node: str) -> Flux:
+    """The transformer of a FLUX.1 model. `node` is the display name of who asks.
+
+    Raises:
+        ValueError: `model` is of another family.
+    """
+    transformer: Any = model.get_model_object("diffusion_model")
+    transformer = getattr(transformer, "_orig_mod", transformer)  # compiled
+    if not is_flux1(transformer):
+        raise ValueError(f"{node} needs a FLUX.1 model, got {type(model.model).__name__}. Connect one to 'model'.")
+    return transformer
+
+
+def is_flux1(transformer: Any) -> bool:
+    """FLUX.1 dev, schnell, Fill, Kontext and fine-tunes: own modulation per block, pooled text, 2 x 2 patches."""
+    if not isinstance(transformer, Flux):
+        return False
+    p = transformer.params
+    others = p.global_modulation or p.yak_mlp or p.txt_norm or p.mlp_silu_act
+    return not others and p.vec_in_dim is not None and p.patch_size == 2
+
+
+def token_grid(transformer: Flux, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of tokens of a latent of this size; odd sizes are padded up, as the model does."""
+    patch = transformer.patch_size
+    return (height + patch // 2) // patch, (width + patch // 2) // patch
+
+
+def tokens(base: Any, latent: Tensor, channels: int) -> Tensor:
+    """A latent as a VAE gives it, `[N, C, h, w]`, as tokens `[N, T, channels * 4]` in the model's scale.
+
+    Models that take more channels than a latent has (Fill, control models) get zeros for the others.
+    """
+    transformer = base.diffusion_model
+    patched, _ = transformer.process_img(base.process_latent_in(latent).to(base.get_dtype_inference()))
+    return F.pad(patched, (0, channels * transformer.patch_size**2 - patched.shape[-1]))
+
+
+def modulation_vector(
+    transformer: Any, timestep: float, guidance: Tensor | None, pooled: Tensor | None, like: Tensor
+) -> Tensor:
+    """The vector that modulates every block, `[B, D]`, as the model computes it for its own tokens.
+
+    Args:
+        timestep: noise level, 0 to 1.
+        guidance: `[B]`, read by guidance-distilled models only.
+        pooled: pooled text `[B, P]`, or None for zeros.
+        like: sets dtype and device.
+    """
+    rows = next((x.shape[0] for x in (pooled, guidance) if x is not None), 1)
+    noise_level = torch.full((rows,), timestep, device=like.device)
+    vec = transformer.time_in(timestep_embedding(noise_level, 256).to(like))
+    if transformer.params.guidance_embed and guidance is not None:
+        vec = vec + transformer.guidance_in(timestep_embedding(guidance.to(like), 256).to(like))
+    width = transformer.params.vec_in_dim
+    pooled = like.new_zeros((rows, width)) if pooled is None else pooled[:, :width].to(like)
+    return vec + transformer.vector_in(pooled)
+
+
+def rotations(transformer: Flux, ids: Tensor, options: dict) -> Tensor:
+    """RoPE matrices of position ids `[T, 3]`, under the same scale and shift as the picture's own."""
+    rope = options.get("rope_options") or {}
+    scale = ids.new_tensor([1.0, rope.get("scale_y", 1.0), rope.get("scale_x", 1.0)])
+    shift = ids.new_tensor([rope.get(f"shift_{axis}", 0.0) for axis in "tyx"])
+    return transformer.pe_embedder((ids * scale + shift)[None])  # [1, 1, T, d/2, 2, 2]
+
+
+def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
+    return apply_rope1(x, pe)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Core's attention without a mask: q, k, v `[B, H, T, d]` to `[B, T, H*d]`."""
+    return optimized_attention(q, k, v, q.shape[1], skip_reshape=True)
+
+
+def by_block(transformer: Flux, keys: list[tuple[Tensor, Tensor]]) -> BlockKeys:
+    """Keys and values listed double blocks first, under the names that attention patches see."""
+    doubles = len(transformer.double_blocks)
+    names = [("double", i) for i in range(doubles)]
+    names += [("single", i) for i in range(len(transformer.single_blocks))]
+    return dict(zip(names, keys, strict=True))
