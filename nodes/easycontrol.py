@@ -1,0 +1,215 @@
+"""EasyControl: steer FLUX.1 with condition images, several at once, at little more than the plain model's cost.
+
+Paper: EasyControl, arXiv:2503.07027. The method is in `models/easycontrol.py`, its hooks in `host/easycontrol.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..host.easycontrol import PATCH, Cache, Kind, Padding, attach, check_numbers, prepare_image
+from ..host.easycontrol_files import EasyControlFile, file_names, load
+
+logger = logging.getLogger(__name__)
+
+EasyControlType = io.Custom("DIT_EASYCONTROL")
+
+
+class LoadEasyControl(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTEasyControlLoader",
+            display_name="Load EasyControl LoRA",
+            category="DiT Toolkit/loaders",
+            description=(
+                "Loads a LoRA of the EasyControl kind, such as canny, depth, pose, seg, inpainting, subject or Ghibli. "
+                "It acts on condition images only; ordinary LoRA loaders cannot use it."
+            ),
+            search_aliases=["easycontrol", "control lora", "condition lora", "canny", "depth", "pose", "subject"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=file_names(),
+                    tooltip="A file in models/easycontrol or models/loras, or one that ships with the pack.",
+                ),
+            ],
+            outputs=[
+                EasyControlType.Output(display_name="easycontrol", tooltip="The LoRA, for Apply EasyControl."),
+                io.String.Output(display_name="report", tooltip="One line: rank, slots and blocks found in the file."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        loaded = load(file)
+        report = f"{file}: {loaded.checkpoint.summary}"
+        logger.info("EasyControl %s", report)
+        return io.NodeOutput(loaded, report)
+
+
+class ApplyEasyControl(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTEasyControlApply",
+            display_name="Apply EasyControl",
+            category="DiT Toolkit/model/patch",
+            description=(
+                "Lets a FLUX.1 model follow a condition image: edges, depth, pose, a subject, a photo to restyle. "
+                "Chain the node for several conditions; their order does not matter."
+            ),
+            search_aliases=["easycontrol", "controlnet", "canny", "depth", "pose", "subject reference", "kv cache"],
+            inputs=[
+                io.Model.Input("model", tooltip="A FLUX.1 model: dev, schnell, a fine-tune, fp8 or GGUF."),
+                EasyControlType.Input("easycontrol", tooltip="The LoRA that was trained for this kind of condition."),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The condition image. One for all pictures, or as many as the batch has. Needs 'vae'.",
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="The model's VAE, which encodes 'image'."),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="An encoded condition, used as it is. Instead of 'image', not with it.",
+                ),
+                io.Combo.Input(
+                    "kind",
+                    options=["spatial", "subject"],
+                    default="spatial",
+                    tooltip="spatial: the image lies over the picture (edges, depth, pose, inpainting, style). "
+                    "subject: it shows something to put into the picture.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="Factor on the LoRA, 1 as published. 0 turns the condition off.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Where in the run the condition begins to act. 0 is the start.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Where in the run it stops acting. 1 is the end.",
+                ),
+                io.Int.Input(
+                    "condition_size",
+                    default=512,
+                    min=PATCH,
+                    max=2048,
+                    step=PATCH,
+                    advanced=True,
+                    tooltip="Side in pixels that 'image' is brought to; published LoRAs are trained at 512. "
+                    "Smaller is faster and needs less memory. Not read for 'latent'.",
+                ),
+                io.Combo.Input(
+                    "pad_color",
+                    options=["grey", "black"],
+                    default="grey",
+                    advanced=True,
+                    tooltip="What fills up a subject image that is not square. Not read for spatial conditions.",
+                ),
+                io.Int.Input(
+                    "slot",
+                    default=0,
+                    min=0,
+                    max=15,
+                    advanced=True,
+                    tooltip="Which LoRA of a file that holds several. 0 is the first; nearly all files have one.",
+                ),
+                io.Float.Input(
+                    "influence",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="How much attention the condition gets: fades it out without a jump. "
+                    "1 is as trained and fastest, 0 turns it off.",
+                ),
+                io.Combo.Input(
+                    "kv_cache",
+                    options=["on GPU", "offload to CPU", "off"],
+                    default="on GPU",
+                    advanced=True,
+                    tooltip="Where the condition's keys and values are kept during a run; the picture is the same. "
+                    "'offload to CPU' saves memory, 'off' computes them anew in each step and is slow.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model, following the condition.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        easycontrol: EasyControlFile,
+        kind: Kind,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        condition_size: int,
+        pad_color: Padding,
+        slot: int,
+        influence: float,
+        kv_cache: Cache,
+        image: Any = None,
+        vae: Any = None,
+        latent: Any = None,
+    ) -> io.NodeOutput:
+        check_numbers(strength, start_percent, end_percent, influence)
+        check_condition(image, vae, latent, condition_size)
+        if strength == 0 or influence == 0:
+            return io.NodeOutput(model)
+        patched = attach(
+            model,
+            easycontrol,
+            slot,
+            encoded(image, vae, latent, kind, condition_size, pad_color),
+            kind=kind,
+            strength=strength,
+            start=start_percent,
+            end=end_percent,
+            influence=influence,
+            cache=kv_cache,
+        )
+        return io.NodeOutput(patched)
+
+
+def check_condition(image: Any, vae: Any, latent: Any, size: int) -> None:
+    """Exactly one of image (with a VAE) and latent, and a size of whole tokens."""
+    if image is None and latent is None:
+        raise ValueError("Apply EasyControl needs a condition: connect 'image' and 'vae', or 'latent'.")
+    if image is not None and latent is not None:
+        raise ValueError("Apply EasyControl takes an 'image' or a 'latent', not both. Disconnect one of them.")
+    if image is not None and vae is None:
+        raise ValueError("Apply EasyControl needs a VAE to encode 'image'. Connect 'vae', or use 'latent' instead.")
+    if size < PATCH or size % PATCH:
+        raise ValueError(f"condition_size must be a positive multiple of {PATCH}, got {size}.")
+
+
+def encoded(image: Any, vae: Any, latent: Any, kind: Kind, size: int, padding: Padding) -> Tensor:
+    """The condition as a latent, `[N, C, h, w]`."""
+    if image is None:
+        return latent["samples"]
+    return vae.encode(prepare_image(image, kind, size, padding))
+
+
+NODES = [LoadEasyControl, ApplyEasyControl]
