@@ -18,7 +18,7 @@ WORKFLOWS = ROOT / "workflows"
 DEMO_INPUTS = ROOT / "scripts" / "demo_inputs"
 DEMO_PROMPTS = ROOT / "scripts" / "demo_prompts"
 
-MODEL_FOLDERS = ("diffusion_models", "loras", "model_patches", "text_encoders", "vae")
+MODEL_FOLDERS = ("diffusion_models", "easycontrol", "loras", "model_patches", "text_encoders", "vae")
 
 
 def comfyui() -> Path:

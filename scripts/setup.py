@@ -142,9 +142,10 @@ def fetch_comfyui(target: Path) -> None:
         with tarfile.open(archive) as tar:
             for member in tar.getmembers():
                 inside = member.name.partition("/")[2]
-                if inside.startswith(prefix) and member.isfile() and ".." not in inside.split("/"):
-                    member.name = inside[len(prefix) :]
-                    tar.extract(member, Path(folder) / "ComfyUI")
+                if member.isfile() and inside.startswith(prefix) and ".." not in inside.split("/"):
+                    file = Path(folder) / "ComfyUI" / inside[len(prefix) :]
+                    make(file.parent)
+                    file.write_bytes(tar.extractfile(member).read())
         shutil.rmtree(target, ignore_errors=True)
         (Path(folder) / "ComfyUI").rename(target)
     stamp.write_text(pins, encoding="utf-8")

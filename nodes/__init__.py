@@ -1,0 +1,10 @@
+"""What the user sees: one file per feature, each with the list `NODES` of what it adds."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import easycontrol, embedded
+
+
+class DiTToolkit(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [*easycontrol.NODES, *embedded.NODES]
