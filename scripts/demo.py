@@ -29,7 +29,7 @@ OUTPUT = ROOT / "output"
 @dataclass(frozen=True)
 class Row:
     workflow: str  # its title, the stem of its file
-    control: str  # picture in demo_inputs/, in the place of the workflow's first one (by node id)
+    control: str  # picture in web/examples/, in the place of the workflow's first one (by node id)
     prompt: str
     seed: int
     subject: str | None = None  # picture in the place of the workflow's second one

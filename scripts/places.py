@@ -15,7 +15,7 @@ VENV = ROOT / ".venv"
 CACHE = ROOT / ".cache"
 BASE = ROOT / ".comfyui" / "base"  # models, input, output and user files of `make serve`
 WORKFLOWS = ROOT / "workflows"
-DEMO_INPUTS = ROOT / "scripts" / "demo_inputs"
+DEMO_INPUTS = ROOT / "web" / "examples"  # shipped: help pages and notes show them
 DEMO_PROMPTS = ROOT / "scripts" / "demo_prompts"
 
 MODEL_FOLDERS = ("diffusion_models", "easycontrol", "loras", "model_patches", "text_encoders", "vae")

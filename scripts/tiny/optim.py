@@ -1,4 +1,4 @@
-"""Muon for matrices, in float32: the processors we train on have no fast bfloat16, which torch's own Muon needs.
+"""Muon for matrices, in whatever precision is in force: torch's own insists on bfloat16, slow on most processors.
 
 Source: Keller Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
 """
@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
                     updates.append(p.grad.lerp(buffer, group["momentum"]))
                 scale = group["lr"] * math.sqrt(max(1.0, rows / columns))
                 for p, update in zip(params, orthogonalise(torch.stack(updates)), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.to(p), alpha=-scale)
 
 
 def optimisers(model: nn.Module, text: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:

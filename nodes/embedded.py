@@ -1,0 +1,37 @@
+"""Load the embedded default: the tiny models that make every example run without a download."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..host import embedded
+
+
+class LoadEmbedded(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTLoadEmbedded",
+            display_name="Load Embedded Model",
+            category="DiT Toolkit/loaders",
+            description=(
+                "Loads the tiny FLUX.1-layout model that ships with DiT Toolkit. It draws paper dolls and simple objects "
+                "at 96 x 96 in a second on a CPU: for trying workflows and for tests, not for art."
+            ),
+            search_aliases=["tiny flux", "toy model", "demo model", "embedded default", "cpu demo"],
+            inputs=[],
+            outputs=[
+                io.Model.Output(tooltip="Tiny FLUX.1 transformer. Takes the same patches, LoRAs and samplers as FLUX.1-dev."),
+                io.Clip.Output(
+                    tooltip="Its text encoder. Knows some 60 words: colours, shapes, dolls, garments, poses, places."
+                ),
+                io.Vae.Output(tooltip="Its autoencoder, with FLUX.1's 16 latent channels."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(embedded.load_model(), embedded.load_clip(), embedded.load_vae())
+
+
+NODES = [LoadEmbedded]

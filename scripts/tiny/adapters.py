@@ -1,0 +1,163 @@
+"""Train the EasyControl adapters of the embedded default: `edge`, `pose` and `subject`.
+
+The frozen base draws, the condition's keys and values come from the very function that the node runs
+(`models/easycontrol.py`), and only the condition LoRA learns. Loss and noise levels are the base's, guidance is 1, as
+the authors train on FLUX.1-dev.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from dit_toolkit.models.easycontrol import ConditionLora, encode_condition, published_state, spatial_ids, subject_ids
+from dit_toolkit.models.tiny_text import PAD
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from . import data, train, world
+from .flux import Flux, apply_rope, attention, patchify, rope
+from .pictures import edges_as_a_user_would
+
+KINDS = ("edge", "pose", "subject")
+
+
+@dataclass(frozen=True)
+class AdapterRecipe:
+    rank: int = 32
+    pool: int = 24_000
+    steps: int = 1_500
+    batch: int = 48
+    lr: float = 2e-3
+    drop: float = 0.1  # captions left empty
+
+
+def condition_picture(kind: str, scene: world.Scene, picture: world.Picture, rng: np.random.Generator) -> np.ndarray:
+    """What the adapter is shown for a scene, `[S, S, 3]` uint8."""
+    size = picture.image.shape[0]
+    if kind == "edge":
+        return edges_as_a_user_would(scene, picture, rng)
+    if kind == "pose":
+        return world.pose_map(scene, size)
+    return world.cut_out(subject_alone(scene), 0, size, (127, 127, 127))
+
+
+def subject_alone(scene: world.Scene) -> world.Scene:
+    """The first thing of a scene in a neutral pose: the reference shows who it is, not how it stands."""
+    first = scene.things[0]
+    return replace(scene, things=(replace(first, arms=(30.0, 30.0), legs=(8.0, 8.0)) if first.kind == "doll" else first,))
+
+
+def caption_for(kind: str, scene: world.Scene) -> str:
+    """Captions that leave to the condition what the condition shows."""
+    if kind == "subject" and scene.things[0].kind == "doll":
+        pose = {"": "", "waving": ", waving"}.get(scene.pose, f", arms {scene.pose}")
+        toy = f", a {scene.things[1].colour} {scene.things[1].kind} on the {scene.relation}" if len(scene.things) > 1 else ""
+        return f"a doll{pose}{toy}, on a {scene.ground} ground"
+    return world.caption(scene)
+
+
+LEVELS = {"edge": train.LEVELS, "pose": (0, 0, 1.0, 0.6), "subject": (0, 0, 1.0, 0.6)}
+
+
+def pool(kind: str, recipe: AdapterRecipe, seed: int, size: int, vae) -> dict[str, Tensor]:
+    """Latents of pictures and conditions, and word ids."""
+    path = train.WORK / f"pool-{kind}.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    rng, stream = np.random.default_rng(seed), world.scenes(90_000 + seed, LEVELS[kind])
+    kept: dict[str, list[Tensor]] = {"latents": [], "conditions": [], "ids": []}
+    for _ in tqdm(range(recipe.pool // 500), desc=f"rendering for {kind}"):
+        shown, conditions, ids = [], [], []
+        for scene in (next(stream) for _ in range(500)):
+            picture = world.render(scene, size)
+            shown.append(picture.image)
+            conditions.append(condition_picture(kind, scene, picture, rng))
+            ids.append(data.padded_ids(caption_for(kind, scene)))
+        kept["latents"].append(data.encode(vae, np.stack(shown)).half())
+        kept["conditions"].append(data.encode(vae, np.stack(conditions)).half())
+        kept["ids"].append(torch.tensor(ids, dtype=torch.uint8))
+    made = {name: torch.cat(parts) for name, parts in kept.items()}
+    train.save(path, made)
+    return made
+
+
+def condition_keys(
+    kind: str, flux: Flux, lora: ConditionLora, condition: Tensor, pooled: Tensor, guidance: Tensor, grid: tuple[int, int]
+):
+    """Keys and values of every block for condition latents `[B, live, h, w]` beside a picture of `grid` tokens."""
+    own = (condition.shape[-2] // 2, condition.shape[-1] // 2)
+    ids = (subject_ids if kind == "subject" else spatial_ids)(own, grid, condition.device)
+    vec = flux.vec(torch.zeros_like(guidance), guidance, pooled)
+    return encode_condition(
+        flux, lora, patchify(condition), vec, rope(ids[None]), attention=attention, apply_rope=apply_rope
+    )
+
+
+def train_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: str = "guidance") -> None:
+    device = train.device_of()
+    model = train.load_base(base, stage).to(device)
+    stock = pool(kind, recipe, base.seed, base.pixels, train.load_vae(base))
+    size = model.flux.size
+    lora = ConditionLora(size.hidden, size.double, size.single, recipe.rank, operations=nn).to(device)
+    lora.init_for_training(torch.Generator().manual_seed(base.seed))
+    optimiser = torch.optim.AdamW(lora.parameters(), lr=recipe.lr, betas=(0.9, 0.97), weight_decay=0.0)
+    average = {k: v.clone() for k, v in lora.state_dict().items()}
+    path, start, losses = train.WORK / f"easycontrol-{kind}.pt", 0, []
+    if path.exists():
+        kept = torch.load(path, weights_only=True, map_location=device)
+        lora.load_state_dict(kept["model"])
+        average = kept["ema"]
+        optimiser.load_state_dict(kept["optimiser"])
+        start, losses = kept["step"], kept["losses"]
+    side = base.pixels // 16
+    bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=kind, mininterval=5)
+    for step in bar:
+        rng = np.random.default_rng((base.seed, KINDS.index(kind), step))
+        index = torch.from_numpy(rng.integers(stock["latents"].shape[0], size=recipe.batch))
+        x0, condition = stock["latents"][index].float().to(device), stock["conditions"][index].float().to(device)
+        words = stock["ids"][index].long()
+        words[torch.from_numpy(rng.random(recipe.batch) < recipe.drop)] = PAD
+        noise = torch.from_numpy(rng.standard_normal(tuple(x0.shape), np.float32)).to(device)
+        t = train.noise_levels(rng, recipe.batch).to(device)
+        guidance = torch.ones(recipe.batch, device=device)
+        context, pooled = model.text(words.to(device))
+        extra = condition_keys(kind, model.flux, lora, condition, pooled, guidance, (side, side))
+        v = model.flux(torch.lerp(x0, noise, t[:, None, None, None]), t, context, pooled, guidance, extra)
+        loss = F.mse_loss(v, noise - x0)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(lora.parameters(), 1.0)
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.lr * train.schedule(step, recipe.steps, warm_up=30)
+        optimiser.step()
+        decay = min(0.995, (step + 1) / (step + 10))
+        for name, value in lora.state_dict().items():
+            average[name].lerp_(value, 1 - decay)
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
+        if (step + 1) % 250 == 0 or step + 1 == recipe.steps:
+            state = {"model": lora.state_dict(), "ema": average, "optimiser": optimiser.state_dict()}
+            train.save(path, {**state, "step": step + 1, "losses": losses})
+            train.plot(f"easycontrol-{kind}", losses)
+    export_adapter(kind, base, recipe)
+
+
+def load_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe) -> ConditionLora:
+    size = train.size_of(base)
+    lora = ConditionLora(size.hidden, size.double, size.single, recipe.rank, operations=nn)
+    lora.load_state_dict(torch.load(train.WORK / f"easycontrol-{kind}.pt", weights_only=True, map_location="cpu")["ema"])
+    return lora.requires_grad_(False)
+
+
+def export_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe) -> None:
+    """In the published layout, so that the loader has one path for theirs and ours."""
+    train.write(f"easycontrol/tiny_{kind}.safetensors", published_state([load_adapter(kind, base, recipe)]), {})
+
+
+def train_all(base: train.Recipe, kinds: tuple[str, ...] = KINDS, steps: int | None = None) -> None:
+    recipe = AdapterRecipe() if steps is None else AdapterRecipe(steps=steps)
+    for kind in kinds:
+        train_adapter(kind, base, recipe)

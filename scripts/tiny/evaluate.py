@@ -1,0 +1,142 @@
+"""Measure the shipped weights: `python -m scripts.tiny.evaluate [--count 200]`. Prints the table of the model card.
+
+Held-out prompts and scenes only. The scorer is `scripts.tiny.score`; the tests use the same one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+
+import numpy as np
+import torch
+from dit_toolkit.models.easycontrol import ConditionLora
+from dit_toolkit.models.easycontrol_keys import parse
+from safetensors.torch import load_file
+from torch import nn
+
+from . import data, train, world
+from .adapters import KINDS, caption_for, condition_keys, condition_picture
+from .pictures import to_unit, training_picture
+from .score import edge_agreement, score, silhouette_agreement
+
+SIDE = 96
+
+
+def pictures(vae, latents: torch.Tensor) -> np.ndarray:
+    """Live latents -> uint8 RGB `[N, H, W, 3]`."""
+    with torch.no_grad():
+        shown = torch.cat([vae.decode_live(part) for part in latents.split(50)])
+    return ((shown.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).numpy()
+
+
+def tally(images: np.ndarray, scenes: list[world.Scene]) -> dict[str, float]:
+    """Share of pictures that are right, by what is asked, and by difficulty."""
+    right, asked = Counter(), Counter()
+    for image, scene in zip(images, scenes, strict=True):
+        result = score(image, scene)
+        level = (2 if scene.things[0].kind == "doll" else 0) + len(scene.things) - 1
+        parts = {"object": result.objects, "colour": result.colours, "position": result.position,
+                 "ground": result.ground, "all": result.all, f"all, {world.LEVELS[level]}": result.all}  # fmt: skip
+        for name, value in {**parts, **result.details}.items():
+            right[name] += bool(value)
+            asked[name] += 1
+    return {name: round(right[name] / asked[name], 3) for name in asked}
+
+
+def some(count: int, levels, seed: int = 5) -> list[world.Scene]:
+    stream = world.scenes(seed, levels, test=True)
+    return [next(stream) for _ in range(count)]
+
+
+def draw(model, vae, scenes, seed: int = 1, captions=None, **options) -> np.ndarray:
+    ids = torch.tensor([data.padded_ids(c) for c in (captions or [world.caption(s) for s in scenes])])
+    return pictures(vae, train.sample(model, ids, (SIDE // 8, SIDE // 8), seed, **options))
+
+
+def prompts(model, vae, count: int, settings=((1.0, 1.0), (3.5, 1.0), (1.0, 2.5))) -> dict:
+    scenes = some(count, train.LEVELS)
+    truth = np.stack([world.render(s, SIDE).image for s in scenes])
+    found = {"ground truth": tally(truth, scenes), "autoencoder": tally(pictures(vae, data.encode(vae, truth)), scenes)}
+    for guidance, cfg in settings:
+        found[f"guidance {guidance}, cfg {cfg}"] = tally(draw(model, vae, scenes, guidance=guidance, cfg=cfg), scenes)
+    return found
+
+
+def autoencoder(vae, count: int = 200) -> dict[str, float]:
+    rng = np.random.default_rng(3)
+    scenes = some(count, train.LEVELS, 6)
+
+    def psnr(shown: np.ndarray) -> float:
+        x = torch.from_numpy(to_unit(shown))
+        with torch.no_grad():
+            back = vae.decode_live(vae.patch_in(x)).clamp(-1, 1)
+        return round(float(-10 * torch.log10(((back - x) / 2).square().mean())), 2)
+
+    edges = np.stack([condition_picture("edge", s, world.render(s, SIDE), rng) for s in scenes])
+    mixed = np.stack([training_picture(s, SIDE, rng) for s in scenes])
+    return {
+        "scenes": psnr(np.stack([world.render(s, SIDE).image for s in scenes])),
+        "edge maps": psnr(edges),
+        "all kinds": psnr(mixed),
+    }
+
+
+def load_lora(kind: str, size) -> ConditionLora:
+    slot = parse(load_file(train.WEIGHTS / "easycontrol" / f"tiny_{kind}.safetensors")).slots[0]
+    rank = next(iter(slot.ranks.values()))
+    lora = ConditionLora(size.hidden, size.double, size.single, rank, operations=nn)
+    lora.load_state_dict({k: v.float() for k, v in slot.weights.items()})
+    return lora.requires_grad_(False)
+
+
+def control(kind: str, model, vae, count: int = 32, guidance: float = 3.5) -> dict[str, dict[str, float]]:
+    """With the condition, without it, with somebody else's, and with an untrained LoRA; the same seeds and prompts."""
+    rng = np.random.default_rng(4)
+    scenes = some(count, (0.7, 0.8, 1.2, 0.8) if kind == "edge" else (0, 0, 1.0, 0.5), 8)
+    shown = [world.render(s, SIDE) for s in scenes]
+    maps = np.stack([condition_picture(kind, s, p, rng) for s, p in zip(scenes, shown, strict=True)])
+    captions = [caption_for(kind, s) for s in scenes]
+    flux, size = model.flux, model.flux.size
+    strength = torch.full((count,), guidance)
+    pooled = model.text(torch.tensor([data.padded_ids(c) for c in captions]))[1]
+
+    def keys(lora, conditions):
+        return condition_keys(kind, flux, lora, data.encode(vae, conditions), pooled, strength, (SIDE // 16,) * 2)
+
+    lora = load_lora(kind, size)
+    blank = ConditionLora(size.hidden, size.double, size.single, 4, operations=nn).requires_grad_(False)
+    blank.init_for_training(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        variants = {
+            "with": keys(lora, maps),
+            "without": None,
+            "somebody else's": keys(lora, np.roll(maps, 1, 0)),
+            "untrained LoRA": keys(blank, maps),
+        }
+    found = {}
+    for name, extra in variants.items():
+        images = draw(model, vae, scenes, captions=captions, guidance=guidance, extra=extra)
+        line = tally(images, scenes)
+        line["silhouette IoU"] = round(float(np.mean([silhouette_agreement(i, s) for i, s in zip(images, scenes, strict=True)])), 3)
+        if kind == "edge":
+            line["edge F1"] = round(float(np.mean([edge_agreement(i, m, 1) for i, m in zip(images, maps, strict=True)])), 3)
+        found[name] = line
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=200)
+    count = parser.parse_args().count
+    model, vae = train.load_shipped()
+    found = {"psnr_db": autoencoder(vae), "prompts": prompts(model, vae, count)}
+    for kind in KINDS:
+        if (train.WEIGHTS / "easycontrol" / f"tiny_{kind}.safetensors").exists():
+            found[f"control: {kind}"] = control(kind, model, vae)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
