@@ -21,6 +21,7 @@ from dit_toolkit.tests.host.tiny import (
     FLUX1,
     HIDDEN,
     SINGLE,
+    close,
     controlled,
     flux_state,
     latent,
@@ -31,29 +32,6 @@ from dit_toolkit.tests.host.tiny import (
 )
 
 pytestmark = pytest.mark.comfy
-
-
-def close(a, b, atol=2e-5):
-    """Latents are of order 1; float32 sums in another order differ by some 1e-6 per step."""
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
-
-
-@pytest.fixture(scope="module")
-def file():
-    return lora_file()
-
-
-@pytest.fixture
-def encodings(monkeypatch):
-    """Every condition that is run through the model, with what it is made from."""
-    seen, encode = [], Encoder.encode
-
-    def counted(self, call, source):
-        seen.append(source)
-        return encode(self, call, source)
-
-    monkeypatch.setattr(Encoder, "encode", counted)
-    return seen
 
 
 @pytest.mark.parametrize("off", [{"strength": 0.0}, {"influence": 0.0}])

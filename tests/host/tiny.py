@@ -98,3 +98,8 @@ def sample(model, steps=3, *, sampler="euler", cfg=1.0, size=(8, 8), batch=1, po
         disable_pbar=True,
         seed=0,
     )
+
+
+def close(a, b, atol=2e-5) -> None:
+    """Equal up to rounding: latents are of order 1, and float32 sums in another order differ by some 1e-6 a step."""
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
