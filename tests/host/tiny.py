@@ -42,7 +42,8 @@ def flux_state(seed=0, channels=16, double=DOUBLE, single=SINGLE) -> dict[str, t
 
 
 def load_flux(state: dict[str, torch.Tensor], **options):
-    model = comfy.sd.load_diffusion_model_state_dict(dict(state), model_options=options)
+    own = {name: weight.clone() for name, weight in state.items()}  # core's conversion writes into what it is given
+    model = comfy.sd.load_diffusion_model_state_dict(own, model_options=options)
     assert model is not None
     return model
 
