@@ -19,7 +19,7 @@ import re
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from . import places
 
 RESULTS = places.ROOT / "benchmarks" / "results"
 HEAD = 128
+ROUNDS = 2
+JOINT = "one joint sequence"
 CACHES = (("encoded in each step", "off"), ("offloaded keys", "offload to CPU"), ("cached keys", "on GPU"))
 
 
@@ -207,8 +209,34 @@ class Clock:
         return out
 
 
-def measure(model, size: Size, repeats: int, device: torch.device) -> tuple[dict, Tensor]:
-    """One sampling of `repeats` evaluations after one or two to warm up: times, memory, and the picture."""
+@dataclass
+class Measured:
+    """What was seen of one form, over all rounds."""
+
+    form: str
+    conditions: int
+    seconds: list[float] = field(default_factory=list)  # of the evaluations that count
+    first: list[float] = field(default_factory=list)  # of each run's first, with the encoding where there is one
+    peak: int | None = None  # bytes
+    difference: float | None = None  # of the picture, from the joint form's
+
+    def row(self, plain: float) -> dict:
+        median = statistics.median(self.seconds)
+        return {
+            "conditions": self.conditions,
+            "form": self.form,
+            "milliseconds": round(1000 * median, 3),
+            "fastest": round(1000 * min(self.seconds), 3),
+            "slowest": round(1000 * max(self.seconds), 3),
+            "first": round(1000 * min(self.first), 3),
+            "relative": round(median / plain, 3),
+            "peak_mib": None if self.peak is None else round(self.peak / 2**20),
+            "difference": self.difference,
+        }
+
+
+def measure(model, size: Size, repeats: int, device: torch.device, into: Measured) -> Tensor:
+    """One sampling of `repeats` evaluations that count, after two to warm up. Returns the picture."""
     import comfy.sample
     from comfy.patcher_extension import WrappersMP
 
@@ -225,14 +253,11 @@ def measure(model, size: Size, repeats: int, device: torch.device) -> tuple[dict
     picture = comfy.sample.sample(
         timed, noise, repeats + 2, 1.0, "euler", "simple", prompt, prompt, empty, disable_pbar=True, seed=0
     )
-    median = statistics.median(clock.seconds[2:])
-    return {
-        "milliseconds": round(1000 * median, 3),
-        "fastest": round(1000 * min(clock.seconds[2:]), 3),
-        "slowest": round(1000 * max(clock.seconds[2:]), 3),
-        "first": round(1000 * clock.seconds[0], 3),  # with the encoding, where there is one
-        "peak_mib": round(torch.cuda.max_memory_allocated(device) / 2**20) if device.type == "cuda" else None,
-    }, picture
+    into.seconds += clock.seconds[2:]
+    into.first.append(clock.seconds[0])
+    if device.type == "cuda":
+        into.peak = max(into.peak or 0, torch.cuda.max_memory_allocated(device))
+    return picture
 
 
 def forms(model, size: Size, dtype: torch.dtype):
@@ -250,7 +275,7 @@ def forms(model, size: Size, dtype: torch.dtype):
         joint = model.clone()
         pairs = [(latents[i], random_lora(size, dtype, i + 1).patchers[0].model) for i in range(count)]
         joint.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "joint", Joint(model.model, pairs))
-        yield "one joint sequence", count, joint
+        yield JOINT, count, joint
         for name, cache in CACHES:
             controlled = model
             for file, latent in zip(files[:count], latents[:count], strict=True):
@@ -289,8 +314,8 @@ def save(report: dict, device: torch.device) -> str:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=["small", "flux1"], default="small", help="a ready-made size")
-    for field, of in Size.__dataclass_fields__.items():
-        parser.add_argument(f"--{field.replace('_', '-')}", type=int, help=f"default of --size small: {of.default}")
+    for name, of in Size.__dataclass_fields__.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default of --size small: {of.default}")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="float32 on a CPU, else bfloat16")
     parser.add_argument("--repeats", type=int, default=5, help="evaluations that count, at least 5")
     parser.add_argument("--no-save", action="store_true", help="print only")
@@ -310,18 +335,19 @@ def main(argv: list[str] | None = None) -> int:
     chosen = {name: value for name in Size.__dataclass_fields__ if (value := getattr(options, name)) is not None}
     size = Size(**{**(FLUX1 if options.size == "flux1" else Size()).__dict__, **chosen})
     dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    repeats = max(options.repeats, 5)
+    per_round = math.ceil(max(options.repeats, 5) / ROUNDS)
 
-    model = build(size, dtype, device)
-    rows, plain, joint = [], None, None
-    for form, count, controlled in forms(model, size, dtype):
-        times, picture = measure(controlled, size, repeats, device)
-        plain = plain or times["milliseconds"]
-        joint = picture if form == "one joint sequence" else joint
-        difference = float((picture - joint).abs().max()) if count and joint is not None else None
-        relative = round(times["milliseconds"] / plain, 3)
-        rows.append({"conditions": count, "form": form, **times, "relative": relative, "difference": difference})
-        print(f"{count} {form}: {times['milliseconds']:.1f} ms", file=sys.stderr)
+    models = list(forms(build(size, dtype, device), size, dtype))
+    found = [Measured(form, count) for form, count, _ in models]
+    for _ in range(ROUNDS):  # whatever else the machine does hits all forms alike
+        joint: dict[int, Tensor] = {}
+        for (form, count, model), measured in zip(models, found, strict=True):
+            picture = measure(model, size, per_round, device, measured)
+            if form == JOINT:
+                joint[count] = picture
+            elif count:
+                measured.difference = float((picture - joint[count]).abs().max())
+    rows = [measured.row(statistics.median(found[0].seconds)) for measured in found]
 
     report = {
         "benchmark": "easycontrol",
@@ -329,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
         "device": device_name(device),
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
-        "repeats": repeats,
+        "repeats": per_round * ROUNDS,
         "size": size.__dict__,
         "rows": rows,
     }
