@@ -47,6 +47,10 @@ def prepare_base(base: Path) -> Path:
     if not link.exists():
         link.symlink_to(ROOT, target_is_directory=True)
 
+    for picture in (comfyui() / "input").glob("*.png"):  # every ComfyUI has example.png; examples may load it
+        if not (base / "input" / picture.name).exists():
+            shutil.copy(picture, base / "input")
+
     settings = base / "user" / "default" / "comfy.settings.json"
     if not settings.exists():  # without this, a first visit opens the template browser over the page
         settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}), encoding="utf-8")
