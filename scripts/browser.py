@@ -250,6 +250,14 @@ class Page:
             return missing;
         """)
 
+    def red_nodes(self) -> list[str]:
+        """Nodes that the page frames in red, as when a file that they name is missing, with their values."""
+        self.settle()  # the page looks for the files after it has drawn the graph
+        return self.evaluate("""
+            return app.graph.nodes.filter(node => node.has_errors)
+                .map(node => `${node.title}: ${(node.widgets ?? []).map(widget => widget.value).join(", ")}`);
+        """)
+
     def queue(self) -> str:
         """Press Run; returns the id of the prompt, for `Client.wait`."""
         return self.evaluate("""
@@ -268,7 +276,8 @@ class Page:
             } finally {
                 app.api.fetchApi = fetchApi;
             }
-            if (!answer?.prompt_id) throw new Error("the server did not take the prompt: " + JSON.stringify(answer));
+            if (!answer?.prompt_id || Object.keys(answer.node_errors).length)
+                throw new Error("the server did not take all of the prompt: " + JSON.stringify(answer));
             return answer.prompt_id;
         """)
 

@@ -36,6 +36,7 @@ def test_a_picture_of_core_nodes_made_from_the_page_brings_its_graph_back(page, 
 def test_the_workflow_opens_without_a_complaint(stem, page):
     page.load_workflow(workflows.read(stem))
     assert page.missing_nodes() == []
+    assert page.red_nodes() == []
     assert page.errors() == []
 
 
