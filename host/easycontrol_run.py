@@ -132,9 +132,8 @@ class Encoder:
 
     def source(self, call: Call, part: slice) -> Source:
         """What the keys of these batch rows are made from; one row where all rows agree."""
-        pooled, guidance = (
-            None if x is None else x[part].to(call.like) for x in map(call.conds.get, ("y", "guidance"))
-        )
+        given = (call.conds.get("y"), call.conds.get("guidance"))
+        pooled, guidance = (None if x is None else x[part].to(call.like) for x in given)
         if not call.transformer.params.guidance_embed:
             guidance = None
         if all(x is None or bool((x == x[:1]).all()) for x in (pooled, guidance)):
@@ -143,9 +142,8 @@ class Encoder:
         hooks = getattr(patcher.current_hooks, "hooks", ())
         weights = (patcher.patches_uuid, *((hook.hook_ref, hook.strength) for hook in hooks))
         rope = tuple(sorted((call.options.get("rope_options") or {}).items()))
-        return Source(
-            self.latent(call), pooled, guidance, (call.picture, rope, call.channels, call.like.dtype, weights)
-        )
+        rest = (call.picture, rope, call.channels, call.like.dtype, weights)
+        return Source(self.latent(call), pooled, guidance, rest)
 
     def latent(self, call: Call) -> Tensor:
         """The condition latents of this call's pictures: one for all, or one each."""

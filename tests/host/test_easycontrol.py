@@ -223,11 +223,17 @@ def test_a_prompt_that_changes_during_the_run_is_encoded_again(tiny_flux, file, 
 
 
 def test_ranges_that_meet_are_one_range(tiny_flux, file):
+    sampling = tiny_flux.get_model_object("model_sampling")
+    border = sampling.percent_to_sigma(0.5)
+    first, second = ({"end": 0.5}, {"start": 0.5})
+    settings = [easycontrol.EasyControl("", "", latent(), "spatial", **part) for part in (first, second)]
+    for sigma, acting in ((1.0, [True, False]), (border, [False, True]), (0.001, [False, True])):
+        assert [part.acts_at(sigma, sampling) for part in settings] == acting
     whole = sample(controlled(tiny_flux, file=file), 4)
-    halves = controlled(controlled(tiny_flux, file=file, end=0.5), file=file, start=0.5)
-    assert torch.equal(sample(halves, 4), whole)
-    first, second = (sample(controlled(tiny_flux, file=file, **part), 4) for part in ({"end": 0.5}, {"start": 0.5}))
-    assert len({x.sum().item() for x in (whole, first, second, sample(tiny_flux, 4))}) == 4
+    both = controlled(controlled(tiny_flux, file=file, end=0.5), file=file, start=0.5)
+    assert torch.equal(sample(both, 4), whole)
+    halves = [sample(controlled(tiny_flux, file=file, **part), 4) for part in (first, second)]
+    assert len({x.sum().item() for x in (whole, *halves, sample(tiny_flux, 4))}) == 4
 
 
 def keys_of(monkeypatch, model, **options):

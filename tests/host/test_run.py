@@ -58,6 +58,35 @@ def test_each_run_starts_anew(watch):
     assert calls[0][0] is not calls[2][0]
 
 
+def test_lanes_are_emptied_when_the_run_ends(tiny_flux):
+    """Whoever still holds the run holds no tensors."""
+    kept = {}
+
+    def keep(run, chunk, args):
+        kept.update(run=run, condition=chunk.conditions[0])
+        kept["lane"] = run.lane(keep, chunk.conditions[0], list)
+        assert run.lane(keep, chunk.conditions[0], list) is kept["lane"]
+
+    sample(attach(tiny_flux, Watch(keep)), 2)
+    assert kept["run"].lane(keep, kept["condition"], list) is not kept["lane"]
+
+
+def test_the_guider_gets_its_options_back(tiny_flux):
+    """Whatever wraps the run from outside sees the options as they were."""
+    seen = []
+
+    def outside(executor, *args, **kwargs):
+        before = executor.class_obj.model_options
+        out = executor(*args, **kwargs)
+        seen.append(executor.class_obj.model_options is before)
+        return out
+
+    model = tiny_flux.clone()
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "outside", outside)
+    sample(attach(model, Watch(lambda *_: None)), 1)
+    assert seen == [True]
+
+
 def test_positive_and_negative_share_a_call_or_have_one_each(watch):
     model, calls = watch
     sample(model, 2, cfg=3.0)
