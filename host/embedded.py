@@ -18,7 +18,9 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
 import comfy.utils
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..models.tiny_text import PAD, SLOTS, VOCABULARY, TinyTextEncoder, word_ids
@@ -26,7 +28,8 @@ from ..models.tiny_vae import CHANNELS, PATCH, TinyVAE
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS, EXAMPLES = ROOT / "weights", ROOT / "web" / "examples"
 KEY = "dit_toolkit"  # of the safetensors metadata: a JSON text that describes the file
 
 
@@ -70,11 +73,10 @@ class EmbeddedTokenizer:
 class EmbeddedTextEncoder(torch.nn.Module, comfy.sd1_clip.ClipTokenWeightEncoder):
     """`TinyTextEncoder` behind the interface of ComfyUI's text encoders."""
 
-    special_tokens = {"pad": PAD}
-
     def __init__(self, dim: int, pooled_dim: int, device=None, dtype=None, model_options=None):
         super().__init__()
         self.dtypes = {dtype}
+        self.special_tokens = {"pad": PAD}
         self.execution_device = None
         self.transformer = TinyTextEncoder(
             dim, pooled_dim, operations=comfy.ops.manual_cast, device=device, dtype=dtype
@@ -91,7 +93,7 @@ class EmbeddedTextEncoder(torch.nn.Module, comfy.sd1_clip.ClipTokenWeightEncoder
         cond, pooled = self.transformer(torch.tensor(tokens, dtype=torch.long, device=device))
         return cond.float(), pooled.float()
 
-    def encode_token_weights(self, token_weight_pairs: dict[str, list]) -> tuple[Tensor, Tensor]:
+    def encode_token_weights(self, token_weight_pairs: dict[str, list]) -> tuple:
         rows = [[(pair[0], pair[1]) for pair in row] for row in token_weight_pairs["tiny"]]
         return super().encode_token_weights(rows)
 
@@ -107,7 +109,9 @@ class EmbeddedVAE(comfy.sd.VAE):
         super().__init__(sd={"pixel_space_vae": torch.ones(())}, dtype=torch.float32)
         self.downscale_ratio = self.upscale_ratio = PATCH
         self.latent_channels = CHANNELS
-        self.memory_used_encode = lambda shape, dtype: 64 * shape[2] * shape[3] * comfy.model_management.dtype_size(dtype)
+        self.memory_used_encode = lambda shape, dtype: (
+            64 * shape[2] * shape[3] * comfy.model_management.dtype_size(dtype)
+        )
         self.memory_used_decode = lambda shape, dtype: (
             160 * shape[2] * shape[3] * PATCH**2 * comfy.model_management.dtype_size(dtype)
         )
@@ -143,3 +147,16 @@ def load_vae() -> EmbeddedVAE:
     weights, about = _load("tiny_vae.safetensors")
     config = about["tiny_vae"]
     return EmbeddedVAE(weights, config["live"], tuple(config["widths"]))
+
+
+def example_names() -> list[str]:
+    """File names of the example pictures: the outlines, the subject, the photograph."""
+    return sorted(path.name for kind in ("drawn", "painted", "photo") for path in EXAMPLES.glob(f"{kind}_*"))
+
+
+def load_example(name: str) -> Tensor:
+    """An example picture as IMAGE, `[1, H, W, 3]` in 0..1."""
+    if name not in example_names():
+        raise FileNotFoundError(f"There is no example picture {name!r}. Choose one of: {', '.join(example_names())}.")
+    with Image.open(EXAMPLES / name) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB"), np.float32) / 255)[None]

@@ -31,8 +31,8 @@ VOCABULARY: tuple[str, ...] = (
     # places
     "left", "right", "above", "below", "top", "bottom", "centre", "in",
     # kept for later worlds, so that ids never move
-    "two", "large", "small", "dress", "hat", "dog", "cat", "car", "flower", "cloud", "sun", "face", "running", "sitting",
-    "standing", "dotted", "checked", "sks",
+    "two", "large", "small", "dress", "hat", "dog", "cat", "car", "flower", "cloud", "sun", "face", "running",
+    "sitting", "standing", "dotted", "checked", "sks",
 )  # fmt: skip
 
 SYNONYMS: dict[str, str] = {
@@ -51,7 +51,29 @@ SYNONYMS: dict[str, str] = {
     "lower": "bottom", "middle": "centre", "center": "centre", "light": "pale", "night": "dark",
 }  # fmt: skip
 
-FILLER = frozenset("a an the with and of on at to is its his her wearing this that there picture paper".split())
+FILLER = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "with",
+        "and",
+        "of",
+        "on",
+        "at",
+        "to",
+        "is",
+        "its",
+        "his",
+        "her",
+        "wearing",
+        "this",
+        "that",
+        "there",
+        "picture",
+        "paper",
+    ]
+)
 
 _IDS = {word: i for i, word in enumerate(VOCABULARY)}
 _WORD = re.compile(r"[a-z]+")
@@ -74,9 +96,7 @@ def word_ids(text: str) -> tuple[list[int], list[str]]:
 class TinyTextEncoder(nn.Module):
     """Word ids to context and pooled vector. `operations`: ComfyUI's layer classes, or `torch.nn`."""
 
-    def __init__(
-        self, dim: int = 128, pooled_dim: int = 64, heads: int = 4, *, operations, device=None, dtype=None
-    ):
+    def __init__(self, dim: int = 128, pooled_dim: int = 64, heads: int = 4, *, operations, device=None, dtype=None):
         super().__init__()
         where = {"device": device, "dtype": dtype}
         self.heads = heads

@@ -57,7 +57,7 @@ class Decoder(nn.Module):
 
 
 class TinyVAE(nn.Module):
-    """Encoder and decoder. `operations`: ComfyUI's layer classes, or `torch.nn`. `live`: channels that carry the picture."""
+    """Encoder and decoder. `live`: channels that carry the picture. `operations`: ComfyUI's layers, or `torch.nn`."""
 
     def __init__(self, live: int, widths: tuple[int, int, int] = (96, 48, 32), *, operations, device=None, dtype=None):
         super().__init__()

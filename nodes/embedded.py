@@ -1,4 +1,4 @@
-"""Load the embedded default: the tiny models that make every example run without a download."""
+"""The embedded default: the tiny models and the pictures that make every example run without a download."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class LoadEmbedded(io.ComfyNode):
             display_name="Load Embedded Model",
             category="DiT Toolkit/loaders",
             description=(
-                "Loads the tiny FLUX.1-layout model that ships with DiT Toolkit. It draws paper dolls and simple objects "
-                "at 96 x 96 in a second on a CPU: for trying workflows and for tests, not for art."
+                "Loads the tiny FLUX.1-layout model that ships with DiT Toolkit. It draws paper dolls and simple "
+                "objects at 96 x 96 in a second on a CPU: for trying workflows and for tests, not for art."
             ),
             search_aliases=["tiny flux", "toy model", "demo model", "embedded default", "cpu demo"],
             inputs=[],
             outputs=[
-                io.Model.Output(tooltip="Tiny FLUX.1 transformer. Takes the same patches, LoRAs and samplers as FLUX.1-dev."),
+                io.Model.Output(tooltip="Tiny FLUX.1 transformer: the same patches, LoRAs and samplers as FLUX.1-dev."),
                 io.Clip.Output(
                     tooltip="Its text encoder. Knows some 60 words: colours, shapes, dolls, garments, poses, places."
                 ),
@@ -34,4 +34,30 @@ class LoadEmbedded(io.ComfyNode):
         return io.NodeOutput(embedded.load_model(), embedded.load_clip(), embedded.load_vae())
 
 
-NODES = [LoadEmbedded]
+class ExamplePicture(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTExamplePicture",
+            display_name="Example Picture",
+            category="DiT Toolkit/image",
+            description="A picture that ships with DiT Toolkit, for its examples. Put Load Image here for your own.",
+            search_aliases=["example image", "sample picture", "demo image", "test image"],
+            inputs=[
+                io.Combo.Input(
+                    "picture",
+                    options=embedded.example_names(),
+                    tooltip="drawn_*: outlines drawn by hand. painted_*: a subject. photo_*: a photograph.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(tooltip="The picture, [1, H, W, 3]."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, picture: str) -> io.NodeOutput:
+        return io.NodeOutput(embedded.load_example(picture))
+
+
+NODES = [LoadEmbedded, ExamplePicture]

@@ -39,8 +39,8 @@ class Size:
     """Of the transformer, and of what it is given: tokens of picture, of each condition, of text."""
 
     hidden: int = 256
-    double: int = 2
-    single: int = 4
+    double: int = 1
+    single: int = 3
     rank: int = 32
     text_dim: int = 256
     pooled_dim: int = 64

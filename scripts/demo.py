@@ -35,7 +35,21 @@ class Row:
     subject: str | None = None  # picture in the place of the workflow's second one
 
 
-ROWS: tuple[Row, ...] = ()
+OUTLINE, PHOTO = "EasyControl - edges (CPU demo)", "EasyControl - edges of a photo (CPU demo)"
+BOTH = "EasyControl - edges and subject (CPU demo)"
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        OUTLINE,
+        "drawn_doll.png",
+        "a doll with long blonde hair, a blue striped shirt and an orange skirt, waving, on a pale ground",
+        7,
+    ),
+    Row(OUTLINE, "drawn_fish.png", "an orange fish, on a pale ground", 7),
+    Row(OUTLINE, "drawn_house.png", "a red house, on a white ground", 7),
+    Row(PHOTO, "photo_coin.jpg", "a yellow ball, on a dark ground", 3),
+    Row(BOTH, "drawn_doll.png", "a doll waving, on a dark ground", 5, subject="painted_doll.png"),
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -82,12 +96,13 @@ def demo() -> Path:
 def filled(prompt: Prompt, row: Row) -> Prompt:
     """The workflow's prompt with the row's pictures, words and seed."""
     prompt = copy.deepcopy(prompt)
-    loaders = [node for _, node in sorted(prompt.items(), key=by_id) if node["class_type"] == "LoadImage"]
+    kinds = ("LoadImage", "DiTExamplePicture")
+    loaders = [node for _, node in sorted(prompt.items(), key=by_id) if node["class_type"] in kinds]
     pictures = [row.control] if row.subject is None else [row.control, row.subject]
     if len(loaders) != len(pictures):
         raise ValueError(f"{row.workflow} loads {len(loaders)} pictures, and its row in the demo names {len(pictures)}")
     for node, picture in zip(loaders, pictures, strict=True):
-        node["inputs"]["image"] = picture
+        node.update(class_type="LoadImage", inputs={"image": picture})  # a file, as a user drops one in
     positive(prompt)["inputs"]["text"] = row.prompt
     for node in prompt.values():
         for name in ("seed", "noise_seed"):

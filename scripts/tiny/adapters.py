@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from dit_toolkit.models.easycontrol import ConditionLora, encode_condition, published_state, spatial_ids, subject_ids
-from dit_toolkit.models.tiny_text import PAD
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from dit_toolkit.models.easycontrol import ConditionLora, encode_condition, published_state, spatial_ids, subject_ids
+from dit_toolkit.models.tiny_text import PAD
 
 from . import data, train, world
 from .flux import Flux, apply_rope, attention, patchify, rope
@@ -47,14 +48,20 @@ def condition_picture(kind: str, scene: world.Scene, picture: world.Picture, rng
 def subject_alone(scene: world.Scene) -> world.Scene:
     """The first thing of a scene in a neutral pose: the reference shows who it is, not how it stands."""
     first = scene.things[0]
-    return replace(scene, things=(replace(first, arms=(30.0, 30.0), legs=(8.0, 8.0)) if first.kind == "doll" else first,))
+    return replace(
+        scene, things=(replace(first, arms=(30.0, 30.0), legs=(8.0, 8.0)) if first.kind == "doll" else first,)
+    )
 
 
 def caption_for(kind: str, scene: world.Scene) -> str:
     """Captions that leave to the condition what the condition shows."""
     if kind == "subject" and scene.things[0].kind == "doll":
         pose = {"": "", "waving": ", waving"}.get(scene.pose, f", arms {scene.pose}")
-        toy = f", a {scene.things[1].colour} {scene.things[1].kind} on the {scene.relation}" if len(scene.things) > 1 else ""
+        toy = (
+            f", a {scene.things[1].colour} {scene.things[1].kind} on the {scene.relation}"
+            if len(scene.things) > 1
+            else ""
+        )
         return f"a doll{pose}{toy}, on a {scene.ground} ground"
     return world.caption(scene)
 
@@ -85,7 +92,13 @@ def pool(kind: str, recipe: AdapterRecipe, seed: int, size: int, vae) -> dict[st
 
 
 def condition_keys(
-    kind: str, flux: Flux, lora: ConditionLora, condition: Tensor, pooled: Tensor, guidance: Tensor, grid: tuple[int, int]
+    kind: str,
+    flux: Flux,
+    lora: ConditionLora,
+    condition: Tensor,
+    pooled: Tensor,
+    guidance: Tensor,
+    grid: tuple[int, int],
 ):
     """Keys and values of every block for condition latents `[B, live, h, w]` beside a picture of `grid` tokens."""
     own = (condition.shape[-2] // 2, condition.shape[-1] // 2)
@@ -94,6 +107,20 @@ def condition_keys(
     return encode_condition(
         flux, lora, patchify(condition), vec, rope(ids[None]), attention=attention, apply_rope=apply_rope
     )
+
+
+class Controlled(nn.Module):
+    """Base and adapter in one module, so that one compilation covers both."""
+
+    def __init__(self, kind: str, base: train.Base, lora: ConditionLora):
+        super().__init__()
+        self.kind, self.base, self.lora = kind, base, lora
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor, guidance: Tensor, condition: Tensor) -> Tensor:
+        context, pooled = self.base.text(ids)
+        grid = (x.shape[-2] // 2, x.shape[-1] // 2)
+        extra = condition_keys(self.kind, self.base.flux, self.lora, condition, pooled, guidance, grid)
+        return self.base.flux(x, t, context, pooled, guidance, extra)
 
 
 def train_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: str = "guidance") -> None:
@@ -112,7 +139,7 @@ def train_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: s
         average = kept["ema"]
         optimiser.load_state_dict(kept["optimiser"])
         start, losses = kept["step"], kept["losses"]
-    side = base.pixels // 16
+    quick = torch.compile(Controlled(kind, model, lora))
     bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=kind, mininterval=5)
     for step in bar:
         rng = np.random.default_rng((base.seed, KINDS.index(kind), step))
@@ -123,10 +150,9 @@ def train_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: s
         noise = torch.from_numpy(rng.standard_normal(tuple(x0.shape), np.float32)).to(device)
         t = train.noise_levels(rng, recipe.batch).to(device)
         guidance = torch.ones(recipe.batch, device=device)
-        context, pooled = model.text(words.to(device))
-        extra = condition_keys(kind, model.flux, lora, condition, pooled, guidance, (side, side))
-        v = model.flux(torch.lerp(x0, noise, t[:, None, None, None]), t, context, pooled, guidance, extra)
-        loss = F.mse_loss(v, noise - x0)
+        with train.fast_matrices(device):
+            v = quick(torch.lerp(x0, noise, t[:, None, None, None]), t, words.to(device), guidance, condition)
+        loss = F.mse_loss(v.float(), noise - x0)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(lora.parameters(), 1.0)
@@ -148,7 +174,9 @@ def train_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: s
 def load_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe) -> ConditionLora:
     size = train.size_of(base)
     lora = ConditionLora(size.hidden, size.double, size.single, recipe.rank, operations=nn)
-    lora.load_state_dict(torch.load(train.WORK / f"easycontrol-{kind}.pt", weights_only=True, map_location="cpu")["ema"])
+    lora.load_state_dict(
+        torch.load(train.WORK / f"easycontrol-{kind}.pt", weights_only=True, map_location="cpu")["ema"]
+    )
     return lora.requires_grad_(False)
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
 from dit_toolkit.models.tiny_text import PAD, SLOTS, word_ids
 from dit_toolkit.models.tiny_vae import TinyVAE
-from tqdm import tqdm
 
 from . import world
 from .pictures import to_unit

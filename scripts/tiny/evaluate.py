@@ -11,10 +11,11 @@ from collections import Counter
 
 import numpy as np
 import torch
-from dit_toolkit.models.easycontrol import ConditionLora
-from dit_toolkit.models.easycontrol_keys import parse
 from safetensors.torch import load_file
 from torch import nn
+
+from dit_toolkit.models.easycontrol import ConditionLora
+from dit_toolkit.models.easycontrol_keys import parse
 
 from . import data, train, world
 from .adapters import KINDS, caption_for, condition_keys, condition_picture
@@ -119,9 +120,13 @@ def control(kind: str, model, vae, count: int = 32, guidance: float = 3.5) -> di
     for name, extra in variants.items():
         images = draw(model, vae, scenes, captions=captions, guidance=guidance, extra=extra)
         line = tally(images, scenes)
-        line["silhouette IoU"] = round(float(np.mean([silhouette_agreement(i, s) for i, s in zip(images, scenes, strict=True)])), 3)
+        line["silhouette IoU"] = round(
+            float(np.mean([silhouette_agreement(i, s) for i, s in zip(images, scenes, strict=True)])), 3
+        )
         if kind == "edge":
-            line["edge F1"] = round(float(np.mean([edge_agreement(i, m, 1) for i, m in zip(images, maps, strict=True)])), 3)
+            line["edge F1"] = round(
+                float(np.mean([edge_agreement(i, m, 1) for i, m in zip(images, maps, strict=True)])), 3
+            )
         found[name] = line
     return found
 

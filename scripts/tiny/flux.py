@@ -247,7 +247,13 @@ class Flux(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, guidance: Tensor, extra: list[ExtraKeys] | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        pooled: Tensor,
+        guidance: Tensor,
+        extra: list[ExtraKeys] | None = None,
     ) -> Tensor:
         """Velocity of `x`, both `[B, live, 2h, 2w]`. `extra`: keys and values per block, double blocks first."""
         h, w = x.shape[-2] // 2, x.shape[-1] // 2

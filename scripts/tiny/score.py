@@ -13,7 +13,21 @@ from functools import cache
 import cv2
 import numpy as np
 
-from .world import ARMS, COLOURS, GROUNDS, HAIR, LABELS, OBJECTS, SKINS, WHITE, Scene, Thing, doll_parts, parts_of, render
+from .world import (
+    ARMS,
+    COLOURS,
+    GROUNDS,
+    HAIR,
+    LABELS,
+    OBJECTS,
+    SKINS,
+    WHITE,
+    Scene,
+    Thing,
+    doll_parts,
+    parts_of,
+    render,
+)
 
 GRID = 48  # pixels a side of the silhouettes that are compared
 SMALLEST = 0.02  # of the canvas: what counts as a thing
@@ -120,7 +134,9 @@ def _dolls() -> tuple[list[Thing], np.ndarray]:
             for b in _ARM_STEPS:
                 for bottom in ("trousers", "skirt"):
                     for hairstyle in ("short", "long"):
-                        base = Thing("doll", 0.5, 0.5, size, "red", "plain", bottom, "blue", "black", hairstyle, (a, b), (10, 10))
+                        base = Thing(
+                            "doll", 0.5, 0.5, size, "red", "plain", bottom, "blue", "black", hairstyle, (a, b), (10, 10)
+                        )
                         whole = np.zeros((3 * GRID, 3 * GRID), np.uint8)
                         for part in doll_parts(base, 1):
                             fixed = np.round(((part.points + 1) * GRID - 0.5) * 16).astype(np.int32)
@@ -157,7 +173,9 @@ def pattern_of(image: np.ndarray, mask: np.ndarray) -> str:
     y0, y1, x0, x1 = ys.min(), ys.max() + 1, xs.min(), xs.max() + 1
     shirt = image[y0:y1, x0:x1].astype(np.float32)
     inside = mask[y0:y1, x0:x1]
-    base = np.median(shirt[inside & (nearest_colour(shirt) != _NAMES.index("plain white"))], 0) if inside.any() else WHITE
+    base = (
+        np.median(shirt[inside & (nearest_colour(shirt) != _NAMES.index("plain white"))], 0) if inside.any() else WHITE
+    )
     if not np.isfinite(base).all():
         return "plain"
     away = np.array(WHITE, np.float32) - base
@@ -169,7 +187,9 @@ def pattern_of(image: np.ndarray, mask: np.ndarray) -> str:
     return "striped" if across.std() > 0.34 else "spotted"  # 0.44 and 0.24 on the world's own
 
 
-def _score_doll(image: np.ndarray, scene: Scene, masks: list[np.ndarray]) -> tuple[bool, bool, dict[str, bool], Thing | None]:
+def _score_doll(
+    image: np.ndarray, scene: Scene, masks: list[np.ndarray]
+) -> tuple[bool, bool, dict[str, bool], Thing | None]:
     doll = scene.things[0]
     fitted, fit = fit_doll(masks[0])
     if fit < 0.62 or fit < kind_of(masks[0])[1] - 0.1:
@@ -213,7 +233,7 @@ def nearest_colour_with_skin(image: np.ndarray) -> np.ndarray:
 def _place(side: str, x: float, y: float) -> bool:
     dx, dy = x - 0.5, y - 0.5
     want = {"left": -dx, "right": dx, "top": -dy, "bottom": dy}
-    return not side or want[side] > 0.07 and want[side] >= max(abs(dx), abs(dy)) - 1e-6
+    return not side or (want[side] > 0.07 and want[side] >= max(abs(dx), abs(dy)) - 1e-6)
 
 
 def _related(relation: str, a: tuple[float, float], b: tuple[float, float]) -> bool:
@@ -263,7 +283,10 @@ def edge_agreement(image: np.ndarray, edges: np.ndarray, tolerance: int = 2) -> 
     own = cv2.Canny(cv2.GaussianBlur(grey, (3, 3), 0), 60, 140) > 0
     wanted = edges.max(-1) > 127
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * tolerance + 1, 2 * tolerance + 1))
-    near_own, near_wanted = cv2.dilate(own.astype(np.uint8), kernel) > 0, cv2.dilate(wanted.astype(np.uint8), kernel) > 0
+    near_own, near_wanted = (
+        cv2.dilate(own.astype(np.uint8), kernel) > 0,
+        cv2.dilate(wanted.astype(np.uint8), kernel) > 0,
+    )
     precision = (own & near_wanted).sum() / max(own.sum(), 1)
     recall = (wanted & near_own).sum() / max(wanted.sum(), 1)
     return float(2 * precision * recall / max(precision + recall, 1e-9))

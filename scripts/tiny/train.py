@@ -14,16 +14,18 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from dit_toolkit.models.tiny_text import PAD, SLOTS, VOCABULARY, TinyTextEncoder
-from dit_toolkit.models.tiny_vae import PATCH, TinyVAE, fit_components
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from dit_toolkit.models.tiny_text import PAD, SLOTS, VOCABULARY, TinyTextEncoder
+from dit_toolkit.models.tiny_vae import PATCH, TinyVAE, fit_components
 
 from . import data, world
 from .flux import Flux, Size, export, trim
@@ -45,8 +47,8 @@ class Recipe:
     seed: int = 1
     pool: int = 120_000
     batch: int = 64
-    vae_steps: int = 3_000
-    base_steps: int = 4_600
+    vae_steps: int = 2_400
+    base_steps: int = 3_900
     guidance_steps: int = 1_000
     lr: float = 1.5e-3
     muon_lr: float = 0.015
@@ -113,7 +115,9 @@ def load_vae(recipe: Recipe) -> TinyVAE:
     path = WORK / "components.pt"
     if not path.exists():
         x = torch.from_numpy(to_unit(_pictures(recipe, recipe.seed, 3_000)))
-        patches = x.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, PATCH, PATCH)
+        patches = (
+            x.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, PATCH, PATCH)
+        )
         save(path, fit_components(patches, recipe.live))
     parts = torch.load(path, weights_only=True)
     vae.load_state_dict({k: v for k, v in parts.items() if k.startswith("patch_")}, strict=False)
@@ -207,8 +211,7 @@ def size_of(recipe: Recipe) -> Size:
 
 _NOUNS = frozenset(VOCABULARY.index(word) for word in ("hair", "shirt", "trousers", "skirt", "ground"))
 _ADJECTIVES = frozenset(
-    VOCABULARY.index(word)
-    for word in (*world.COLOURS, *world.HAIR, *world.GROUNDS, *world.PATTERNS, *world.HAIRSTYLES)
+    VOCABULARY.index(word) for word in (*world.COLOURS, *world.HAIR, *world.GROUNDS, *world.PATTERNS, *world.HAIRSTYLES)
 )
 
 
@@ -282,7 +285,9 @@ def run_stage(name: str, recipe: Recipe, steps: int, model: Base, loss_of, every
             a.data.lerp_(b.data, 1 - decay)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise RuntimeError(f"{name}: the loss is {losses[-1]} at step {step}. Delete {path.name} and lower the rate.")
+            raise RuntimeError(
+                f"{name}: the loss is {losses[-1]} at step {step}. Delete {path.name} and lower the rate."
+            )
         bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
         if (step + 1) % every == 0 or step + 1 == steps:
             state = {"model": model.state_dict(), "ema": average.state_dict()}
@@ -377,7 +382,7 @@ def sample(
     t = 1 - torch.arange(steps + 1) / steps
     sigmas = torch.where(t > 0, shift / (shift + (1 / t.clamp(min=1e-9) - 1)), torch.zeros(()))
     strength = torch.full((b,), guidance)
-    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, then in pairwise(sigmas):
         level = now.expand(b)
         v = model(x, level, ids, strength, extra)
         if cfg != 1.0:

@@ -222,7 +222,7 @@ def parts_of(thing: Thing, owner: int = 1) -> list[Part]:
 
 @dataclass(frozen=True)
 class Picture:
-    """A rendered scene. `image` RGB; `labels` index `LABELS`; `owners` 0 for the ground, 1.. by depth, back to front."""
+    """A rendered scene. `labels` index `LABELS`; `owners`: 0 is the ground, then 1, 2, ... from back to front."""
 
     image: np.ndarray
     labels: np.ndarray

@@ -44,7 +44,9 @@ def test_the_schedule_warms_up_holds_and_falls():
 
 def test_a_brief_caption_keeps_what_is_shown():
     rng = np.random.default_rng(0)
-    ids = data.padded_ids("a doll with long brown hair, a red striped shirt and a blue skirt, arms up, on a grey ground")
+    ids = data.padded_ids(
+        "a doll with long brown hair, a red striped shirt and a blue skirt, arms up, on a grey ground"
+    )
     things = {VOCABULARY.index(w) for w in ("doll", "arms", "up")}
     seen = set()
     for _ in range(50):
@@ -100,7 +102,9 @@ def test_training_resumes_where_it_stopped(tmp_path, monkeypatch):
 
     def loss_of(model, step):
         x0, noise, t, words, guidance = train.batch_of(recipe, latents, ids, groups, step, "cpu")
-        return torch.nn.functional.mse_loss(model(torch.lerp(x0, noise, t[:, None, None, None]), t, words, guidance), noise - x0)
+        return torch.nn.functional.mse_loss(
+            model(torch.lerp(x0, noise, t[:, None, None, None]), t, words, guidance), noise - x0
+        )
 
     def fresh():
         torch.manual_seed(0)

@@ -1,0 +1,325 @@
+"""The embedded default through ComfyUI's own classes: it loads, agrees with the trainer, and does what the card says.
+
+Pictures are judged by the world's scorer, which knows what was asked for and nothing of the model. Thresholds stand
+well below what weights/README.md measured, and well above what a broken model reaches.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import numpy as np
+import pytest
+import torch
+
+from dit_toolkit.host import embedded
+from dit_toolkit.host.easycontrol_files import load as load_lora
+from dit_toolkit.models.tiny_text import SLOTS
+from dit_toolkit.models.tiny_vae import SCALE, SHIFT
+from dit_toolkit.nodes.easycontrol import ApplyEasyControl
+from dit_toolkit.scripts.tiny import evaluate, train, world
+from dit_toolkit.scripts.tiny.adapters import caption_for, condition_picture
+from dit_toolkit.scripts.tiny.score import edge_agreement, score, silhouette_agreement
+
+pytestmark = pytest.mark.comfy
+
+SIDE, STEPS, CFG = 96, 20, 2.5  # as in the example workflows
+
+
+@dataclass
+class Stack:
+    """The three objects that Load Embedded Model gives."""
+
+    model: object
+    clip: object
+    vae: object
+
+    def words(self, text: str):
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+
+    @torch.inference_mode()
+    def latents(
+        self, model, text, seed=1, cfg=CFG, steps=STEPS, size=(SIDE, SIDE), batch=1, sampler="euler", callback=None
+    ):
+        empty = torch.zeros(batch, 16, size[0] // 8, size[1] // 8)
+        noise = comfy.sample.prepare_noise(empty, seed)
+        return comfy.sample.sample(
+            model, noise, steps, cfg, sampler, "simple", self.words(text), self.words(""), empty, seed=seed,
+            callback=callback, disable_pbar=True,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def picture(self, model, text, **options) -> np.ndarray:
+        shown = self.vae.decode(self.latents(model, text, **options))
+        return (shown * 255).round().byte().numpy()
+
+
+@pytest.fixture(scope="module")
+def stack() -> Stack:
+    return Stack(embedded.load_model(), embedded.load_clip(), embedded.load_vae())
+
+
+@pytest.fixture(scope="module")
+def apply(stack):
+    """Apply EasyControl as the node does, with a tiny adapter and a picture `[N, S, S, 3]` uint8."""
+
+    @torch.inference_mode()
+    def applied(pictures, adapter="edge", kind="spatial", strength=1.0, model=None, **options):
+        image = torch.from_numpy(np.asarray(pictures)).float() / 255
+        image = image if image.ndim == 4 else image[None]
+        return ApplyEasyControl.execute(
+            model or stack.model, load_lora(f"tiny_{adapter}.safetensors"), kind, strength,
+            options.pop("start", 0.0), options.pop("end", 1.0), SIDE, "grey", 0, options.pop("influence", 1.0),
+            options.pop("kv_cache", "on GPU"), image=image, vae=stack.vae,
+        ).result[0]  # fmt: skip
+
+    return applied
+
+
+# It loads, and is what the trainer made
+
+
+def test_comfyui_recognises_the_transformer_as_flux(stack):
+    assert type(stack.model.model.model_config).__name__ == "Flux"
+    assert stack.model.cached_patcher_init is not None  # compiling, hooks and several GPUs need it
+
+
+def test_the_transformer_computes_what_the_trainers_does(stack):
+    base, _ = train.load_shipped()
+    live = base.flux.size.live
+    x = torch.randn(2, 16, 12, 12, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([train.data.padded_ids(t) for t in ("a red ball, on a white ground", "a doll, waving")])
+    t, guidance = torch.tensor([0.8, 0.3]), torch.tensor([3.5, 3.5])
+    with torch.inference_mode():
+        context, pooled = base.text(ids)
+        ours = base.flux(x[:, :live], t, context, pooled, guidance)
+        theirs = stack.model.model.diffusion_model(x, t, context, pooled, guidance)
+    assert torch.allclose(theirs[:, :live], ours, atol=2e-5)
+    assert not theirs[:, live:].any()
+
+
+def test_the_text_encoder_computes_what_the_trainers_does(stack):
+    base, _ = train.load_shipped()
+    text = "a doll with short black hair, a red shirt and a blue skirt"
+    with torch.inference_mode():
+        context, pooled = base.text(torch.tensor([train.data.padded_ids(text)]))
+    cond, about = stack.words(text)[0]
+    assert torch.allclose(cond, context, atol=2e-3)
+    assert torch.allclose(about["pooled_output"], pooled, atol=2e-3)
+
+
+def test_the_autoencoder_computes_what_the_trainers_does(stack):
+    _, vae = train.load_shipped()
+    shown = np.stack([world.render(s, SIDE).image for s in evaluate.some(4, (0, 1.0, 1.0))])
+    image = torch.from_numpy(shown).float() / 255
+    with torch.inference_mode():
+        latents = stack.vae.encode(image)
+        live = vae.patch_in(image.movedim(-1, 1) * 2 - 1)
+        assert torch.allclose((latents[:, : vae.live] - SHIFT) * SCALE, live, atol=1e-4)
+        back = stack.vae.decode(latents)
+        expected = ((vae.decode_live(live) + 1) / 2).clamp(0, 1).movedim(1, -1)
+    assert torch.allclose(back, expected, atol=1e-4)
+
+
+def test_the_round_trip_through_the_autoencoder_is_close(stack):
+    shown = np.stack([world.render(s, SIDE).image for s in evaluate.some(64, train.LEVELS)])
+    image = torch.from_numpy(shown).float() / 255
+    with torch.inference_mode():
+        back = stack.vae.decode(stack.vae.encode(image))
+    assert -10 * torch.log10((back - image).square().mean()) > 29
+
+
+def test_tiled_decoding_agrees(stack):
+    latents = stack.latents(stack.model, "a red ball, on a white ground", steps=4, size=(192, 192))
+    with torch.inference_mode():
+        whole, tiled = stack.vae.decode(latents), stack.vae.decode_tiled(latents, tile_x=16, tile_y=16, overlap=8)
+    assert (whole - tiled).abs().mean() < 0.01
+
+
+def test_a_missing_file_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(embedded, "WEIGHTS", tmp_path)
+    for load, name in (
+        (embedded.load_model, "tiny_flux"),
+        (embedded.load_clip, "tiny_text"),
+        (embedded.load_vae, "tiny_vae"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"{name}.* is missing from the pack's 'weights' folder"):
+            load()
+
+
+# The prompt box
+
+
+def test_prompt_weights_act_and_weight_one_does_not(stack):
+    plain, same, more = (stack.words(t)[0][0] for t in ("a red ball", "a (red:1.0) ball", "a (red:1.4) ball"))
+    assert torch.equal(plain, same)
+    assert not torch.allclose(plain, more)
+
+
+def test_synonyms_mean_the_same_and_unknown_words_are_logged(stack, caplog):
+    with caplog.at_level(logging.INFO):
+        strange = stack.words("A scarlet sphere, photorealistic, on white background")[0][0]
+    assert torch.equal(strange, stack.words("a red ball on a white ground")[0][0])
+    assert "does not know: photorealistic" in caplog.text
+
+
+def test_an_empty_and_an_endless_prompt_have_the_same_shape(stack, caplog):
+    assert stack.words("")[0][0].shape == (1, SLOTS, 128)
+    with caplog.at_level(logging.INFO):
+        assert stack.words("a red ball " * 30)[0][0].shape == (1, SLOTS, 128)
+    assert "cut off" in caplog.text
+
+
+# It draws what is asked for
+
+
+def drawn(stack, model, captions, **options) -> list[np.ndarray]:
+    return [stack.picture(model, text, seed=100 + k, **options)[0] for k, text in enumerate(captions)]
+
+
+def test_prompts_are_followed(stack):
+    """Object, colour, position and ground all right, on held-out prompts."""
+    scenes = evaluate.some(48, train.LEVELS, seed=21)
+    images = drawn(stack, stack.model, [world.caption(s) for s in scenes])
+    right = [score(i, s) for i, s in zip(images, scenes, strict=True)]
+    assert np.mean([r.all for r in right]) >= 0.8
+    shuffled = [score(i, s).all for i, s in zip(images, scenes[1:] + scenes[:1], strict=True)]
+    assert np.mean(shuffled) <= 0.1
+
+
+def test_the_same_seed_gives_the_same_picture(stack):
+    text = "a blue star, on a grey ground"
+    first, again = (stack.latents(embedded.load_model(), text, seed=4) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, stack.latents(stack.model, text, seed=5))
+
+
+# EasyControl on it: what the condition does
+
+
+@pytest.fixture(scope="module")
+def edges(stack, apply):
+    """32 held-out scenes drawn with their edges, without, and with somebody else's; the same prompts and seeds."""
+    scenes = evaluate.some(32, (0.7, 0.8, 1.2, 0.8), seed=31)
+    rng = np.random.default_rng(0)
+    maps = [condition_picture("edge", s, world.render(s, SIDE), rng) for s in scenes]
+    captions = [caption_for("edge", s) for s in scenes]
+    images = {"with": [], "without": [], "other": []}
+    for k, text in enumerate(captions):
+        images["with"].append(stack.picture(apply(maps[k]), text, seed=200 + k)[0])
+        images["without"].append(stack.picture(stack.model, text, seed=200 + k)[0])
+        images["other"].append(stack.picture(apply(maps[k - 1]), text, seed=200 + k)[0])
+    return scenes, maps, images
+
+
+def test_edges_are_followed(edges):
+    """Edge F1 at a tolerance of one pixel: the definition of edge adherence, blind to colour and kind."""
+    _, maps, images = edges
+    f1 = {
+        name: np.mean([edge_agreement(i, m, 1) for i, m in zip(shown, maps, strict=True)])
+        for name, shown in images.items()
+    }
+    assert f1["with"] >= 2.0 * max(f1["without"], f1["other"]), f1
+    assert f1["with"] >= 0.6, f1
+
+
+def test_edges_place_the_silhouette(edges):
+    scenes, _, images = edges
+    iou = {
+        name: np.mean([silhouette_agreement(i, s) for i, s in zip(shown, scenes, strict=True)])
+        for name, shown in images.items()
+    }
+    assert iou["with"] >= iou["without"] + 0.2, iou
+    assert iou["with"] >= iou["other"] + 0.2, iou
+
+
+def test_the_prompt_is_still_followed_under_edges(edges):
+    scenes, _, images = edges
+    assert (
+        np.mean([score(i, s).colours and score(i, s).ground for i, s in zip(images["with"], scenes, strict=True)])
+        >= 0.8
+    )
+
+
+# EasyControl on it: what a user may do with it
+
+
+@pytest.fixture(scope="module")
+def one(stack):
+    scene = evaluate.some(1, (0, 0, 1.0), seed=41)[0]
+    return world.caption(scene), world.edge_map(world.render(scene, SIDE), 2)
+
+
+def test_strength_0_is_the_model_itself(stack, apply, one):
+    text, edge = one
+    plain = stack.latents(stack.model, text)
+    assert torch.equal(stack.latents(apply(edge, strength=0.0), text), plain)
+    assert torch.equal(stack.latents(apply(edge, influence=0.0), text), plain)
+
+
+def test_removing_the_node_leaves_no_trace(stack, apply, one):
+    text, edge = one
+    before = stack.latents(stack.model, text)
+    weights = {k: v.clone() for k, v in stack.model.model.state_dict().items()}
+    acted = stack.latents(apply(edge), text)
+    assert not torch.allclose(acted, before, atol=0.05)
+    assert torch.equal(stack.latents(stack.model, text), before)
+    assert all(torch.equal(v, weights[k]) for k, v in stack.model.model.state_dict().items())
+
+
+def test_another_size_after_the_first_is_as_if_it_were_the_first(stack, apply, one):
+    text, edge = one
+    patched = apply(edge)
+    stack.latents(patched, text)
+    second = stack.latents(patched, text, size=(64, 128))
+    assert torch.equal(second, stack.latents(apply(edge), text, size=(64, 128)))
+
+
+def test_a_run_after_an_interrupted_one_is_clean(stack, apply, one):
+    text, edge = one
+    patched, fresh = apply(edge), stack.latents(apply(edge), text)
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, *_):
+        if step == 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        stack.latents(patched, text, callback=stop)
+    assert torch.equal(stack.latents(patched, text), fresh)
+
+
+def test_batches_cfg_and_samplers_work(stack, apply, one):
+    text, edge = one
+    pair = stack.latents(apply(np.stack([edge, edge])), text, batch=2, cfg=3.0)
+    assert pair.shape[0] == 2
+    assert torch.isfinite(pair).all()
+    broadcast = stack.latents(apply(edge), text, batch=2, cfg=3.0)
+    live = train.load_shipped()[0].flux.size.live
+    assert torch.allclose(pair[:, :live], broadcast[:, :live], atol=1e-3)
+    for sampler in ("heun", "dpmpp_2m", "euler_ancestral"):
+        assert torch.isfinite(stack.latents(apply(edge), text, steps=6, sampler=sampler)).all()
+
+
+def test_two_conditions_act_together(stack, apply):
+    """The outline gives the pose, the reference the colours, and the prompt names neither."""
+    scenes = evaluate.some(24, (0, 0, 1.0), seed=51)
+    rng = np.random.default_rng(1)
+    right = {"edge and subject": [], "edge alone": []}
+    overlap = []
+    for k, scene in enumerate(scenes):
+        text = caption_for("subject", scene)
+        edge = world.edge_map(world.render(scene, SIDE), 2)
+        subject = condition_picture("subject", scene, world.render(scene, SIDE), rng)
+        edged = apply(edge)
+        both = stack.picture(apply(subject, "subject", "subject", model=edged), text, seed=300 + k)[0]
+        right["edge and subject"].append(score(both, scene).colours)
+        right["edge alone"].append(score(stack.picture(edged, text, seed=300 + k)[0], scene).colours)
+        overlap.append(silhouette_agreement(both, scene))
+    share = {name: np.mean(values) for name, values in right.items()}
+    assert share["edge and subject"] >= share["edge alone"] + 0.4, share
+    assert np.mean(overlap) >= 0.8
