@@ -44,7 +44,7 @@ bench: setup
 	$(call timed,Benchmark,$(PY) -m scripts.bench)
 
 train-tiny: setup
-	$(call timed,Training of the embedded models,$(PY) -m scripts.tiny.train all)
+	$(call timed,Training of the embedded models,$(PY) -m scripts.tiny all)
 
 # The hashed requirements, from the short lists beside them. Needed only to move to newer versions.
 PINS = --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --upgrade --quiet

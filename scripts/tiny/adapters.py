@@ -123,7 +123,7 @@ class Controlled(nn.Module):
         return self.base.flux(x, t, context, pooled, guidance, extra)
 
 
-def train_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: str = "guidance") -> None:
+def train_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: str = "base") -> None:
     device = train.device_of()
     model = train.load_base(base, stage).to(device)
     stock = pool(kind, recipe, base.seed, base.pixels, train.load_vae(base))
@@ -183,9 +183,3 @@ def load_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe) -> Condit
 def export_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe) -> None:
     """In the published layout, so that the loader has one path for theirs and ours."""
     train.write(f"easycontrol/tiny_{kind}.safetensors", published_state([load_adapter(kind, base, recipe)]), {})
-
-
-def train_all(base: train.Recipe, kinds: tuple[str, ...] = KINDS, steps: int | None = None) -> None:
-    recipe = AdapterRecipe() if steps is None else AdapterRecipe(steps=steps)
-    for kind in kinds:
-        train_adapter(kind, base, recipe)

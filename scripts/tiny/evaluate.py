@@ -56,12 +56,12 @@ def draw(model, vae, scenes, seed: int = 1, captions=None, **options) -> np.ndar
     return pictures(vae, train.sample(model, ids, (SIDE // 8, SIDE // 8), seed, **options))
 
 
-def prompts(model, vae, count: int, settings=((1.0, 1.0), (3.5, 1.0), (1.0, 2.5))) -> dict:
+def prompts(model, vae, count: int, scales=(1.0, 2.5)) -> dict:
     scenes = some(count, train.LEVELS)
     truth = np.stack([world.render(s, SIDE).image for s in scenes])
     found = {"ground truth": tally(truth, scenes), "autoencoder": tally(pictures(vae, data.encode(vae, truth)), scenes)}
-    for guidance, cfg in settings:
-        found[f"guidance {guidance}, cfg {cfg}"] = tally(draw(model, vae, scenes, guidance=guidance, cfg=cfg), scenes)
+    for cfg in scales:
+        found[f"cfg {cfg}"] = tally(draw(model, vae, scenes, cfg=cfg), scenes)
     return found
 
 
@@ -92,7 +92,9 @@ def load_lora(kind: str, size) -> ConditionLora:
     return lora.requires_grad_(False)
 
 
-def control(kind: str, model, vae, count: int = 32, guidance: float = 3.5) -> dict[str, dict[str, float]]:
+def control(
+    kind: str, model, vae, count: int = 32, guidance: float = 3.5, cfg: float = 2.5
+) -> dict[str, dict[str, float]]:
     """With the condition, without it, with somebody else's, and with an untrained LoRA; the same seeds and prompts."""
     rng = np.random.default_rng(4)
     scenes = some(count, (0.7, 0.8, 1.2, 0.8) if kind == "edge" else (0, 0, 1.0, 0.5), 8)
@@ -118,7 +120,7 @@ def control(kind: str, model, vae, count: int = 32, guidance: float = 3.5) -> di
         }
     found = {}
     for name, extra in variants.items():
-        images = draw(model, vae, scenes, captions=captions, guidance=guidance, extra=extra)
+        images = draw(model, vae, scenes, captions=captions, guidance=guidance, cfg=cfg, extra=extra)
         line = tally(images, scenes)
         line["silhouette IoU"] = round(
             float(np.mean([silhouette_agreement(i, s) for i, s in zip(images, scenes, strict=True)])), 3

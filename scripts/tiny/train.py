@@ -1,19 +1,15 @@
-"""Train the embedded default: `python -m scripts.tiny.train STAGE`.
+"""Stages of the embedded default: autoencoder, then transformer and text encoder. `python -m scripts.tiny` runs them.
 
-Stages, in order: `vae` (components, then the decoder), `base` (transformer and text encoder), `guidance` (the same
-transformer learns classifier-free guidance as an input, as FLUX.1-dev did). `all` runs every stage, the adapters of
-`scripts.tiny.adapters` included. Every stage can be stopped and started again and continues at its last checkpoint;
-the same seed and thread count give the same weights. Checkpoints and plots: `.training/`; results: `weights/`.
+Every stage can be stopped and started again and continues at its last checkpoint; the same seed and thread count give
+the same weights. Checkpoints and plots: `.training/`; results: `weights/`.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -49,7 +45,6 @@ class Recipe:
     batch: int = 64
     vae_steps: int = 2_400
     base_steps: int = 3_900
-    guidance_steps: int = 1_000
     lr: float = 1.5e-3
     muon_lr: float = 0.015
     ema: float = 0.998
@@ -323,31 +318,6 @@ def load_base(recipe: Recipe, stage: str) -> Base:
     return model.requires_grad_(False).eval()
 
 
-def train_guidance(recipe: Recipe, workers: int) -> None:
-    """Guidance distillation: one evaluation at guidance g learns `v_empty + g (v_prompt - v_empty)` of the base.
-
-    Source: Meng et al., arXiv:2210.03142, stage one; FLUX.1-dev's guidance input is made the same way.
-    """
-    device = device_of()
-    latents, ids = pool_of(recipe, workers)
-    groups = groups_of(ids)
-    teacher = load_base(recipe, "base").to(device)
-    gentle = replace(recipe, lr=recipe.lr * 0.3, muon_lr=recipe.muon_lr * 0.2, drop=0.05, seed=recipe.seed + 1)
-
-    def loss_of(model: Base, step: int) -> Tensor:
-        x0, noise, t, words, guidance = batch_of(gentle, latents, ids, groups, step, device)
-        x = torch.lerp(x0, noise, t[:, None, None, None])
-        with torch.no_grad():
-            both = torch.cat([words, torch.full_like(words, PAD)])
-            one = torch.ones_like(guidance)
-            prompt, empty = teacher(x.repeat(2, 1, 1, 1), t.repeat(2), both, one.repeat(2)).chunk(2)
-            target = empty + guidance[:, None, None, None] * (prompt - empty)
-        return F.mse_loss(model(x, t, words, guidance).float(), target.float())
-
-    student = copy.deepcopy(teacher).requires_grad_(True).train()
-    export_base(run_stage("guidance", gentle, recipe.guidance_steps, student, loss_of), recipe, "guidance")
-
-
 def export_base(model: Base, recipe: Recipe, stage: str) -> None:
     size = model.flux.size
     about = {"stage": stage, "recipe": asdict(recipe), "size": size.asdict()}
@@ -390,31 +360,3 @@ def sample(
             v = empty + cfg * (v - empty)
         x = x + (then - now) * v
     return x
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "base", "guidance", "adapters", "all"])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=2, help="processes that render the pool")
-    for field in ("vae_steps", "base_steps", "guidance_steps", "pool", "pixels", "batch"):
-        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=getattr(Recipe, field))
-    args = vars(parser.parse_args())
-    stage, threads, workers = args.pop("stage"), args.pop("threads"), args.pop("workers")
-    torch.set_num_threads(threads)
-    recipe, started = Recipe(**args), time.time()
-    if stage in ("vae", "all"):
-        train_vae(recipe)
-    if stage in ("base", "all"):
-        train_base(recipe, workers)
-    if stage in ("guidance", "all"):
-        train_guidance(recipe, workers)
-    if stage in ("adapters", "all"):
-        from . import adapters
-
-        adapters.train_all(recipe)
-    print(f"{stage}: {time.time() - started:.0f} s")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,40 @@
+"""Train the embedded default: `python -m scripts.tiny STAGE`.
+
+Stages, in order: `vae` (components, then the decoder), `base` (transformer and text encoder), then the EasyControl
+adapters `edge`, `pose` and `subject`. `all` runs every one. A stage that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+from .adapters import KINDS, AdapterRecipe, train_adapter
+from .train import Recipe, train_base, train_vae
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["vae", "base", *KINDS, "all"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes that render the pool")
+    for field in ("vae_steps", "base_steps", "pool", "pixels", "batch"):
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=getattr(Recipe, field))
+    options = vars(parser.parse_args())
+    stage, threads, workers = (options.pop(name) for name in ("stage", "threads", "workers"))
+    torch.set_num_threads(threads)
+    recipe, started = Recipe(**options), time.time()
+    if stage in ("vae", "all"):
+        train_vae(recipe)
+    if stage in ("base", "all"):
+        train_base(recipe, workers)
+    for kind in KINDS:
+        if stage in (kind, "all"):
+            train_adapter(kind, recipe, AdapterRecipe())
+    print(f"{stage}: {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
