@@ -23,6 +23,7 @@ from .flux import Flux, apply_rope, attention, patchify, rope
 from .pictures import edges_as_a_user_would
 
 KINDS = ("edge", "pose", "subject")
+PIXELS = {"edge": 192, "pose": 96, "subject": 96}  # of the condition: a thin line needs small patches to have a place
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class AdapterRecipe:
     drop: float = 0.1  # captions left empty
 
 
-def condition_picture(kind: str, scene: world.Scene, picture: world.Picture, rng: np.random.Generator) -> np.ndarray:
-    """What the adapter is shown for a scene, `[S, S, 3]` uint8."""
-    size = picture.image.shape[0]
+def condition_picture(kind: str, scene: world.Scene, rng: np.random.Generator) -> np.ndarray:
+    """What the adapter is shown for a scene, `[PIXELS, PIXELS, 3]` uint8."""
+    size = PIXELS[kind]
     if kind == "edge":
-        return edges_as_a_user_would(scene, picture, rng)
+        return edges_as_a_user_would(world.render(scene, size), rng)
     if kind == "pose":
         return world.pose_map(scene, size)
     return world.cut_out(subject_alone(scene), 0, size, (127, 127, 127))
@@ -79,9 +80,8 @@ def pool(kind: str, recipe: AdapterRecipe, seed: int, size: int, vae) -> dict[st
     for _ in tqdm(range(recipe.pool // 500), desc=f"rendering for {kind}"):
         shown, conditions, ids = [], [], []
         for scene in (next(stream) for _ in range(500)):
-            picture = world.render(scene, size)
-            shown.append(picture.image)
-            conditions.append(condition_picture(kind, scene, picture, rng))
+            shown.append(world.render(scene, size).image)
+            conditions.append(condition_picture(kind, scene, rng))
             ids.append(data.padded_ids(caption_for(kind, scene)))
         kept["latents"].append(data.encode(vae, np.stack(shown)).half())
         kept["conditions"].append(data.encode(vae, np.stack(conditions)).half())

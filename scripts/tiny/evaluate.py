@@ -20,7 +20,7 @@ from dit_toolkit.models.easycontrol_keys import parse
 from . import data, train, world
 from .adapters import KINDS, caption_for, condition_keys, condition_picture
 from .pictures import to_unit, training_picture
-from .score import edge_agreement, score, silhouette_agreement
+from .score import edge_agreement, edge_distance, score, silhouette_agreement
 
 SIDE = 96
 
@@ -75,7 +75,7 @@ def autoencoder(vae, count: int = 200) -> dict[str, float]:
             back = vae.decode_live(vae.patch_in(x)).clamp(-1, 1)
         return round(float(-10 * torch.log10(((back - x) / 2).square().mean())), 2)
 
-    edges = np.stack([condition_picture("edge", s, world.render(s, SIDE), rng) for s in scenes])
+    edges = np.stack([condition_picture("edge", s, rng) for s in scenes])
     mixed = np.stack([training_picture(s, SIDE, rng) for s in scenes])
     return {
         "scenes": psnr(np.stack([world.render(s, SIDE).image for s in scenes])),
@@ -98,8 +98,8 @@ def control(
     """With the condition, without it, with somebody else's, and with an untrained LoRA; the same seeds and prompts."""
     rng = np.random.default_rng(4)
     scenes = some(count, (0.7, 0.8, 1.2, 0.8) if kind == "edge" else (0, 0, 1.0, 0.5), 8)
-    shown = [world.render(s, SIDE) for s in scenes]
-    maps = np.stack([condition_picture(kind, s, p, rng) for s, p in zip(scenes, shown, strict=True)])
+    maps = np.stack([condition_picture(kind, s, rng) for s in scenes])
+    truth = [world.canny(world.render(s, SIDE)) for s in scenes]
     captions = [caption_for(kind, s) for s in scenes]
     flux, size = model.flux, model.flux.size
     strength = torch.full((count,), guidance)
@@ -126,9 +126,9 @@ def control(
             float(np.mean([silhouette_agreement(i, s) for i, s in zip(images, scenes, strict=True)])), 3
         )
         if kind == "edge":
-            line["edge F1"] = round(
-                float(np.mean([edge_agreement(i, m, 1) for i, m in zip(images, maps, strict=True)])), 3
-            )
+            pairs = list(zip(images, truth, strict=True))
+            line["edge distance, pixels"] = round(float(np.mean([edge_distance(i, e) for i, e in pairs])), 3)
+            line["edge F1"] = round(float(np.mean([edge_agreement(i, e, 1) for i, e in pairs])), 3)
         found[name] = line
     return found
 

@@ -8,12 +8,13 @@ import numpy as np
 from . import world
 
 
-def edges_as_a_user_would(scene: world.Scene, picture: world.Picture, rng: np.random.Generator) -> np.ndarray:
+def edges_as_a_user_would(picture: world.Picture, rng: np.random.Generator) -> np.ndarray:
     """An outline drawing of the picture in one of the styles people bring: Canny, drawn parts, drawn silhouette."""
     style = rng.random()
     if style < 0.4:
         return world.canny(picture, int(rng.integers(40, 90)), int(rng.integers(110, 200)))
-    drawn = world.edge_map(picture, int(rng.integers(1, 4)), parts=style < 0.75)
+    widest = max(4, picture.image.shape[0] // 32)
+    drawn = world.edge_map(picture, int(rng.integers(1, widest)), parts=style < 0.75)
     if rng.random() < 0.5:  # a pen is softer than a comparison of pixels
         drawn = cv2.GaussianBlur(drawn, (3, 3), 0)
         drawn = np.clip(drawn.astype(np.float32) * 1.6, 0, 255).astype(np.uint8)
@@ -27,7 +28,7 @@ def training_picture(scene: world.Scene, size: int, rng: np.random.Generator) ->
     if roll < 0.72:
         return picture.image
     if roll < 0.86:
-        return edges_as_a_user_would(scene, picture, rng)
+        return edges_as_a_user_would(picture, rng)
     dolls = [i for i, thing in enumerate(scene.things) if thing.kind == "doll"]
     if roll < 0.91 and dolls:
         return world.pose_map(scene, size)

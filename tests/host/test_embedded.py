@@ -20,8 +20,8 @@ from dit_toolkit.models.tiny_text import SLOTS
 from dit_toolkit.models.tiny_vae import SCALE, SHIFT
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl
 from dit_toolkit.scripts.tiny import evaluate, train, world
-from dit_toolkit.scripts.tiny.adapters import caption_for, condition_picture
-from dit_toolkit.scripts.tiny.score import edge_agreement, score, silhouette_agreement
+from dit_toolkit.scripts.tiny.adapters import PIXELS, caption_for, condition_picture
+from dit_toolkit.scripts.tiny.score import edge_distance, score, silhouette_agreement
 
 pytestmark = pytest.mark.comfy
 
@@ -66,13 +66,12 @@ def apply(stack):
     """Apply EasyControl as the node does, with a tiny adapter and a picture `[N, S, S, 3]` uint8."""
 
     @torch.inference_mode()
-    def applied(pictures, adapter="edge", kind="spatial", strength=1.0, model=None, **options):
+    def applied(pictures, adapter="edge", kind="spatial", strength=1.0, model=None, influence=1.0):
         image = torch.from_numpy(np.asarray(pictures)).float() / 255
         image = image if image.ndim == 4 else image[None]
         return ApplyEasyControl.execute(
-            model or stack.model, load_lora(f"tiny_{adapter}.safetensors"), kind, strength,
-            options.pop("start", 0.0), options.pop("end", 1.0), SIDE, "grey", 0, options.pop("influence", 1.0),
-            options.pop("kv_cache", "on GPU"), image=image, vae=stack.vae,
+            model or stack.model, load_lora(f"tiny_{adapter}.safetensors"), kind, strength, 0.0, 1.0,
+            PIXELS[adapter], "grey", 0, influence, "on GPU", image=image, vae=stack.vae,
         ).result[0]  # fmt: skip
 
     return applied
@@ -204,25 +203,29 @@ def edges(stack, apply):
     """32 held-out scenes drawn with their edges, without, and with somebody else's; the same prompts and seeds."""
     scenes = evaluate.some(32, (0.7, 0.8, 1.2, 0.8), seed=31)
     rng = np.random.default_rng(0)
-    maps = [condition_picture("edge", s, world.render(s, SIDE), rng) for s in scenes]
+    maps = [condition_picture("edge", s, rng) for s in scenes]
+    truth = [world.canny(world.render(s, SIDE)) for s in scenes]
     captions = [caption_for("edge", s) for s in scenes]
     images = {"with": [], "without": [], "other": []}
     for k, text in enumerate(captions):
         images["with"].append(stack.picture(apply(maps[k]), text, seed=200 + k)[0])
         images["without"].append(stack.picture(stack.model, text, seed=200 + k)[0])
         images["other"].append(stack.picture(apply(maps[k - 1]), text, seed=200 + k)[0])
-    return scenes, maps, images
+    return scenes, truth, images
 
 
 def test_edges_are_followed(edges):
-    """Edge F1 at a tolerance of one pixel: the definition of edge adherence, blind to colour and kind."""
-    _, maps, images = edges
-    f1 = {
-        name: np.mean([edge_agreement(i, m, 1) for i, m in zip(shown, maps, strict=True)])
+    """How far the picture's edges are from the true ones, in pixels: adherence itself, blind to colour and kind.
+
+    Prompts say where things are and how arms are held, so pictures without the control are not far off either.
+    """
+    _, truth, images = edges
+    apart = {
+        name: np.mean([edge_distance(i, e) for i, e in zip(shown, truth, strict=True)])
         for name, shown in images.items()
     }
-    assert f1["with"] >= 2.0 * max(f1["without"], f1["other"]), f1
-    assert f1["with"] >= 0.6, f1
+    assert 2 * apart["with"] <= min(apart["without"], apart["other"]), apart
+    assert apart["with"] <= 1.5, apart
 
 
 def test_edges_place_the_silhouette(edges):
@@ -249,7 +252,7 @@ def test_the_prompt_is_still_followed_under_edges(edges):
 @pytest.fixture(scope="module")
 def one(stack):
     scene = evaluate.some(1, (0, 0, 1.0), seed=41)[0]
-    return world.caption(scene), world.edge_map(world.render(scene, SIDE), 2)
+    return world.caption(scene), world.edge_map(world.render(scene, PIXELS["edge"]), 3)
 
 
 def test_strength_0_is_the_model_itself(stack, apply, one):
@@ -313,8 +316,8 @@ def test_two_conditions_act_together(stack, apply):
     overlap = []
     for k, scene in enumerate(scenes):
         text = caption_for("subject", scene)
-        edge = world.edge_map(world.render(scene, SIDE), 2)
-        subject = condition_picture("subject", scene, world.render(scene, SIDE), rng)
+        edge = world.edge_map(world.render(scene, PIXELS["edge"]), 3)
+        subject = condition_picture("subject", scene, rng)
         edged = apply(edge)
         both = stack.picture(apply(subject, "subject", "subject", model=edged), text, seed=300 + k)[0]
         right["edge and subject"].append(score(both, scene).colours)
