@@ -41,7 +41,7 @@ serve: setup
 	@$(PY) -m scripts.server $(PORT)
 
 bench: setup
-	$(call timed,Benchmark,$(PY) -m scripts.bench)
+	$(call timed,Benchmark,$(PY) -m scripts.bench_easycontrol)
 
 train-tiny: setup
 	$(call timed,Training of the embedded models,$(PY) -m scripts.tiny all)

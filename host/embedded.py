@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS, EXAMPLES = ROOT / "weights", ROOT / "web" / "examples"
+TOKENS = "t5xxl"  # the name CLIP Text Encode (Flux) looks for
 KEY = "dit_toolkit"  # of the safetensors metadata: a JSON text that describes the file
 
 
@@ -60,8 +61,8 @@ class EmbeddedTokenizer:
             logger.info("The tiny text encoder reads %d words; the last %d are cut off.", SLOTS, len(words) - SLOTS)
         row = (words + [(PAD, 1.0)] * SLOTS)[:SLOTS]
         if return_word_ids:
-            return {"tiny": [[(i, weight, place) for place, (i, weight) in enumerate(row)]]}
-        return {"tiny": [row]}
+            return {TOKENS: [[(i, weight, place) for place, (i, weight) in enumerate(row)]]}
+        return {TOKENS: [row]}
 
     def untokenize(self, pairs: list[tuple]) -> list[tuple]:
         return [(pair, VOCABULARY[pair[0]]) for pair in pairs]
@@ -94,7 +95,7 @@ class EmbeddedTextEncoder(torch.nn.Module, comfy.sd1_clip.ClipTokenWeightEncoder
         return cond.float(), pooled.float()
 
     def encode_token_weights(self, token_weight_pairs: dict[str, list]) -> tuple:
-        rows = [[(pair[0], pair[1]) for pair in row] for row in token_weight_pairs["tiny"]]
+        rows = [[(pair[0], pair[1]) for pair in row] for row in token_weight_pairs[TOKENS]]
         return super().encode_token_weights(rows)
 
     def load_sd(self, weights: dict[str, Tensor]):

@@ -21,9 +21,11 @@ class LoadEmbedded(io.ComfyNode):
             search_aliases=["tiny flux", "toy model", "demo model", "embedded default", "cpu demo"],
             inputs=[],
             outputs=[
-                io.Model.Output(tooltip="Tiny FLUX.1 transformer: the same patches, LoRAs and samplers as FLUX.1-dev."),
+                io.Model.Output(
+                    tooltip="Tiny FLUX.1 transformer, for FLUX.1 nodes and samplers. FLUX.1 LoRAs do not fit it."
+                ),
                 io.Clip.Output(
-                    tooltip="Its text encoder. Knows some 60 words: colours, shapes, dolls, garments, poses, places."
+                    tooltip="Its text encoder. Knows 43 words: colours, shapes, dolls, garments, poses, places."
                 ),
                 io.Vae.Output(tooltip="Its autoencoder, with FLUX.1's 16 latent channels."),
             ],

@@ -1,23 +1,26 @@
 """Train the embedded default: `python -m scripts.tiny STAGE`.
 
 Stages, in order: `vae` (components, then the decoder), `base` (transformer and text encoder), then the EasyControl
-adapters `edge`, `pose` and `subject`. `all` runs every one. A stage that was stopped goes on where it was.
+adapters `edge`, `pose` and `subject`. `all` runs every one. A stage that was stopped goes on where it was, and one that
+is done is only exported again; `--fresh` starts over.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 
 import torch
 
 from .adapters import KINDS, AdapterRecipe, train_adapter
-from .train import Recipe, train_base, train_vae
+from .train import Recipe, train_base, train_vae, work
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["vae", "base", *KINDS, "all"])
+    parser.add_argument("--fresh", action="store_true", help="forget this recipe's checkpoints and start over")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="processes that render the pool")
     for field in ("vae_steps", "base_steps", "pool", "pixels", "batch"):
@@ -25,7 +28,10 @@ def main() -> None:
     options = vars(parser.parse_args())
     stage, threads, workers = (options.pop(name) for name in ("stage", "threads", "workers"))
     torch.set_num_threads(threads)
+    fresh = options.pop("fresh")
     recipe, started = Recipe(**options), time.time()
+    if fresh:
+        shutil.rmtree(work(recipe), ignore_errors=True)
     if stage in ("vae", "all"):
         train_vae(recipe)
     if stage in ("base", "all"):

@@ -8,6 +8,7 @@ the authors train on FLUX.1-dev.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -70,17 +71,23 @@ def caption_for(kind: str, scene: world.Scene) -> str:
 LEVELS = {"edge": train.LEVELS, "pose": (0, 0, 1.0, 0.6), "subject": (0, 0, 1.0, 0.6)}
 
 
-def pool(kind: str, recipe: AdapterRecipe, seed: int, size: int, vae) -> dict[str, Tensor]:
+def place(kind: str, base: train.Recipe, recipe: AdapterRecipe, what: str = "easycontrol") -> Path:
+    """Beside the base it is trained on."""
+    return train.work(base) / f"{what}-{kind}-{train.digest(recipe, PIXELS[kind])}.pt"
+
+
+def pool(kind: str, base: train.Recipe, recipe: AdapterRecipe) -> dict[str, Tensor]:
     """Latents of pictures and conditions, and word ids."""
-    path = train.WORK / f"pool-{kind}.pt"
+    path = place(kind, base, recipe, "pool")
     if path.exists():
         return torch.load(path, weights_only=True)
-    rng, stream = np.random.default_rng(seed), world.scenes(90_000 + seed, LEVELS[kind])
+    vae, rng = train.load_vae(base), np.random.default_rng(base.seed)
+    stream = world.scenes(90_000 + base.seed, LEVELS[kind])
     kept: dict[str, list[Tensor]] = {"latents": [], "conditions": [], "ids": []}
     for _ in tqdm(range(recipe.pool // 500), desc=f"rendering for {kind}"):
         shown, conditions, ids = [], [], []
         for scene in (next(stream) for _ in range(500)):
-            shown.append(world.render(scene, size).image)
+            shown.append(world.render(scene, base.pixels).image)
             conditions.append(condition_picture(kind, scene, rng))
             ids.append(data.padded_ids(caption_for(kind, scene)))
         kept["latents"].append(data.encode(vae, np.stack(shown)).half())
@@ -126,13 +133,13 @@ class Controlled(nn.Module):
 def train_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: str = "base") -> None:
     device = train.device_of()
     model = train.load_base(base, stage).to(device)
-    stock = pool(kind, recipe, base.seed, base.pixels, train.load_vae(base))
+    stock = pool(kind, base, recipe)
     size = model.flux.size
     lora = ConditionLora(size.hidden, size.double, size.single, recipe.rank, operations=nn).to(device)
     lora.init_for_training(torch.Generator().manual_seed(base.seed))
     optimiser = torch.optim.AdamW(lora.parameters(), lr=recipe.lr, betas=(0.9, 0.97), weight_decay=0.0)
     average = {k: v.clone() for k, v in lora.state_dict().items()}
-    path, start, losses = train.WORK / f"easycontrol-{kind}.pt", 0, []
+    path, start, losses = place(kind, base, recipe), 0, []
     if path.exists():
         kept = torch.load(path, weights_only=True, map_location=device)
         lora.load_state_dict(kept["model"])
@@ -167,16 +174,14 @@ def train_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: s
         if (step + 1) % 250 == 0 or step + 1 == recipe.steps:
             state = {"model": lora.state_dict(), "ema": average, "optimiser": optimiser.state_dict()}
             train.save(path, {**state, "step": step + 1, "losses": losses})
-            train.plot(f"easycontrol-{kind}", losses)
+            train.plot(path.with_suffix(".png"), losses)
     export_adapter(kind, base, recipe)
 
 
 def load_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe) -> ConditionLora:
     size = train.size_of(base)
     lora = ConditionLora(size.hidden, size.double, size.single, recipe.rank, operations=nn)
-    lora.load_state_dict(
-        torch.load(train.WORK / f"easycontrol-{kind}.pt", weights_only=True, map_location="cpu")["ema"]
-    )
+    lora.load_state_dict(torch.load(place(kind, base, recipe), weights_only=True, map_location="cpu")["ema"])
     return lora.requires_grad_(False)
 
 

@@ -7,6 +7,7 @@ the same weights. Checkpoints and plots: `.training/`; results: `weights/`.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -52,6 +53,16 @@ class Recipe:
     brief: float = 0.25  # captions that leave things unsaid, as people's do
 
 
+def digest(*parts) -> str:
+    """A short name for a recipe: other values, another name."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
+
+
+def work(recipe: Recipe) -> Path:
+    """Where the checkpoints of `recipe` are kept. Another recipe, or another world, never meets them."""
+    return WORK / digest(world.VERSION, recipe)
+
+
 def device_of() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -78,7 +89,7 @@ def write(name: str, weights: dict[str, Tensor], metadata: dict[str, str]) -> Pa
     return path
 
 
-def plot(name: str, losses: list[float]) -> None:
+def plot(file: Path, losses: list[float]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -90,9 +101,9 @@ def plot(name: str, losses: list[float]) -> None:
     smooth = np.convolve(losses, np.ones(window) / window, "valid")
     figure, axes = pyplot.subplots(figsize=(7, 3.5))
     axes.plot(np.arange(len(smooth)) + window, smooth)
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title=name)
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title=file.stem)
     figure.tight_layout()
-    figure.savefig(WORK / f"{name}.png", dpi=90)
+    figure.savefig(file, dpi=90)
     pyplot.close(figure)
 
 
@@ -107,7 +118,7 @@ def _pictures(recipe: Recipe, seed: int, count: int) -> np.ndarray:
 def load_vae(recipe: Recipe) -> TinyVAE:
     """The autoencoder with its components; they are fitted on the first call (seconds) and then fixed."""
     vae = TinyVAE(recipe.live, WIDTHS, operations=nn)
-    path = WORK / "components.pt"
+    path = work(recipe) / "components.pt"
     if not path.exists():
         x = torch.from_numpy(to_unit(_pictures(recipe, recipe.seed, 3_000)))
         patches = (
@@ -116,7 +127,7 @@ def load_vae(recipe: Recipe) -> TinyVAE:
         save(path, fit_components(patches, recipe.live))
     parts = torch.load(path, weights_only=True)
     vae.load_state_dict({k: v for k, v in parts.items() if k.startswith("patch_")}, strict=False)
-    decoder = WORK / "vae.pt"
+    decoder = work(recipe) / "vae.pt"
     if decoder.exists():
         vae.load_state_dict(torch.load(decoder, weights_only=True)["ema"])
     return vae.requires_grad_(False)
@@ -132,7 +143,7 @@ def train_vae(recipe: Recipe) -> None:
     nn.init.zeros_(vae.decoder.conv_out.bias)
     average = copy.deepcopy(vae)
     optimiser = torch.optim.AdamW(vae.decoder.parameters(), lr=2e-3, weight_decay=0.01)
-    path, start, losses = WORK / "vae.pt", 0, []
+    path, start, losses = work(recipe) / "vae.pt", 0, []
     if path.exists():
         kept = torch.load(path, weights_only=True, map_location=device)
         vae.load_state_dict(kept["model"])
@@ -166,7 +177,7 @@ def train_vae(recipe: Recipe) -> None:
         if (step + 1) % 300 == 0 or step + 1 == recipe.vae_steps:
             state = {"model": vae.state_dict(), "ema": average.state_dict(), "optimiser": optimiser.state_dict()}
             save(path, {**state, "step": step + 1, "losses": losses})
-            plot("vae", losses)
+            plot(path.with_suffix(".png"), losses)
     export_vae(recipe)
 
 
@@ -253,7 +264,7 @@ def run_stage(name: str, recipe: Recipe, steps: int, model: Base, loss_of, every
     quick = torch.compile(model)  # minutes to compile, then twice as fast
     average = copy.deepcopy(model).requires_grad_(False)
     optims = optimisers(model.flux, model.text, recipe.lr, recipe.muon_lr)
-    path, start, losses = WORK / f"{name}.pt", 0, []
+    path, start, losses = work(recipe) / f"{name}.pt", 0, []
     if path.exists():
         kept = torch.load(path, weights_only=True, map_location=device)
         model.load_state_dict(kept["model"])
@@ -288,13 +299,13 @@ def run_stage(name: str, recipe: Recipe, steps: int, model: Base, loss_of, every
             state = {"model": model.state_dict(), "ema": average.state_dict()}
             state["optimisers"] = [optim.state_dict() for optim in optims]
             save(path, {**state, "step": step + 1, "losses": losses})
-            plot(name, losses)
+            plot(path.with_suffix(".png"), losses)
     return average
 
 
 def pool_of(recipe: Recipe, workers: int) -> tuple[Tensor, Tensor]:
     return data.latent_pool(
-        WORK / f"pool-{recipe.pixels}.pt", load_vae(recipe), recipe.pool, recipe.pixels, LEVELS, recipe.seed, workers
+        work(recipe) / "pool.pt", load_vae(recipe), recipe.pool, recipe.pixels, LEVELS, recipe.seed, workers
     )
 
 
@@ -314,7 +325,7 @@ def train_base(recipe: Recipe, workers: int) -> None:
 
 def load_base(recipe: Recipe, stage: str) -> Base:
     model = Base(size_of(recipe))
-    model.load_state_dict(torch.load(WORK / f"{stage}.pt", weights_only=True, map_location="cpu")["ema"])
+    model.load_state_dict(torch.load(work(recipe) / f"{stage}.pt", weights_only=True, map_location="cpu")["ema"])
     return model.requires_grad_(False).eval()
 
 

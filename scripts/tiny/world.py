@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
+VERSION = 1  # of what scenes look like and how they are told: a change asks for new weights
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 40, 45),
     "orange": (245, 140, 30),

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dit_toolkit.models.tiny_text import FILLER, SLOTS, word_ids
-from dit_toolkit.scripts.tiny import world
+from dit_toolkit.models.tiny_text import FILLER, RESERVED, SLOTS, SYNONYMS, TRAINED, VOCABULARY, word_ids
+from dit_toolkit.scripts.tiny import train, world
 from dit_toolkit.scripts.tiny.score import edge_agreement, score
 
 SIZE = 96
@@ -88,6 +88,16 @@ def test_captions_are_understood_whole():
             assert not unknown
             words = [w for w in world.caption(scene).replace(",", "").split() if w not in FILLER]
             assert len(ids) == len(words) <= SLOTS
+
+
+def test_the_prompt_box_passes_on_only_words_that_were_trained():
+    stream = world.scenes(0, train.LEVELS)
+    told = {i for _ in range(3000) for i in word_ids(world.caption(next(stream)))[0]}
+    assert {VOCABULARY.index(word) for word in TRAINED} == told
+    typed = " ".join([*VOCABULARY[1:], *SYNONYMS, *(f"{word}s" for word in SYNONYMS)])
+    ids, unknown = word_ids(typed)
+    assert set(ids) == told
+    assert set(RESERVED) - set(SYNONYMS) <= set(unknown)
 
 
 def test_a_scene_brings_its_ground_truth():
