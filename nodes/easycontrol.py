@@ -65,7 +65,7 @@ class ApplyEasyControl(io.ComfyNode):
             ),
             search_aliases=["easycontrol", "controlnet", "canny", "depth", "pose", "subject reference", "kv cache"],
             inputs=[
-                io.Model.Input("model", tooltip="A FLUX.1 model: dev, schnell, a fine-tune, fp8 or GGUF."),
+                io.Model.Input("model", tooltip="A FLUX.1 model: dev, schnell or a fine-tune, fp8 included."),
                 EasyControlType.Input("easycontrol", tooltip="The LoRA that was trained for this kind of condition."),
                 io.Image.Input(
                     "image",
