@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PY     := .venv/bin/python
 PORT   ?= 8188
+# Only the tests open ComfyUI's page, so only they need a browser.
+BROWSER := $(if $(filter test,$(MAKECMDGOALS)),--browser)
 
 # $(call timed,what,command): say what runs, run it, say how long it took. The first failure ends it.
 timed = @printf '%s\n' '$(1)'; start=$$(date +%s); { $(2); } && printf '%s: %d s in all\n' '$(1)' $$(( $$(date +%s) - start ))
@@ -12,12 +14,12 @@ help:
 	@echo 'make check       the seconds before a commit: lint, and the tests of models/'
 	@echo 'make lint        ruff and pyright'
 	@echo 'make serve       ComfyUI with this pack, on port $(PORT) (PORT=... for another)'
-	@echo 'make bench       speed, memory and drift'
+	@echo 'make bench       cost per step of EasyControl'
 	@echo 'make train-tiny  train the embedded models again'
 	@echo 'make clean       remove what make built, downloads excepted (make distclean removes those too)'
 
 setup:
-	@$(PYTHON) -m scripts.setup
+	@$(PYTHON) -m scripts.setup $(BROWSER)
 
 demo: setup
 	@$(PY) -m scripts.demo
@@ -38,7 +40,7 @@ check: setup web-test
 
 serve: setup
 	@echo 'ComfyUI with this pack'
-	@$(PY) -m scripts.server $(PORT)
+	@$(PY) -m scripts.server '$(PORT)'
 
 bench: setup
 	$(call timed,Benchmark,$(PY) -m scripts.bench_easycontrol)

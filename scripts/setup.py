@@ -1,11 +1,15 @@
-"""Make everything the Makefile needs: .venv, ComfyUI, a base directory that holds this pack, a browser.
+"""Make everything the Makefile needs: .venv, ComfyUI, a base directory that holds this pack, a browser for tests.
 
-Run as `python3 -m scripts.setup` by any Python 3.8 or newer; standard library only. Each step is skipped when what it
-would make is there and was made from the same pins.
+    python3 -m scripts.setup              all but the browser
+    python3 -m scripts.setup --browser    Chromium too, where it can be installed
+
+Any Python 3.8 or newer runs it; standard library only. Each step is skipped when what it would make is there and was
+made from the same pins.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import os
@@ -80,29 +84,71 @@ def uv() -> str:
             return str(found)
     with step("uv, which installs Python packages"):
         run(
-            [
-                *(sys.executable, "-m", "pip", "install", "--quiet", "--require-hashes"),
-                *("--target", CACHE / "uv", "-r", PINS / "uv.txt"),
-            ],
-            "uv could not be installed: set-up needs the network, and either uv or a python3 with pip.",
+            [*pip(), "install", "--quiet", "--require-hashes", "--target", CACHE / "uv", "-r", PINS / "uv.txt"],
+            "uv could not be installed: set-up needs the network the first time it runs.",
         )
     return str(own)
+
+
+def pip() -> list[str]:
+    """A pip that works. Debian's python3 has neither pip nor what a virtual environment takes it from."""
+    own = [sys.executable, "-m", "pip"]
+    for command in (own, ["pip3"]):
+        if works([*command, "--version"]):
+            return command
+
+    # A virtual environment gets its pip from ensurepip, and leaves the user's own Python as it is.
+    place = CACHE / "pip"
+    if works([sys.executable, "-m", "venv", "--clear", place]):
+        return [str(place / "bin" / "python"), "-m", "pip"]
+    shutil.rmtree(place, ignore_errors=True)
+
+    if may_apt():
+        apt("python3-pip")
+        for command in (own, ["/usr/bin/python3", "-m", "pip"]):
+            if works([*command, "--version"]):
+                return command
+    raise SetupError(
+        "This Python has no pip, and set-up needs pip or uv once. On Debian and Ubuntu: `apt-get install python3-pip`. "
+        "Elsewhere install uv, or a Python that has pip. Then run the same command again."
+    )
+
+
+def works(command: list) -> bool:
+    try:
+        return subprocess.run([str(part) for part in command], capture_output=True).returncode == 0
+    except OSError:  # there is no such program
+        return False
+
+
+def may_apt() -> bool:
+    return shutil.which("apt-get") is not None and os.geteuid() == 0
+
+
+def apt(package: str) -> None:
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    run(["apt-get", "update", "-qq"], "apt-get update failed.", env=quiet)
+    run(["apt-get", "install", "-y", "-qq", package], f"apt-get install {package} failed.", env=quiet)
 
 
 def packages() -> None:
     host, dev = PINS / "host.txt", PINS / "dev.txt"
     stamp, pins = VENV / "made-from", digest(host, dev)
-    if python().exists() and made_from(stamp, pins):
+    ready = python().exists() and (VENV / "pyvenv.cfg").exists()  # a run that was killed may have left half of it
+    if ready and made_from(stamp, pins):
         return
     free = shutil.disk_usage(ROOT).free
-    if not python().exists() and free < DISK_NEEDED:
+    if not ready and free < DISK_NEEDED:
         raise SetupError(f"Set-up needs {DISK_NEEDED / 1e9:.0f} GB of disk, and {free / 1e9:.1f} GB are free.")
 
     install = uv()
-    if not python().exists():
+    if not ready:
         with step(f"Python {PYTHON} in .venv"):
-            run([install, "venv", "--quiet", "--python", PYTHON, VENV], f"No Python {PYTHON} was found or fetched.")
-    with step("packages: torch, what ComfyUI needs, what the tests need (3 GB when nothing is cached)"):
+            run(
+                [install, "venv", "--quiet", "--clear", "--python", PYTHON, VENV],
+                f".venv could not be made. It needs Python {PYTHON}, on this machine or fetched by uv.",
+            )
+    with step("packages: torch, what ComfyUI needs, what the tests need (3.6 GB when nothing is cached)"):
         if stamp.exists():  # a run that is stopped half way must not look finished
             stamp.unlink()
         run(
@@ -157,19 +203,20 @@ def make(folder: Path) -> Path:
 
 
 def browser() -> None:
-    """The browser tests need Chromium. Install it where that is one command and we may; else they will say how."""
-    if chromium() or not shutil.which("apt-get") or os.geteuid() != 0:
+    """Some tests need Chromium. Install it where that is one command and we may; else they will say how."""
+    if chromium() or not may_apt():
         return
-    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    with step("Chromium, for the browser tests"):
+    with step("Chromium, for the tests that open ComfyUI's page"):
         try:
-            run(["apt-get", "update", "-qq"], "apt-get update failed.", env=quiet)
-            run(["apt-get", "install", "-y", "-qq", "chromium"], "apt-get install chromium failed.", env=quiet)
+            apt("chromium")
         except SetupError as error:
-            say(f"{error}\n  Everything but the browser tests will work.")
+            say(f"{error}\n  Without it the tests of the page and of the workflows will fail. All else will work.")
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python3 -m scripts.setup", description="Make what the Makefile needs.")
+    parser.add_argument("--browser", action="store_true", help="install Chromium for the tests, where that can be done")
+    options = parser.parse_args(arguments)
     start = time.monotonic()
     say("Set-up")
     try:
@@ -180,16 +227,20 @@ def main() -> int:
         else:
             fetch_comfyui(host)
         prepare_base(BASE)
-        browser()
+        if options.browser:
+            browser()
     except SetupError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"\nSet-up could not write {error.filename or ROOT}: {error.strerror}.", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nSet-up was stopped. The same command goes on from here.", file=sys.stderr)
+        return 130
     say(f"Set-up ready ({time.monotonic() - start:.1f} s)")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
