@@ -319,7 +319,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="float32 on a CPU, else bfloat16")
     parser.add_argument("--repeats", type=int, default=5, help="evaluations that count, at least 5")
     parser.add_argument("--no-save", action="store_true", help="print only")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.repeats < 5:
+        parser.error(f"--repeats must be at least 5, got {options.repeats}")
+    for name in Size.__dataclass_fields__:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if options.hidden and options.hidden % HEAD:
+        parser.error(f"--hidden must be a multiple of {HEAD}, the size of a head, got {options.hidden}")
+    for name in ("picture", "condition"):
+        tokens = getattr(options, name)
+        if tokens and math.isqrt(tokens) ** 2 != tokens:
+            parser.error(f"--{name} must be the square of a number of tokens, as 1024 is of 32, got {tokens}")
+    return options
 
 
 @torch.inference_mode()
@@ -335,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = {name: value for name in Size.__dataclass_fields__ if (value := getattr(options, name)) is not None}
     size = Size(**{**(FLUX1 if options.size == "flux1" else Size()).__dict__, **chosen})
     dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    per_round = math.ceil(max(options.repeats, 5) / ROUNDS)
+    per_round = math.ceil(options.repeats / ROUNDS)
 
     models = list(forms(build(size, dtype, device), size, dtype))
     found = [Measured(form, count) for form, count, _ in models]

@@ -9,21 +9,31 @@ Starts a real ComfyUI, sends each row of ROWS to it, once as the workflow stands
 from __future__ import annotations
 
 import copy
+import errno
+import http.client
 import json
 import sys
 import textwrap
 import time
+import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
 
+import aiohttp
 from PIL import Image, ImageDraw, ImageFont
 
 from . import workflows
-from .client import Prompt
+from .browser import Browser, BrowserError
+from .client import Prompt, PromptFailed, PromptInterrupted, PromptRefused
 from .places import CACHE, DEMO_INPUTS, DEMO_PROMPTS, ROOT
 from .server import Server, ServerError
 
 OUTPUT = ROOT / "output"
+LOG = CACHE / "demo" / "server.log"
+
+# All that can end a demo without a fault in this file. A connection breaks in different ways, by where it was.
+BROKEN = (urllib.error.URLError, ConnectionError, http.client.HTTPException, aiohttp.ClientError)
+FAILURES = (ServerError, BrowserError, PromptRefused, PromptFailed, PromptInterrupted, OSError, *BROKEN)
 
 
 @dataclass(frozen=True)
@@ -61,11 +71,34 @@ def main(arguments: list[str]) -> int:
             print("Demo")
             sheet = demo()
             print(f"\nThe pictures are in {OUTPUT.relative_to(ROOT)}/, side by side in {sheet.relative_to(ROOT)}")
-    except ServerError as error:
-        print(error, file=sys.stderr)
+    except FAILURES as error:
+        print(f"\n{sentence(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nThe demo was stopped.", file=sys.stderr)
+        return 130
     print(f"Done in {time.monotonic() - start:.0f} s")
     return 0
+
+
+def sentence(error: Exception) -> str:
+    """What happened, and where ComfyUI's log is when that helps."""
+    log = f"ComfyUI's log is {LOG.relative_to(ROOT)}."
+    if isinstance(error, (ServerError, BrowserError)):
+        return str(error)  # brings the end of its log along
+    if isinstance(error, PromptRefused):
+        return f"ComfyUI refused the example: {error}. {log}"
+    if isinstance(error, PromptFailed):
+        return f"The example failed in {error}. {log}"
+    if isinstance(error, PromptInterrupted):
+        return f"The example was stopped from elsewhere: {error}."
+    if isinstance(error, TimeoutError):
+        return f"ComfyUI took too long: {error}. {log}"
+    if isinstance(error, BROKEN):
+        return f"ComfyUI stopped in the middle of the demo ({type(error).__name__}: {error}). {log}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "The disk is full. Make room and run the demo again."
+    return f"The demo could not read or write a file: {error}."
 
 
 def demo() -> Path:
@@ -177,8 +210,6 @@ def contact_sheet(lines: list[tuple[Row, list[Path]]], file: Path) -> Path:
 
 def convert() -> None:
     """Write `demo_prompts/` from `workflows/`: ComfyUI's page is the only faithful converter."""
-    from .browser import Browser
-
     with Server(CACHE / "demo") as server, Browser() as browser:
         for picture in DEMO_INPUTS.iterdir():
             server.client.upload(picture)

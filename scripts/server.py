@@ -28,12 +28,21 @@ class ServerError(RuntimeError):
 
 
 class Server:
-    """A ComfyUI process, from `start` (or `with`) to `stop`."""
+    """A ComfyUI process, from `start` (or `with`) to `stop`. `cpu` keeps it off an accelerator that is there."""
 
-    def __init__(self, base: Path, *, port: int | None = None, arguments: tuple[str, ...] = (), quiet: bool = False):
+    def __init__(
+        self,
+        base: Path,
+        *,
+        port: int | None = None,
+        arguments: tuple[str, ...] = (),
+        cpu: bool = False,
+        quiet: bool = False,
+    ):
         self.base = base
         self.port = port or _free_port()
         self.arguments = arguments
+        self.cpu = cpu
         self.quiet = quiet
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = Client(self.url)
@@ -83,7 +92,7 @@ class Server:
         return self._process.wait()
 
     def _command(self) -> list[str]:
-        device = [] if has_accelerator() else ["--cpu"]
+        device = ["--cpu"] if self.cpu or not has_accelerator() else []
         return [
             *(str(python()), "-u", str(comfyui() / "main.py"), "--port", str(self.port)),
             *("--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"),
@@ -135,18 +144,28 @@ def _is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def main(port: int) -> int:
+def main(arguments: list[str]) -> int:
     """Serve until Ctrl-C, with the base directory that keeps its models and pictures from one run to the next."""
+    text = arguments[0] if arguments else "8188"
+    port = int(text) if text.isascii() and text.isdecimal() else 0
+    if not 0 < port < 65536:
+        print(f"PORT must be a number from 1 to 65535, not '{text}'.", file=sys.stderr)
+        return 1
     try:
         with Server(BASE, port=port) as server:
             print(f"  models, input and output: {BASE.relative_to(ROOT)}\n\n{server.url}   (Ctrl-C stops)", flush=True)
-            return server.wait()
+            server.wait()
+            print(f"ComfyUI stopped by itself. Its log is {server.log_file.relative_to(ROOT)}.", file=sys.stderr)
+            return 1
     except ServerError as error:
         print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"ComfyUI could not be started: {error}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 8188))
+    sys.exit(main(sys.argv[1:]))
