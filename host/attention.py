@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import comfy.model_management
 import torch
 from comfy.ldm.flux.math import apply_rope
 from torch import Tensor
@@ -70,7 +71,8 @@ def append_extra_keys(q: Tensor, k: Tensor, v: Tensor, pe=None, attn_mask=None, 
 def _rows(keys: ExtraKeys, block: Block, like: Tensor) -> tuple[Tensor, Tensor]:
     """K and V for every row of the batch: conditions one after the other, one row broadcast over its pictures."""
     rows = like.shape[0] // len(keys.conditions)
-    moved = [[x.to(like, non_blocking=True).expand(rows, -1, -1, -1) for x in part[block]] for part in keys.conditions]
+    eager = comfy.model_management.device_supports_non_blocking(like.device)
+    moved = [[x.to(like, non_blocking=eager).expand(rows, -1, -1, -1) for x in part[block]] for part in keys.conditions]
     if len(moved) == 1:
         return moved[0][0], moved[0][1]
     return torch.cat([k for k, _ in moved]), torch.cat([v for _, v in moved])

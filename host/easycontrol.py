@@ -130,7 +130,7 @@ def attach(model: ModelPatcher, file: EasyControlFile, slot: int, latent: Tensor
 
 
 def prepare_image(image: Tensor, kind: Kind, size: int, padding: Padding = "grey") -> Tensor:
-    """Bring an IMAGE `[N, H, W, C]` to `size` x `size` pixels, as the authors' pipeline does.
+    """Bring an IMAGE `[N, H, W, C]`, C being 1, 3 or 4, to `size` x `size` pixels, as the authors' pipeline does.
 
     spatial: stretched; the positions undo the aspect ratio. subject: the long side becomes `size`, both sides are cut
     down to whole tokens, and the rest is filled evenly around it.
@@ -139,10 +139,12 @@ def prepare_image(image: Tensor, kind: Kind, size: int, padding: Padding = "grey
         `[N, size, size, 3]`.
     """
     pixels = image[..., :3].movedim(-1, 1)
+    if pixels.shape[1] == 1:
+        pixels = pixels.expand(-1, 3, -1, -1)  # grey
     if kind == "spatial":
         return _resize(pixels, size, size).movedim(1, -1)
-    scale = size / max(pixels.shape[-2:])
-    height, width = (max(int(side * scale) // PATCH, 1) * PATCH for side in pixels.shape[-2:])
+    long = max(pixels.shape[-2:])
+    height, width = (max(side * size // long // PATCH, 1) * PATCH for side in pixels.shape[-2:])
     top, left = (size - height) // 2, (size - width) // 2
     around = (left, size - width - left, top, size - height - top)
     padded = F.pad(_resize(pixels, height, width), around, value=0.5 if padding == "grey" else 0.0)

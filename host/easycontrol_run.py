@@ -1,14 +1,15 @@
 """EasyControl during a run: one `Encoder` per condition, one `Lane` per prompt it is encoded for.
 
-A lane is per prompt, context window, hook group and device. Its keys and values are computed again when anything they
-were made from differs: pooled text, guidance, the picture's token grid, RoPE options, dtype or weight patches.
+A lane is per prompt, hook group and device, and per context window where pictures have texts or condition images of
+their own. Its keys and values are computed again when anything they were made from differs: pooled text, guidance, the
+picture's token grid, RoPE options, dtype or weight patches.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +124,10 @@ class Encoder:
         source = self.source(call, call.chunk.part(i))
         if self.settings.cache == "off":
             return self.encode(call, source)
-        lane = self.run.lane(self, call.chunk.conditions[i], Lane)
+        condition = call.chunk.conditions[i]
+        if self.settings.latent.shape[0] == source.rows == 1:
+            condition = replace(condition, window=None)  # every window needs the same keys
+        lane = self.run.lane(self, condition, Lane)
         if not source.same_as(lane.source):
             lane.source, lane.keys = None, {}  # give the old ones back before making new ones
             lane.keys = self.encode(call, source)
@@ -182,9 +186,12 @@ class Encoder:
     def refuse_if_too_large(self, call: Call, source: Source) -> None:
         """Before anything is computed, with what to do about it."""
         offloaded = self.settings.offloaded
-        device = torch.device("cpu") if offloaded else call.x.device
         needed = size_of_keys(call.base, source.latent, source.rows)
-        free = call.base.current_patcher.get_free_memory(device)  # counts what core would give back
+        free: Any
+        if offloaded:
+            free = comfy.model_management.get_free_memory(torch.device("cpu"))
+        else:
+            free = call.base.current_patcher.get_free_memory(call.x.device)  # counts what core would give back
         if needed > free:
             remedy = "Lower condition_size" if offloaded else "Set kv_cache to 'offload to CPU' or lower condition_size"
             raise ValueError(

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from .attention import BlockKeys
 
+apply_rope = apply_rope1  # (x, pe) to x rotated
+
 
 def require_flux1(model: ModelPatcher, node: str) -> Flux:
     """The transformer of a FLUX.1 model. `node` is the display name of who asks.
@@ -29,7 +31,8 @@ def require_flux1(model: ModelPatcher, node: str) -> Flux:
     transformer: Any = model.get_model_object("diffusion_model")
     transformer = getattr(transformer, "_orig_mod", transformer)  # compiled
     if not is_flux1(transformer):
-        raise ValueError(f"{node} needs a FLUX.1 model, got {type(model.model).__name__}. Connect one to 'model'.")
+        family = type(model.model.model_config).__name__  # SDXL, Chroma: what users call them
+        raise ValueError(f"{node} needs a FLUX.1 model, got {family}. Connect one to 'model'.")
     return transformer
 
 
@@ -85,10 +88,6 @@ def rotations(transformer: Flux, ids: Tensor, options: dict) -> Tensor:
     scale = ids.new_tensor([1.0, rope.get("scale_y", 1.0), rope.get("scale_x", 1.0)])
     shift = ids.new_tensor([rope.get(f"shift_{axis}", 0.0) for axis in "tyx"])
     return transformer.pe_embedder((ids * scale + shift)[None])  # [1, 1, T, d/2, 2, 2]
-
-
-def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
-    return apply_rope1(x, pe)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

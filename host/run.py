@@ -88,8 +88,9 @@ class Run:
 
     def open_chunk(self, x: torch.Tensor, options: dict, hooks: Hashable) -> Chunk:
         """The conditions of a model call with batch `x` and these transformer_options."""
-        uuids = options.get("uuids") or [None]
-        indices = options.get("cond_or_uncond") or [0] * len(uuids)
+        uuids, indices = options.get("uuids"), options.get("cond_or_uncond")
+        indices = indices or [0] * len(uuids or [None])
+        uuids = uuids or [None] * len(indices)
         window = options.get("context_window")
         frames = None if window is None else tuple(window.index_list)
         conditions = []

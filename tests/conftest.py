@@ -1,4 +1,8 @@
-"""Makes the pack importable as `dit_toolkit` and ComfyUI as itself; starts the server and the browser once for all."""
+"""Makes the pack importable as `dit_toolkit` and ComfyUI as itself; starts the server and the browser once for all.
+
+Everything runs on the CPU, and gives the same numbers on every machine. The tests marked `gpu` are a run of their own,
+`pytest -m gpu`, because ComfyUI chooses its device once per process.
+"""
 
 import shutil
 import sys
@@ -20,18 +24,19 @@ from dit_toolkit.scripts.browser import Browser, Page  # noqa: E402
 from dit_toolkit.scripts.server import Server  # noqa: E402
 
 
-def put_comfyui_on_path() -> None:
+def gpu_alone(config: pytest.Config) -> bool:
+    return config.getoption("markexpr").strip() == "gpu"
+
+
+def pytest_configure(config):
     """For tests that import ComfyUI. Those of models/ need torch only, and pass when there is none."""
     if not (places.comfyui() / "main.py").exists():
         return
     sys.path.append(str(places.comfyui()))
     from comfy.cli_args import args  # parses nothing: only main.py does
 
-    args.cpu = not places.has_accelerator()
+    args.cpu = not (gpu_alone(config) and places.has_accelerator())
     args.base_directory = str(places.prepare_base(places.CACHE / "tests"))
-
-
-put_comfyui_on_path()
 
 
 def pytest_collection_modifyitems(items):
@@ -41,8 +46,12 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu") and not places.has_accelerator():
+    if item.get_closest_marker("gpu") is None:
+        return
+    if not places.has_accelerator():
         pytest.skip("no accelerator")
+    if not gpu_alone(item.config):
+        pytest.skip("runs on its own: pytest -m gpu")
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +65,7 @@ def server(tmp_path_factory) -> Server:
             file = base / "models" / model["directory"] / model["name"]
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
-    with Server(base, quiet=True) as running:
+    with Server(base, cpu=True, quiet=True) as running:
         yield running
 
 
@@ -70,3 +79,26 @@ def browser() -> Browser:
 def page(browser: Browser, server: Server) -> Page:
     """ComfyUI's page, one tab for each file of tests."""
     return browser.open(server.url)
+
+
+@pytest.fixture(scope="session")
+def tiny_state():
+    from dit_toolkit.tests.host import tiny
+
+    return tiny.flux_state()
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tiny_state):
+    """A MODEL as UNETLoader gives it. Nobody may change it: every test shares it."""
+    from dit_toolkit.tests.host import tiny
+
+    return tiny.load_flux(tiny_state)
+
+
+@pytest.fixture(scope="session")
+def file():
+    """A random EasyControl LoRA for the tiny model."""
+    from dit_toolkit.tests.host import tiny
+
+    return tiny.lora_file()

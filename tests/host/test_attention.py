@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import comfy.ldm.modules.attention as core
+import comfy.model_management
 import pytest
 import torch
 
@@ -154,6 +155,20 @@ def test_extra_keys_come_from_another_device_and_dtype_as_they_are_needed():
     q, k, v = (x.bfloat16() for x in queries())
     out = append_extra_keys(q, k, v, extra_options=options(ExtraKeys([extra(10)])))
     assert {out[name].dtype for name in ("q", "k", "v")} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_transfers_only_run_ahead_where_core_allows_it(monkeypatch, supported):
+    """On some devices a tensor that is copied without waiting is read before it is there."""
+    seen, to = [], torch.Tensor.to
+    monkeypatch.setattr(comfy.model_management, "device_supports_non_blocking", lambda device: supported)
+    monkeypatch.setattr(
+        torch.Tensor,
+        "to",
+        lambda self, *args, **kwargs: seen.append(kwargs["non_blocking"]) or to(self, *args, **kwargs),
+    )
+    append_extra_keys(*queries(), extra_options=options(ExtraKeys([extra(10)])))
+    assert seen == [supported] * 2
 
 
 def test_the_patch_is_installed_once_behind_all_others():

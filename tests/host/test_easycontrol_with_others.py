@@ -17,7 +17,7 @@ from comfy_extras.nodes_rope import ScaleROPE
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
-from dit_toolkit.host import flux
+from dit_toolkit.host import easycontrol_run, flux
 from dit_toolkit.tests.host.tiny import HIDDEN, close, controlled, flux_state, latent, load_flux, prompt, sample
 
 pytestmark = pytest.mark.comfy
@@ -149,19 +149,48 @@ def test_prompts_for_an_area_see_the_condition_there(tiny_flux, file, encodings)
     assert torch.isfinite(results[0]).all()
 
 
+def windowed(model):
+    """Core's node: windows of two pictures of the batch."""
+    schedule = {"context_schedule": "standard_static", "context_stride": 1, "closed_loop": False, "fuse_method": "flat"}
+    return ContextWindowsManualNode.execute(model, 2, 0, **schedule, dim=0, freenoise=False).args[0]
+
+
 @pytest.mark.parametrize("pictures", [1, 4])
 def test_context_windows_over_a_batch_take_the_conditions_along(tiny_flux, file, pictures):
     """Two windows of two pictures each, without overlap: the same as two runs."""
-    schedule = {"context_schedule": "standard_static", "context_stride": 1, "closed_loop": False, "fuse_method": "flat"}
     conditions, noise = latent(8, (6, 6), pictures), latent(7, (8, 8), 4)
-    model = controlled(tiny_flux, file=file, condition=conditions)
-    (model,) = ContextWindowsManualNode.execute(model, 2, 0, **schedule, dim=0, freenoise=False).args
-    windowed = sample(model, noise=noise)
+    together = sample(windowed(controlled(tiny_flux, file=file, condition=conditions)), noise=noise)
     halves = []
     for start in (0, 2):
         part = conditions if pictures == 1 else conditions[start : start + 2]
         halves.append(sample(controlled(tiny_flux, file=file, condition=part), noise=noise[start : start + 2]))
-    close(windowed, torch.cat(halves))
+    close(together, torch.cat(halves))
+
+
+def test_context_windows_share_the_keys_of_one_condition(tiny_flux, file, encodings, monkeypatch):
+    """Once per prompt, as without windows; not once per window. Core was asked for that much room."""
+    asked, size_of_keys = [], easycontrol_run.size_of_keys
+    monkeypatch.setattr(
+        easycontrol_run,
+        "size_of_keys",
+        lambda base, latent, rows: asked.append(rows) or size_of_keys(base, latent, rows),
+    )
+    sample(windowed(controlled(tiny_flux, file=file)), noise=latent(7, (8, 8), 6), cfg=2.0)
+    assert [source.rows for source in encodings] == [1, 1]
+    assert asked[0] == 2  # before anything is encoded
+
+
+def test_context_windows_keep_apart_what_differs(tiny_flux, file, encodings):
+    """A condition or a text for each picture: every window has keys of its own, made once."""
+    noise, texts = latent(7, (8, 8), 4), [prompt(seed) for seed in (3, 4, 5, 6)]
+    each = [[torch.cat([text[0][0] for text in texts]), {**texts[0][0][1]}]]
+    each[0][1]["pooled_output"] = torch.cat([text[0][1]["pooled_output"] for text in texts])
+    for positive, conditions in ((prompt(), latent(8, (6, 6), 4)), (each, latent(8, (6, 6)))):
+        encodings.clear()
+        model = controlled(tiny_flux, file=file, condition=conditions)
+        together = sample(windowed(model), noise=noise, positive=positive)
+        assert [source.rows for source in encodings] == [2, 3]  # core lets a picture before the second window join it
+        close(together, sample(model, noise=noise, positive=positive))
 
 
 def test_an_attention_mask_of_the_conditioning_goes_on_to_act(tiny_flux, file):

@@ -147,6 +147,15 @@ def test_a_call_without_names_is_one_condition():
     assert [c.uuid for c in chunk.conditions] == [None]
 
 
+def test_a_call_whose_conditions_have_no_uuids_keeps_them_apart():
+    """Samplers of other packs call the model with cond_or_uncond alone."""
+    chunk = Run().open_chunk(torch.zeros(4, 1), {"cond_or_uncond": [1, 0]}, None)
+    assert [(c.uuid, c.index) for c in chunk.conditions] == [(None, 1), (None, 0)]
+    assert chunk.rows == 2
+    unplaced = Run().open_chunk(torch.zeros(4, 1), {"uuids": ["a", "b"]}, None)
+    assert [(c.uuid, c.index) for c in unplaced.conditions] == [("a", 0), ("b", 0)]
+
+
 def test_descriptions_meet_in_one_run_in_the_order_of_their_nodes(tiny_flux):
     order, runs = [], set()
     first = Watch(lambda run, *_: (order.append(1), runs.add(run)))
