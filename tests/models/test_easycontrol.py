@@ -442,20 +442,6 @@ def test_a_merged_weight_of_the_right_form_gives_the_same_keys(model):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
 
 
-def test_attention_over_two_conditions_is_their_softmax_weighted_mean():
-    """softmax over joined keys = sum of the parts' results weighted by their share of the normaliser."""
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(1, 2, 3, 8, generator=generator)
-    parts = [[torch.randn(1, 2, n, 8, generator=generator) for _ in range(2)] for n in (4, 5, 6)]
-    k, v = (torch.cat(group, 2) for group in zip(*parts, strict=True))
-    total, normaliser = 0, 0
-    for part_k, part_v in parts:
-        share = (q @ part_k.transpose(-1, -2) * 8**-0.5).logsumexp(-1, keepdim=True).exp()
-        total = total + share * F.scaled_dot_product_attention(q, part_k, part_v)
-        normaliser = normaliser + share
-    torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v), total / normaliser, rtol=1e-4, atol=1e-5)
-
-
 def test_strength_scales_the_lora_and_nothing_else(model):
     tokens, ids, vec0 = condition(3), subject_ids((2, 3), PICTURE), inputs()[3]
     off = encode(model, Condition(tokens, ids, make_lora(5), 0.0), vec0)

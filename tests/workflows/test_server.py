@@ -2,13 +2,12 @@
 
 import io
 import re
-import time
 
 import pytest
 from PIL import Image
 
 from dit_toolkit.scripts.client import PromptFailed, PromptInterrupted, PromptRefused
-from dit_toolkit.scripts.places import PACK
+from dit_toolkit.scripts.places import PACK, ROOT
 
 pytestmark = pytest.mark.comfy
 
@@ -25,16 +24,33 @@ def test_the_log_of_the_start_holds_no_error(server):
     assert not re.findall(r"^.*(?:\[ERROR\]|Traceback|IMPORT FAILED).*$", start, re.MULTILINE)
 
 
-def test_every_node_of_the_pack_is_registered(server):
-    ours = [node for node, info in server.client.object_info().items() if info["python_module"].endswith(PACK)]
-    assert {"DiTEasyControlLoader", "DiTEasyControlApply", "DiTLoadEmbedded"} <= set(ours)
-    assert all(node.startswith("DiT") for node in ours)
+@pytest.fixture(scope="module")
+def ours(server) -> dict:
+    """What the page is told about each node of the pack."""
+    found = server.client.object_info()
+    return {node: info for node, info in found.items() if info["python_module"].endswith(PACK)}
 
 
-def test_help_pages_are_served(server):
-    for node, info in server.client.object_info().items():
-        if info["python_module"].endswith(PACK):
-            assert server.client.get(f"/extensions/{PACK}/docs/{node}.md")
+def test_every_node_of_the_pack_is_registered(ours):
+    names = (ROOT / "tests" / "reference" / "public_names.txt").read_text(encoding="utf-8").splitlines()
+    assert set(ours) == {name for name in names if name.isalnum()}
+
+
+def test_the_page_is_told_what_every_node_input_and_output_is(ours):
+    silent = [node for node, info in ours.items() if not info["description"]]
+    for node, info in ours.items():
+        inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        silent += [
+            f"{node}.{name}" for name, (_, *options) in inputs.items() if not (options and options[0]["tooltip"])
+        ]
+        assert len(info["output_tooltips"]) == len(info["output"]), node
+        silent += [f"{node}:{place}" for place, tooltip in enumerate(info["output_tooltips"]) if not tooltip]
+    assert not silent
+
+
+def test_help_pages_are_served(server, ours):
+    for node in ours:
+        assert server.client.get(f"/extensions/{PACK}/docs/{node}.md")
 
 
 def test_a_prompt_gives_its_picture(server):
@@ -60,17 +76,28 @@ def test_a_failed_prompt_says_which_node_and_why(server):
 
 
 def test_an_interrupted_prompt_says_so_and_the_next_one_runs(server):
-    prompt = blue_square(side=1024)
-    blurs = [str(number) for number in range(10, 60)]
-    for before, blur in zip(["1", *blurs], blurs, strict=False):
-        inputs = {"image": [before, 0], "blur_radius": 31, "sigma": 9.0}
-        prompt[blur] = {"class_type": "ImageBlur", "inputs": inputs}
-    prompt["2"]["inputs"]["images"] = [blurs[-1], 0]
-
+    """More steps than any machine gets through; the interrupt comes with the first."""
+    prompt = {
+        "1": {"class_type": "DiTLoadEmbedded", "inputs": {}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a red doll"}},
+        "3": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 96, "height": 96, "batch_size": 1}},
+        "4": {
+            "class_type": "KSampler",
+            "inputs": {
+                **{"model": ["1", 0], "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["3", 0]},
+                **{"sampler_name": "euler", "scheduler": "simple"},
+                **{"seed": 0, "steps": 10000, "cfg": 1.0, "denoise": 1.0},
+            },
+        },
+        "5": {"class_type": "VAEDecode", "inputs": {"samples": ["4", 0], "vae": ["1", 2]}},
+        "6": {"class_type": "SaveImage", "inputs": {"images": ["5", 0], "filename_prefix": "never"}},
+    }
     prompt_id = server.client.queue(prompt)
-    while not server.client.get_json("/queue")["queue_running"]:
-        time.sleep(0.01)
-    server.client.interrupt(prompt_id)
-    with pytest.raises(PromptInterrupted):
-        server.client.wait(prompt_id, timeout=60)
-    assert server.client.run(blue_square(side=128)).images
+
+    def interrupt(node: str, done: int, steps: int) -> None:
+        assert (node, steps) == ("4", 10000)
+        server.client.interrupt(prompt_id)
+
+    with pytest.raises(PromptInterrupted, match="node 4"):
+        server.client.wait(prompt_id, timeout=120, progress=interrupt)
+    assert server.client.run(blue_square(side=128), timeout=60).images
