@@ -11,6 +11,7 @@ timed = @printf '%s\n' '$(1)'; start=$$(date +%s); { $(2); } && printf '%s: %d s
 help:
 	@echo 'make demo        pictures on this computer, in a few minutes, into output/'
 	@echo 'make test        every test: papers, nodes, the real server, the real page'
+	@echo 'make test-gpu    the tests that need an accelerator, by themselves'
 	@echo 'make check       the seconds before a commit: lint, and the tests of models/'
 	@echo 'make lint        ruff and pyright'
 	@echo 'make serve       ComfyUI with this pack, on port $(PORT) (PORT=... for another)'
@@ -28,6 +29,10 @@ demo: setup
 test: setup web-test
 	@echo 'Tests'
 	@$(PY) -m pytest
+
+test-gpu: setup
+	@echo 'Tests on the accelerator'
+	@$(PY) -m pytest -m gpu
 
 web-test: setup
 	@if ls tests/web/*.js tests/web/*.mjs >/dev/null 2>&1; then echo 'Tests of the page scripts'; $(PY) -m scripts.node --test tests/web/; fi
@@ -64,4 +69,4 @@ distclean: clean
 	@echo 'Removing .venv and .comfyui, models that you put there included'
 	@rm -rf .venv .comfyui
 
-.PHONY: help setup demo test web-test lint check serve bench train-tiny pins clean distclean
+.PHONY: help setup demo test test-gpu web-test lint check serve bench train-tiny pins clean distclean

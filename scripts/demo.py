@@ -55,8 +55,8 @@ ROWS: tuple[Row, ...] = (
         "a doll with long blonde hair, a blue striped shirt and an orange skirt, waving, on a pale ground",
         7,
     ),
+    Row(OUTLINE, "drawn_star.png", "a red star, on a white ground", 7),
     Row(OUTLINE, "drawn_fish.png", "an orange fish, on a pale ground", 7),
-    Row(OUTLINE, "drawn_house.png", "a red house, on a white ground", 7),
     Row(PHOTO, "photo_coin.jpg", "a yellow ball, on a dark ground", 3),
     Row(BOTH, "drawn_doll.png", "a doll waving, on a dark ground", 5, subject="painted_doll.png"),
 )

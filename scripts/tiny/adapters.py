@@ -21,25 +21,25 @@ from dit_toolkit.models.tiny_text import PAD
 
 from . import data, train, world
 from .flux import Flux, apply_rope, attention, patchify, rope
+from .optim import Muon
 from .pictures import edges_as_a_user_would
 
 KINDS = ("edge", "pose", "subject")
-PIXELS = {"edge": 192, "pose": 96, "subject": 96}  # of the condition: a thin line needs small patches to have a place
 
 
 @dataclass(frozen=True)
 class AdapterRecipe:
     rank: int = 32
     pool: int = 24_000
-    steps: int = 1_500
+    steps: int = 3_000
     batch: int = 48
-    lr: float = 2e-3
-    drop: float = 0.1  # captions left empty
+    muon_lr: float = 1e-2
+    drop: float = 0.2  # captions left empty
+    silent: float = 0.65  # captions that leave place and pose to the condition
 
 
-def condition_picture(kind: str, scene: world.Scene, rng: np.random.Generator) -> np.ndarray:
-    """What the adapter is shown for a scene, `[PIXELS, PIXELS, 3]` uint8."""
-    size = PIXELS[kind]
+def condition_picture(kind: str, scene: world.Scene, size: int, rng: np.random.Generator) -> np.ndarray:
+    """What the adapter is shown for a scene, `[size, size, 3]` uint8."""
     if kind == "edge":
         return edges_as_a_user_would(world.render(scene, size), rng)
     if kind == "pose":
@@ -73,7 +73,7 @@ LEVELS = {"edge": train.LEVELS, "pose": (0, 0, 1.0, 0.6), "subject": (0, 0, 1.0,
 
 def place(kind: str, base: train.Recipe, recipe: AdapterRecipe, what: str = "easycontrol") -> Path:
     """Beside the base it is trained on."""
-    return train.work(base) / f"{what}-{kind}-{train.digest(recipe, PIXELS[kind])}.pt"
+    return train.work(base) / f"{what}-{kind}-{train.digest(recipe)}.pt"
 
 
 def pool(kind: str, base: train.Recipe, recipe: AdapterRecipe) -> dict[str, Tensor]:
@@ -88,8 +88,10 @@ def pool(kind: str, base: train.Recipe, recipe: AdapterRecipe) -> dict[str, Tens
         shown, conditions, ids = [], [], []
         for scene in (next(stream) for _ in range(500)):
             shown.append(world.render(scene, base.pixels).image)
-            conditions.append(condition_picture(kind, scene, rng))
-            ids.append(data.padded_ids(caption_for(kind, scene)))
+            conditions.append(condition_picture(kind, scene, base.pixels, rng))
+            silent = kind != "subject" and rng.random() < recipe.silent
+            told = replace(scene, relation="", pose="") if silent else scene
+            ids.append(data.padded_ids(caption_for(kind, told)))
         kept["latents"].append(data.encode(vae, np.stack(shown)).half())
         kept["conditions"].append(data.encode(vae, np.stack(conditions)).half())
         kept["ids"].append(torch.tensor(ids, dtype=torch.uint8))
@@ -137,7 +139,7 @@ def train_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: s
     size = model.flux.size
     lora = ConditionLora(size.hidden, size.double, size.single, recipe.rank, operations=nn).to(device)
     lora.init_for_training(torch.Generator().manual_seed(base.seed))
-    optimiser = torch.optim.AdamW(lora.parameters(), lr=recipe.lr, betas=(0.9, 0.97), weight_decay=0.0)
+    optimiser = Muon(lora.parameters(), lr=recipe.muon_lr, weight_decay=0.0)
     average = {k: v.clone() for k, v in lora.state_dict().items()}
     path, start, losses = place(kind, base, recipe), 0, []
     if path.exists():
@@ -164,8 +166,9 @@ def train_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: s
         loss.backward()
         nn.utils.clip_grad_norm_(lora.parameters(), 1.0)
         for group in optimiser.param_groups:
-            group["lr"] = recipe.lr * train.schedule(step, recipe.steps, warm_up=30)
-        optimiser.step()
+            group["lr"] = recipe.muon_lr * train.schedule(step, recipe.steps, warm_up=30)
+        with train.fast_matrices(device):
+            optimiser.step()
         decay = min(0.995, (step + 1) / (step + 10))
         for name, value in lora.state_dict().items():
             average[name].lerp_(value, 1 - decay)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ def autoencoder(vae, count: int = 200) -> dict[str, float]:
             back = vae.decode_live(vae.patch_in(x)).clamp(-1, 1)
         return round(float(-10 * torch.log10(((back - x) / 2).square().mean())), 2)
 
-    edges = np.stack([condition_picture("edge", s, rng) for s in scenes])
+    edges = np.stack([condition_picture("edge", s, SIDE, rng) for s in scenes])
     mixed = np.stack([training_picture(s, SIDE, rng) for s in scenes])
     return {
         "scenes": psnr(np.stack([world.render(s, SIDE).image for s in scenes])),
@@ -92,15 +93,24 @@ def load_lora(kind: str, size) -> ConditionLora:
     return lora.requires_grad_(False)
 
 
+CONTROLLED = {"edge": (0.7, 0.8, 1.2, 0.8), "pose": (0, 0, 1.0, 0.5), "subject": (0, 0, 1.0, 0.5)}
+
+
+def prompt_for(kind: str, scene: world.Scene) -> str:
+    """Captions that say what to draw and leave where, or how it stands, or how it looks, to the condition."""
+    silent = {"edge": replace(scene, relation="", pose=""), "pose": replace(scene, pose=""), "subject": scene}[kind]
+    return caption_for(kind, silent)
+
+
 def control(
     kind: str, model, vae, count: int = 32, guidance: float = 3.5, cfg: float = 2.5
 ) -> dict[str, dict[str, float]]:
     """With the condition, without it, with somebody else's, and with an untrained LoRA; the same seeds and prompts."""
     rng = np.random.default_rng(4)
-    scenes = some(count, (0.7, 0.8, 1.2, 0.8) if kind == "edge" else (0, 0, 1.0, 0.5), 8)
-    maps = np.stack([condition_picture(kind, s, rng) for s in scenes])
+    scenes = some(count, CONTROLLED[kind], 8)
+    maps = np.stack([condition_picture(kind, s, SIDE, rng) for s in scenes])
     truth = [world.canny(world.render(s, SIDE)) for s in scenes]
-    captions = [caption_for(kind, s) for s in scenes]
+    captions = [prompt_for(kind, s) for s in scenes]
     flux, size = model.flux, model.flux.size
     strength = torch.full((count,), guidance)
     pooled = model.text(torch.tensor([data.padded_ids(c) for c in captions]))[1]

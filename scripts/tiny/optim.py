@@ -32,6 +32,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 by_shape.setdefault(tuple(p.shape), []).append(p)
             for (rows, columns), params in by_shape.items():
                 updates = []

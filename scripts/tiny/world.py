@@ -382,20 +382,20 @@ def _doll_words(doll: Thing, pose: str) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """The scene in plain English. Says nothing that the picture does not show."""
+    """The scene in plain English. Says nothing that the picture does not show; silent on an empty relation or pose."""
     ground = f"on a {scene.ground} ground"
+    side = f" on the {scene.relation}" if scene.relation else ""
     first, *rest = scene.things
     if first.kind == "doll" and not rest:
         return f"{_doll_words(first, scene.pose)}, {ground}"
     if first.kind == "doll" and rest[0].kind != "doll":
-        return f"{_doll_words(first, scene.pose)}, {_object_words(rest[0])} on the {scene.relation}, {ground}"
+        return f"{_doll_words(first, scene.pose)}, {_object_words(rest[0])}{side}, {ground}"
     if first.kind == "doll":
         short = [f"a doll in {_article(d.colour)} {d.colour} shirt" for d in (first, rest[0])]
         return f"{short[0]} left of {short[1]}, {ground}"
     if not rest:
-        where = f" on the {scene.relation}" if scene.relation else ""
-        return f"{_object_words(first)}{where}, {ground}"
-    link = {"left": "left of", "right": "right of"}.get(scene.relation, scene.relation)
+        return f"{_object_words(first)}{side}, {ground}"
+    link = {"left": "left of", "right": "right of", "": "and"}.get(scene.relation, scene.relation)
     return f"{_object_words(first)} {link} {_object_words(rest[0])}, {ground}"
 
 
