@@ -55,10 +55,10 @@ ROWS: tuple[Row, ...] = (
         "a doll with long blonde hair, a blue striped shirt and an orange skirt, waving, on a pale ground",
         7,
     ),
-    Row(OUTLINE, "drawn_star.png", "a red star, on a white ground", 7),
-    Row(OUTLINE, "drawn_fish.png", "an orange fish, on a pale ground", 7),
-    Row(PHOTO, "photo_coin.jpg", "a yellow ball, on a dark ground", 3),
-    Row(BOTH, "drawn_doll.png", "a doll waving, on a dark ground", 5, subject="painted_doll.png"),
+    Row(OUTLINE, "drawn_star.png", "a red star, on a white ground", 8),
+    Row(OUTLINE, "drawn_fish.png", "an orange fish, on a pale ground", 5),
+    Row(PHOTO, "photo_coin.jpg", "a yellow ball, on a dark ground", 10),
+    Row(BOTH, "drawn_doll.png", "a doll waving, on a dark ground", 6, subject="painted_doll.png"),
 )
 
 
@@ -191,8 +191,7 @@ def contact_sheet(lines: list[tuple[Row, list[Path]]], file: Path) -> Path:
     for index, (row, pictures) in enumerate(lines):
         top = head + index * (side + text_height)
         headings = ["control", *(["subject"] if row.subject else []), "result with", "result without"]
-        headings_left = [gap + (columns - len(pictures) + n) * (side + gap) for n in range(len(pictures))]
-        headings_left[0] = gap
+        headings_left = [gap + n * (side + gap) for n in range(len(pictures))]
         for heading, left, path in zip(headings, headings_left, pictures, strict=True):
             picture = Image.open(path).convert("RGB")
             picture.thumbnail((side, side), Image.Resampling.LANCZOS)

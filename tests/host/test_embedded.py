@@ -224,8 +224,8 @@ def test_edges_are_followed(edges):
         name: np.mean([edge_distance(i, e) for i, e in zip(shown, truth, strict=True)])
         for name, shown in images.items()
     }
-    assert 2 * apart["with"] <= min(apart["without"], apart["other"]), apart
-    assert apart["with"] <= 1.5, apart
+    assert 3 * apart["with"] <= min(apart["without"], apart["other"]), apart
+    assert apart["with"] <= 2.0, apart
 
 
 def test_edges_place_the_silhouette(edges):
@@ -242,7 +242,7 @@ def test_the_prompt_is_still_followed_under_edges(edges):
     scenes, _, images = edges
     assert (
         np.mean([score(i, s).colours and score(i, s).ground for i, s in zip(images["with"], scenes, strict=True)])
-        >= 0.8
+        >= 0.6
     )
 
 
