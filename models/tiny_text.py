@@ -96,8 +96,8 @@ class TinyTextEncoder(nn.Module):
         self.pool = operations.Linear(dim, pooled_dim, **where)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids `[B, SLOTS]` -> context `[B, SLOTS, dim]`, pooled `[B, pooled_dim]`, in the weights' own dtype."""
-        h = self.words(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
+        """Ids `[B, SLOTS]` -> context `[B, SLOTS, dim]`, pooled `[B, pooled_dim]`, both float32."""
+        h = (self.words(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))).float()
         q, k, v = self.qkv(self.norm1(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         h = h + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         h = h + self.mlp_out(F.gelu(self.mlp_in(self.norm2(h)), approximate="tanh"))

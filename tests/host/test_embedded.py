@@ -105,8 +105,8 @@ def test_the_text_encoder_computes_what_the_trainers_does(stack):
     with torch.inference_mode():
         context, pooled = base.text(torch.tensor([train.data.padded_ids(text)]))
     cond, about = stack.words(text)[0]
-    assert torch.allclose(cond, context, atol=2e-3)
-    assert torch.allclose(about["pooled_output"], pooled, atol=2e-3)
+    assert torch.allclose(cond, context, atol=1e-5)
+    assert torch.allclose(about["pooled_output"], pooled, atol=1e-5)
 
 
 def test_the_autoencoder_computes_what_the_trainers_does(stack):
@@ -131,9 +131,9 @@ def test_the_round_trip_through_the_autoencoder_is_close(stack):
 
 
 def test_tiled_decoding_agrees(stack):
-    latents = stack.latents(stack.model, "a red ball, on a white ground", steps=4, size=(192, 192))
+    latents = stack.latents(stack.model, "a red ball, on a white ground", steps=4, size=(512, 512))
     with torch.inference_mode():
-        whole, tiled = stack.vae.decode(latents), stack.vae.decode_tiled(latents, tile_x=16, tile_y=16, overlap=8)
+        whole, tiled = stack.vae.decode(latents), stack.vae.decode_tiled(latents, tile_x=32, tile_y=32, overlap=8)
     assert (whole - tiled).abs().mean() < 0.01
 
 
@@ -224,8 +224,8 @@ def test_edges_are_followed(edges):
         name: np.mean([edge_distance(i, e) for i, e in zip(shown, truth, strict=True)])
         for name, shown in images.items()
     }
-    assert 3 * apart["with"] <= min(apart["without"], apart["other"]), apart
-    assert apart["with"] <= 2.0, apart
+    assert 2 * apart["with"] <= min(apart["without"], apart["other"]), apart
+    assert apart["with"] <= 3.0, apart
 
 
 def test_edges_place_the_silhouette(edges):
