@@ -97,7 +97,7 @@ class TinyTextEncoder(nn.Module):
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Ids `[B, SLOTS]` -> context `[B, SLOTS, dim]`, pooled `[B, pooled_dim]`, both float32."""
-        h = (self.words(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))).float()
+        h = self.words(ids).float() + self.places(torch.arange(ids.shape[1], device=ids.device)).float()
         q, k, v = self.qkv(self.norm1(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         h = h + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         h = h + self.mlp_out(F.gelu(self.mlp_in(self.norm2(h)), approximate="tanh"))

@@ -98,8 +98,12 @@ CONTROLLED = {"edge": (0.7, 0.8, 1.2, 0.8), "pose": (0, 0, 1.0, 0.5), "subject":
 
 def prompt_for(kind: str, scene: world.Scene) -> str:
     """Captions that say what to draw and leave where, or how it stands, or how it looks, to the condition."""
-    silent = {"edge": replace(scene, relation="", pose=""), "pose": replace(scene, pose=""), "subject": scene}[kind]
-    return caption_for(kind, silent)
+    pair = len(scene.things) == 2 and scene.things[0].kind != "doll"  # the base knows pairs by their relation only
+    if kind == "edge":
+        scene = replace(scene, relation=scene.relation if pair else "", pose="")
+    elif kind == "pose":
+        scene = replace(scene, pose="")
+    return caption_for(kind, scene)
 
 
 def control(
