@@ -155,7 +155,7 @@ def main() -> None:
     found = {"psnr_db": autoencoder(vae), "prompts": prompts(model, vae, count)}
     for kind in KINDS:
         if (train.WEIGHTS / "easycontrol" / f"tiny_{kind}.safetensors").exists():
-            found[f"control: {kind}"] = control(kind, model, vae)
+            found[f"control: {kind}"] = control(kind, model, vae, 128 if kind == "edge" else 32)
     print(json.dumps(found, indent=1))
 
 
