@@ -290,7 +290,9 @@ class Page:
         self.wait_until(f"!!{entry}", f"{pack} is listed in the template browser", timeout=60)
         self.evaluate(f"{entry}.click()")
         count = self.evaluate("return (await (await app.api.fetchApi('/workflow_templates')).json())[a].length", pack)
+        self.evaluate("globalThis.picturesSeen = {}")
         cards = f"""(() => {{
+            const seen = globalThis.picturesSeen;
             const title = [...document.querySelectorAll('[role=dialog] span')]
                 .find(span => span.textContent.trim() === {name} && !span.closest('nav'));
             const all = [...document.querySelectorAll('[role=dialog] [data-testid^="template-workflow-"]')];
@@ -299,8 +301,10 @@ class Page:
                     title: card.querySelector('h3').textContent.trim(),
                     width: card.querySelector('img')?.naturalWidth ?? 0,
                 }}));
-            const waiting = cards.findIndex(card => !card.width);  // pictures are fetched when they come into view
-            all.at(waiting)?.scrollIntoView();
+            for (const card of cards)  // a picture is there only while its card is in view
+                card.width = seen[card.title] = Math.max(seen[card.title] ?? 0, card.width);
+            const waiting = cards.findIndex(card => !card.width);
+            if (waiting >= 0) all[waiting].scrollIntoView();
             return title && cards.length === {count} && waiting < 0 && cards;
         }})()"""
         found = self.wait_until(cards, f"the template browser shows the pictures of {pack}", timeout=60)
