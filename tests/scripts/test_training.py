@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from dit_toolkit.models.easycontrol_keys import parse
 from dit_toolkit.models.tiny_text import PAD, VOCABULARY
 from dit_toolkit.models.tiny_vae import CHANNELS, SCALE, SHIFT, TinyVAE, fit_components
-from dit_toolkit.scripts.tiny import data, optim, train
+from dit_toolkit.scripts.tiny import adapters, data, optim, train
 from dit_toolkit.scripts.tiny.flux import Flux, Size, export, patchify, trim, unpatchify
 
 
@@ -125,3 +127,24 @@ def test_training_resumes_where_it_stopped(tmp_path, monkeypatch, one_thread):
     parts = train.run_stage("parts", recipe, 6, fresh(), loss_of, every=3)
     for (name, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6), name
+
+
+@pytest.mark.parametrize("kind", adapters.KINDS)
+def test_an_adapter_trains_resumes_and_is_exported_in_the_published_layout(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "WORK", tmp_path)
+    monkeypatch.setattr(train, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(train, "device_of", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    vae = TinyVAE(8, train.WIDTHS, operations=nn).requires_grad_(False)
+    monkeypatch.setattr(train, "load_vae", lambda recipe: vae)
+    base, recipe = train.Recipe(pixels=32), adapters.AdapterRecipe(pool=500, steps=2, batch=4, rank=4)
+    model = train.Base(train.size_of(base))
+    for weight in model.parameters():  # as made, its last layer is zero and passes no gradient on
+        nn.init.normal_(weight, std=0.05)
+    train.save(train.work(base) / "base.pt", {"ema": model.state_dict()})
+    for _ in range(2):  # the second time there is nothing left to do but the export
+        adapters.train_adapter(kind, base, recipe)
+    checkpoint = parse(load_file(tmp_path / "easycontrol" / f"tiny_{kind}.safetensors"))
+    ups = [weight for key, weight in checkpoint.slots[0].weights.items() if key.endswith("up.weight")]
+    assert (checkpoint.dim, checkpoint.double, checkpoint.single) == (128, 2, 6)
+    assert sum(bool(weight.any()) for weight in ups) >= len(ups) - 4  # they start at 0; the last block needs no proj
