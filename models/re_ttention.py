@@ -1,0 +1,204 @@
+"""Sparse attention that keeps the statistics of the last full attention.
+
+Source: Re-ttention, arXiv:2505.22918, and its published code, cccrrrccc/Re-ttention. A softmax over the few kept keys S
+gives each of them too much. So the share of the softmax that S had at the last full attention scales it down again, and
+what the other keys contributed then is added:
+
+    rho_i    = sum over S of exp(z_ij) / sum over all of exp(z_ij) = exp(LSE_S - LSE_all)
+    R_i      = full_i - rho_i * sparse_i       = what the keys outside S contributed to full_i
+    output_i = rho_i * sparse_i + R_i          in a sparse evaluation
+    rho_i   <- rho_i + drift                   after each sparse evaluation, drift = 0.04 as published
+
+In the evaluation that takes rho and R, a refresh, the output is full attention itself. The first sparse evaluation
+after it uses rho as taken, the second rho + drift, and so on.
+
+Shapes: attention outputs and R are `[B, H, L, d]`; log-sum-exps and rho are `[B, H, L]` in float32.
+Units: the schedule counts computed evaluations of one layer for one condition, not steps.
+
+Where we differ: R is taken before the output projection, theirs after it. The projection is linear and its bias
+cancels in R, so the result is the same. rho is float32 and stops at 1: rows that keep every key, such as text, have
+rho = 1 and R = 0, and the published drift overshoots them by 4 to 12 %. `drifted(..., clamp=False)` does as published.
+Their code computes all scores and masks them; which keys are kept, and how they are computed faster, is not said here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+DRIFT = 0.04  # section 4 of the paper, and `cached_ratio += 0.04` in the code
+
+Kind = Literal["full", "refresh", "sparse"]
+Storage = Literal["full", "bf16", "fp8", "cpu", "none"]
+
+FP8 = torch.float8_e4m3fn
+FP8_LARGEST = 448.0  # torch.finfo(FP8).max
+
+
+def kept_share(sparse_lse: Tensor, full_lse: Tensor) -> Tensor:
+    """rho: the share of the full softmax that falls on the kept keys, in [0, 1].
+
+    Args:
+        sparse_lse, full_lse: natural log of the sum of exponentials over the kept and over all keys, `[B, H, L]`.
+
+    Returns:
+        `[B, H, L]` in float32. 0 for a row that keeps no key, whose log-sum-exp is -inf.
+    """
+    log_share = (sparse_lse.float() - full_lse.float()).clamp(max=0.0)  # above 0 only by rounding
+    return torch.where(torch.isneginf(sparse_lse), 0.0, log_share.exp())
+
+
+def residual(full: Tensor, sparse: Tensor, rho: Tensor) -> Tensor:
+    """R: what the keys that are not kept contributed, `[B, H, L, d]`, in the dtype of `full`; summed in float32."""
+    return (full - rho[..., None] * sparse).to(full.dtype)
+
+
+def reshaped(sparse: Tensor, rho: Tensor, rest: Tensor | None) -> Tensor:
+    """The output of a sparse evaluation, `[B, H, L, d]`, in the dtype of `sparse`; summed in float32.
+
+    Args:
+        sparse: attention over the kept keys, normalised over them.
+        rest: R, in any floating dtype. None leaves it out: the row then sums to rho, not to 1.
+    """
+    scaled = rho[..., None] * sparse
+    return scaled.to(sparse.dtype) if rest is None else (scaled + rest).to(sparse.dtype)
+
+
+def drifted(rho: Tensor, drift: float = DRIFT, *, clamp: bool = True) -> Tensor:
+    """rho after one sparse evaluation. `clamp=False` goes beyond 1, as published. Neutral value: `drift=0`."""
+    moved = rho + drift
+    return moved.clamp(max=1.0) if clamp else moved
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Full for the first few evaluations, then a refresh every `period`, sparse between.
+
+    Source: the published code. Unit: computed evaluations. Published for 20 steps of PixArt: first 5, period 5; for 50
+    steps of HunyuanDiT: first 10; of CogVideoX: first 15. Neutral value: `period=1` computes everything.
+    """
+
+    first: int  # evaluations computed in full at the start, without taking statistics
+    period: int = 5  # evaluations from one refresh to the next
+    sigma_ratio: float = 0.0  # refresh, too, when sigma is below this share of the last refresh's; 0 never
+
+    def __post_init__(self):
+        if self.first < 0:
+            raise ValueError(f"first must be at least 0 evaluations, got {self.first}")
+        if self.period < 1:
+            raise ValueError(f"period must be at least 1 evaluation, got {self.period}")
+        if not 0 <= self.sigma_ratio < 1:
+            raise ValueError(f"sigma_ratio must be at least 0 and below 1, got {self.sigma_ratio}")
+
+    def kind(self, evaluation: int, refreshed: int | None, sigma: float = 0.0, sigma_then: float = 0.0) -> Kind:
+        """What to compute.
+
+        Args:
+            evaluation: how many evaluations were computed before this one.
+            refreshed: `evaluation` of the last refresh; None before the first.
+            sigma, sigma_then: noise level now and at the last refresh. A level that rose, as when a sampler starts
+                over, asks for a refresh.
+        """
+        if evaluation < self.first:
+            return "full"
+        if refreshed is None or evaluation - refreshed >= self.period:
+            return "refresh"
+        if sigma > 1.01 * sigma_then or sigma < self.sigma_ratio * sigma_then:
+            return "refresh"
+        return "sparse"
+
+    def kinds(self, evaluations: int) -> list[Kind]:
+        """What is computed in each of `evaluations`, as far as the number alone decides."""
+        kinds: list[Kind] = []
+        refreshed = None
+        for evaluation in range(evaluations):
+            kinds.append(self.kind(evaluation, refreshed))
+            if kinds[-1] == "refresh":
+                refreshed = evaluation
+        return kinds
+
+
+@dataclass(frozen=True)
+class Stored:
+    """R between evaluations: its values, and where they are fp8 the factor of each row, `[B, H, L, 1]`."""
+
+    values: Tensor
+    scale: Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+
+def store(rest: Tensor, storage: Storage) -> Stored | None:
+    """Keep R, `[B, H, L, d]`.
+
+    Args:
+        storage: "full" as it is; "bf16"; "fp8" with one factor for each row of each head (off by up to 2^-4
+            of each value); "cpu" as it is, in host memory; "none" not at all.
+    """
+    if storage == "none":
+        return None
+    if storage == "bf16":
+        return Stored(rest.to(torch.bfloat16))
+    if storage == "cpu":
+        return Stored(rest.to("cpu"))
+    if storage == "fp8":
+        largest = rest.abs().amax(-1, keepdim=True).float()
+        scale = torch.where(largest > 0, largest / FP8_LARGEST, 1.0)
+        return Stored((rest / scale).to(FP8), scale)
+    return Stored(rest)
+
+
+def restore(stored: Stored | None, like: Tensor) -> Tensor | None:
+    """R on the device of `like`, in its dtype or, from fp8, in float32."""
+    if stored is None:
+        return None
+    values = stored.values.to(like.device)
+    if stored.scale is None:
+        return values.to(like.dtype)
+    return values.float() * stored.scale
+
+
+def memory(rows: int, tokens: int, heads: int, head_dim: int, storage: Storage, itemsize: int) -> tuple[int, int]:
+    """Bytes that one layer keeps between evaluations, on the model's device and in host memory.
+
+    Args:
+        rows: pictures times conditions.
+        itemsize: bytes of one number of the model's dtype, read for "full" and "cpu".
+    """
+    outputs = rows * heads * tokens
+    rho = 4 * outputs
+    whole = head_dim * itemsize
+    rest = {"full": whole, "cpu": whole, "bf16": 2 * head_dim, "fp8": head_dim + 4, "none": 0}
+    held = rest[storage] * outputs
+    return (rho, held) if storage == "cpu" else (rho + held, 0)
+
+
+def full_log_sum_exp(
+    q: Tensor, k: Tensor, bias: Tensor | None = None, *, scale: float | None = None, scores: int = 1 << 24
+) -> Tensor:
+    """Log-sum-exp of all scores, `[B, H, L]` in float32, without a kernel that returns it.
+
+    A plain product of queries and keys, a slice of queries at a time: as much arithmetic as half of an attention.
+
+    Args:
+        q: `[B, H, L, d]`. k: `[B, H, Lk, d]`.
+        bias: added to the scores, broadcastable to `[B, H, L, Lk]`; -inf hides a key.
+        scale: on the scores; by default `d ** -0.5`.
+        scores: how many scores are held at a time, in float32.
+    """
+    batch, heads, tokens, width = q.shape
+    q = q.float() * (width**-0.5 if scale is None else scale)  # scores of 1e4 times sqrt(d) do not fit into float16
+    keys = k.float().mT
+    rows = max(1, scores // (batch * heads * k.shape[2]))
+    parts = []
+    for start in range(0, tokens, rows):
+        z = q[:, :, start : start + rows] @ keys  # [B, H, rows, Lk]
+        if bias is not None:
+            z = z + (bias if bias.shape[-2] == 1 else bias[..., start : start + rows, :])
+        parts.append(z.logsumexp(-1))
+    return torch.cat(parts, -1)

@@ -1,0 +1,309 @@
+"""Re-ttention's maths, judged by softmax over all keys with and without a mask, as the paper defines it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dit_toolkit.models.re_ttention import (
+    Schedule,
+    drifted,
+    full_log_sum_exp,
+    kept_share,
+    memory,
+    reshaped,
+    residual,
+    restore,
+    store,
+)
+
+B, H, L, D = 2, 3, 37, 8
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def scores(q, k, bias=None):
+    z = torch.einsum("bhid,bhjd->bhij", q, k) / q.shape[-1] ** 0.5
+    return z if bias is None else z + bias
+
+
+def attention(q, k, v, kept=None, bias=None):
+    """Outputs and log-sum-exps over the kept keys; a row that keeps none is 0."""
+    z = scores(q, k, bias)
+    if kept is not None:
+        z = z.masked_fill(~kept, float("-inf"))
+    return torch.nan_to_num(z.softmax(-1)) @ v, z.logsumexp(-1)
+
+
+def some_kept(share=0.2, seed=5):
+    """A random pattern in which every row keeps itself."""
+    kept = torch.rand(L, L, generator=torch.Generator().manual_seed(seed)) < share
+    return kept | torch.eye(L, dtype=torch.bool)
+
+
+def qkv(seed=0, dtype=torch.float64, spread=1.0):
+    return tuple(random(B, H, L, D, seed=seed + i, dtype=dtype) * spread for i in range(3))
+
+
+def statistics(q, k, v, kept):
+    """full, sparse, rho and R, as a refresh takes them."""
+    (full, full_lse), (sparse, sparse_lse) = attention(q, k, v), attention(q, k, v, kept)
+    rho = kept_share(sparse_lse, full_lse)
+    return full, sparse, rho, residual(full, sparse, rho)
+
+
+def close(a, b, atol):
+    torch.testing.assert_close(a, b, rtol=0, atol=atol, check_dtype=False)
+
+
+def test_rho_is_the_kept_keys_part_of_the_softmax():
+    q, k, v = qkv()
+    kept = some_kept()
+    *_, rho, _ = statistics(q, k, v, kept)
+    close(rho, (scores(q, k).softmax(-1) * kept).sum(-1), 1e-6)  # rho is float32
+    assert rho.dtype == torch.float32
+    assert ((rho > 0) & (rho <= 1)).all()
+
+
+def test_the_residual_is_what_the_other_keys_contributed():
+    q, k, v = qkv()
+    kept = some_kept()
+    *_, rest = statistics(q, k, v, kept)
+    close(rest, (scores(q, k).softmax(-1) * ~kept) @ v, 1e-6)
+
+
+def test_a_refresh_is_full_attention_in_two_parts():
+    full, sparse, rho, rest = statistics(*qkv(), some_kept())
+    close(reshaped(sparse, rho, rest), full, 1e-12)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.5])
+def test_unchanged_queries_keys_and_values_give_full_attention_at_any_sparsity(share):
+    q, k, v = qkv()
+    full, _, rho, rest = statistics(q, k, v, some_kept(share))
+    again, _ = attention(q, k, v, some_kept(share))
+    close(reshaped(again, drifted(rho, 0.0), rest), full, 1e-12)
+
+
+@pytest.mark.parametrize("sparse_evaluation", [1, 2, 4])
+def test_published_drift_adds_its_multiple_of_the_sparse_output(sparse_evaluation):
+    full, sparse, rho, rest = statistics(*qkv(), some_kept())
+    for _ in range(sparse_evaluation - 1):
+        rho = drifted(rho, 0.04, clamp=False)
+    close(reshaped(sparse, rho, rest) - full, (sparse_evaluation - 1) * 0.04 * sparse, 1e-6)
+
+
+def test_drift_stops_at_the_whole_softmax_unless_as_published():
+    rho = torch.tensor([0.2, 0.97, 1.0])
+    close(drifted(rho, 0.04), torch.tensor([0.24, 1.0, 1.0]), 1e-6)
+    close(drifted(rho, 0.04, clamp=False), torch.tensor([0.24, 1.01, 1.04]), 1e-6)
+    close(rho, torch.tensor([0.2, 0.97, 1.0]), 0)
+
+
+def test_rows_that_keep_every_key_stay_full_attention():
+    """Text rows: rho 1, R 0."""
+    q, k, v = qkv()
+    kept = some_kept()
+    kept[:5] = True
+    full, sparse, rho, rest = statistics(q, k, v, kept)
+    close(rho[..., :5], torch.ones(B, H, 5), 1e-6)
+    close(reshaped(sparse, drifted(drifted(rho)), rest)[..., :5, :], full[..., :5, :], 1e-6)
+
+
+def test_when_only_values_change_the_kept_part_is_new_and_the_rest_old():
+    q, k, v = qkv()
+    kept = some_kept()
+    _, _, rho, rest = statistics(q, k, v, kept)
+    new = random(B, H, L, D, seed=9)
+    sparse, _ = attention(q, k, new, kept)
+    shares = scores(q, k).softmax(-1)
+    close(reshaped(sparse, rho, rest), (shares * kept) @ new + (shares * ~kept) @ v, 1e-6)
+
+
+def test_keeping_every_key_is_full_attention():
+    full, sparse, rho, rest = statistics(*qkv(), torch.ones(L, L, dtype=torch.bool))
+    close(rho, torch.ones(B, H, L), 1e-6)
+    close(rest, torch.zeros_like(full), 1e-6)
+    close(reshaped(sparse, rho, rest), full, 1e-12)
+
+
+def test_before_or_after_the_output_projection_is_the_same():
+    """Theirs is taken after it, with the bias in both terms."""
+    q, k, v = qkv()
+    full, sparse, rho, rest = statistics(q, k, v, some_kept())
+    weight, bias = random(H * D, H * D, seed=20), random(H * D, seed=21)
+
+    def project(x):
+        return x.transpose(1, 2).flatten(2) @ weight.mT + bias
+
+    theirs = project(full) - project(rho[..., None] * sparse)  # their cached_residual
+    new_sparse, _ = attention(*qkv(seed=30), some_kept())
+    close(project(rho[..., None] * new_sparse) + theirs, project(reshaped(new_sparse, rho, rest)), 1e-6)
+
+
+def test_a_row_without_keys_takes_everything_from_before():
+    q, k, v = qkv()
+    kept = some_kept()
+    kept[3] = False
+    full, sparse, rho, rest = statistics(q, k, v, kept)
+    assert (rho[..., 3] == 0).all()
+    close(reshaped(sparse, rho, rest), full, 1e-12)
+
+
+def test_a_row_that_sees_nothing_at_all_stays_finite():
+    minus_inf = torch.full((1, 1, 1), float("-inf"))
+    assert kept_share(minus_inf, minus_inf).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_of_ten_thousand_stay_finite(dtype):
+    q, k, v = (x.to(dtype) for x in qkv(spread=80.0))
+    assert scores(q.float(), k.float()).abs().max() > 1e4
+    kept = some_kept()
+    full, _ = attention(q.float(), k.float(), v.float())
+    sparse, sparse_lse = attention(q.float(), k.float(), v.float(), kept)
+    rho = kept_share(sparse_lse, full_log_sum_exp(q, k))
+    full, sparse = full.to(dtype), sparse.to(dtype)
+    rest = residual(full, sparse, rho)
+    assert ((rho >= 0) & (rho <= 1)).all()
+    out = reshaped(sparse, rho, rest)
+    assert out.dtype == rest.dtype == dtype
+    assert torch.isfinite(out).all()
+    close(out, full, 2 * torch.finfo(dtype).eps * full.abs().max())
+
+
+def test_nothing_is_written_into_what_came_in():
+    q, k, v = qkv()
+    full, sparse, rho, rest = statistics(q, k, v, some_kept())
+    before = [x.clone() for x in (full, sparse, rho, rest)]
+    residual(full, sparse, rho)
+    reshaped(sparse, rho, rest)
+    drifted(rho)
+    store(rest, "fp8")
+    assert all(torch.equal(x, y) for x, y in zip((full, sparse, rho, rest), before, strict=True))
+
+
+@pytest.mark.parametrize("held", [1, B * H * L * 5, 1 << 24])
+@pytest.mark.parametrize(
+    "bias",
+    [
+        None,
+        random(1, 1, 1, L, seed=40),
+        random(L, L, seed=41),
+        random(B, H, L, L, seed=42),
+        torch.zeros(1, 1, 1, L).index_fill(-1, torch.arange(4), float("-inf")),
+    ],
+    ids=["none", "keys", "two axes", "four axes", "hidden keys"],
+)
+def test_log_sum_exp_in_slices_is_that_of_all_scores(held, bias):
+    q, k, v = qkv(dtype=torch.float32)
+    _, lse = attention(q.double(), k.double(), v.double(), bias=bias)
+    got = full_log_sum_exp(q, k, None if bias is None else bias.float(), scores=held)
+    assert got.dtype == torch.float32
+    close(got, lse, 1e-5)
+
+
+def test_log_sum_exp_takes_more_keys_than_queries_and_a_scale():
+    q, k = random(1, 2, 5, D), random(1, 2, 9, D, seed=1)
+    expected = (torch.einsum("bhid,bhjd->bhij", q, k) * 0.3).logsumexp(-1)
+    close(full_log_sum_exp(q, k, scale=0.3), expected, 1e-5)
+
+
+# ---- the schedule
+
+
+def written(kinds) -> str:
+    """f full, R refresh, s sparse."""
+    return "".join({"full": "f", "refresh": "R", "sparse": "s"}[kind] for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    ("first", "evaluations", "expected", "full"),
+    [
+        (5, 20, "fffff Rssss Rssss Rssss", 8),  # PixArt
+        (10, 50, "ffffffffff" + " Rssss" * 8, 18),  # HunyuanDiT
+        (15, 50, "fffffffffffffff" + " Rssss" * 7, 22),  # CogVideoX
+    ],
+)
+def test_the_published_schedules(first, evaluations, expected, full):
+    kinds = Schedule(first, 5).kinds(evaluations)
+    assert written(kinds) == expected.replace(" ", "")
+    assert len(kinds) - kinds.count("sparse") == full
+
+
+def test_period_1_never_computes_less():
+    assert "sparse" not in Schedule(2, 1).kinds(20)
+
+
+def test_the_first_that_is_not_full_is_a_refresh():
+    assert Schedule(0, 5).kind(7, None) == "refresh"
+
+
+def test_a_refresh_comes_early_when_sigma_has_fallen_far_or_risen():
+    schedule = Schedule(0, 5, sigma_ratio=0.5)
+    assert schedule.kind(1, 0, sigma=0.6, sigma_then=1.0) == "sparse"
+    assert schedule.kind(1, 0, sigma=0.4, sigma_then=1.0) == "refresh"
+    assert Schedule(0, 5).kind(1, 0, sigma=0.01, sigma_then=1.0) == "sparse"
+    assert Schedule(0, 5).kind(1, 0, sigma=1.0, sigma_then=0.5) == "refresh"
+    assert Schedule(0, 5).kind(1, 0, sigma=1.0, sigma_then=0.9999) == "sparse"  # dpmpp_2s_ancestral's second
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [((-1, 5), "first must be"), ((1, 0), "period must be"), ((1, 5, 1.0), "sigma_ratio"), ((1, 5, -0.1), "sigma_rat")],
+)
+def test_schedules_that_mean_nothing_are_refused(values, words):
+    with pytest.raises(ValueError, match=words):
+        Schedule(*values)
+
+
+# ---- storage
+
+
+@pytest.mark.parametrize(
+    ("storage", "error"), [("full", 0.0), ("cpu", 0.0), ("bf16", 2**-8), ("fp8", 2**-4)], ids=lambda x: str(x)
+)
+def test_what_is_stored_comes_back(storage, error):
+    rest = random(B, H, L, D, dtype=torch.float32) * torch.logspace(-6, 3, L)[:, None]  # rows of very different size
+    back = restore(store(rest, storage), rest)
+    assert ((back - rest).abs() <= error * rest.abs() + 1e-5 * error * rest.abs().amax(-1, keepdim=True)).all()
+    assert error == 0 or not torch.equal(back, rest)
+
+
+def test_a_row_of_zeros_is_stored_in_fp8():
+    rest = torch.zeros(1, 1, 2, D)
+    assert torch.equal(restore(store(rest, "fp8"), rest), rest)
+
+
+def test_rho_alone_keeps_no_residual():
+    assert restore(store(random(1, 1, 2, D), "none"), random(1, 1, 2, D)) is None
+    sparse, rho = random(1, 1, 2, D), torch.tensor([[[0.5, 0.25]]])
+    close(reshaped(sparse, rho, None), sparse * rho[..., None], 0)
+
+
+@pytest.mark.parametrize("storage", ["full", "bf16", "fp8", "cpu", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_estimate_of_memory_is_what_is_held(storage, dtype):
+    full, _, rho, rest = statistics(*qkv(dtype=dtype), some_kept())
+    stored = store(rest, storage)
+    device, host = memory(B, L, H, D, storage, full.element_size())
+    held = 0 if stored is None else stored.bytes
+    assert device + host == rho.nbytes + held
+    assert host == (held if storage == "cpu" else 0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "tokens", "heads", "head_dim", "residuals", "rhos"),
+    [
+        (28, 4096, 16, 72, 0.264e9, 7.3e6),  # PixArt at 1024 x 1024
+        (57, 4608, 24, 128, 1.61e9, 25.2e6),  # FLUX at 1024 x 1024
+        (30, 17776, 30, 64, 2.05e9, 64.0e6),  # CogVideoX-2B
+    ],
+)
+def test_memory_of_the_published_models_in_16_bits(layers, tokens, heads, head_dim, residuals, rhos):
+    whole, _ = memory(1, tokens, heads, head_dim, "full", 2)
+    rho, _ = memory(1, tokens, heads, head_dim, "none", 2)
+    assert layers * rho == pytest.approx(rhos, rel=0.01)
+    assert layers * (whole - rho) == pytest.approx(residuals, rel=0.01)
