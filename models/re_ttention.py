@@ -18,7 +18,8 @@ Units: the schedule counts computed evaluations of one layer for one condition, 
 Where we differ: R is taken before the output projection, theirs after it. The projection is linear and its bias
 cancels in R, so the result is the same. rho is float32 and stops at 1: rows that keep every key, such as text, have
 rho = 1 and R = 0, and the published drift overshoots them by 4 to 12 %. `drifted(..., clamp=False)` does as published.
-Their code computes all scores and masks them; which keys are kept, and how they are computed faster, is not said here.
+Their code computes all scores and masks them. Here any way to compute attention over the kept keys will do, see
+`sparse_attention.py`; `window` only says which keys the paper keeps.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .sparse_attention import Band, Disc, FrameBand, Grid, Pattern
+
 DRIFT = 0.04  # section 4 of the paper, and `cached_ratio += 0.04` in the code
 
 Kind = Literal["full", "refresh", "sparse"]
 Storage = Literal["full", "bf16", "fp8", "cpu", "none"]
+Window = Literal["auto", "band", "tube", "disc"]
 
 FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0  # torch.finfo(FP8).max
@@ -71,6 +75,33 @@ def drifted(rho: Tensor, drift: float = DRIFT, *, clamp: bool = True) -> Tensor:
     """rho after one sparse evaluation. `clamp=False` goes beyond 1, as published. Neutral value: `drift=0`."""
     moved = rho + drift
     return moved.clamp(max=1.0) if clamp else moved
+
+
+def window(kind: Window, grid: Grid, keep: float) -> Pattern:
+    """Which keys are kept, as near to the share `keep` of all as the pattern can.
+
+    Args:
+        kind: "band", the paper's for images: `int(tokens * keep) // 2` tokens before and behind in raster order,
+            clipped at the ends. "tube", its for video: the same within a frame, at the same place in all frames.
+            "disc": the nearest tokens in the plane, in all frames; not the paper's. "auto": tube for video, else band.
+        keep: nominal share, in (0, 1); the exact one is `sparse_attention.kept_ratio`.
+    """
+    if not 0 < keep < 1:
+        raise ValueError(f"keep must be above 0 and below 1, got {keep}")
+    frame = grid.height * grid.width
+    if kind == "disc":
+        radius = 1
+        while _places_in_disc(radius + 1) <= keep * frame:
+            radius += 1
+        return Disc(radius)
+    if kind == "tube" or (kind == "auto" and grid.frames > 1):
+        return FrameBand(int(frame * keep) // 2)
+    return Band(int(grid.picture * keep) // 2)
+
+
+def _places_in_disc(radius: int) -> int:
+    reach = range(1 - radius, radius)
+    return sum(dy * dy + dx * dx < radius * radius for dy in reach for dx in reach)
 
 
 @dataclass(frozen=True)
@@ -178,18 +209,32 @@ def memory(rows: int, tokens: int, heads: int, head_dim: int, storage: Storage, 
     return (rho, held) if storage == "cpu" else (rho + held, 0)
 
 
+def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor] | None:
+    """Full attention `[B, H, L, d]` and its log-sum-exp `[B, H, L]` at the cost of one, from torch's own CPU kernel.
+
+    torch has no public function that returns both. None where this one is missing or does not take such tensors; then
+    `full_log_sum_exp` does it at the cost of a second attention.
+    """
+    kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    if kernel is None or q.device.type != "cpu" or q.shape[-1] != v.shape[-1]:
+        return None
+    out, lse = kernel(q, k, v, scale=scale)
+    return out, lse.float()
+
+
 def full_log_sum_exp(
-    q: Tensor, k: Tensor, bias: Tensor | None = None, *, scale: float | None = None, scores: int = 1 << 24
+    q: Tensor, k: Tensor, bias: Tensor | None = None, *, scale: float | None = None, scores: int = 1 << 21
 ) -> Tensor:
     """Log-sum-exp of all scores, `[B, H, L]` in float32, without a kernel that returns it.
 
-    A plain product of queries and keys, a slice of queries at a time: as much arithmetic as half of an attention.
+    A plain product of queries and keys, a slice of queries at a time. Half the arithmetic of an attention, but in
+    float32 and through memory: on a CPU it takes as long as a fused attention.
 
     Args:
         q: `[B, H, L, d]`. k: `[B, H, Lk, d]`.
         bias: added to the scores, broadcastable to `[B, H, L, Lk]`; -inf hides a key.
         scale: on the scores; by default `d ** -0.5`.
-        scores: how many scores are held at a time, in float32.
+        scores: how many scores are held at a time, in float32. Few enough to stay in a CPU's cache are fastest.
     """
     batch, heads, tokens, width = q.shape
     q = q.float() * (width**-0.5 if scale is None else scale)  # scores of 1e4 times sqrt(d) do not fit into float16

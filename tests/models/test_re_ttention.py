@@ -8,6 +8,7 @@ import torch
 from dit_toolkit.models.re_ttention import (
     Schedule,
     drifted,
+    full_attention,
     full_log_sum_exp,
     kept_share,
     memory,
@@ -15,7 +16,10 @@ from dit_toolkit.models.re_ttention import (
     residual,
     restore,
     store,
+    window,
 )
+from dit_toolkit.models.sparse_attention import Band, Disc, FrameBand, Grid, kept_pairs, mask, masked
+from dit_toolkit.models.sparse_attention_tiles import tile, tiled
 
 B, H, L, D = 2, 3, 37, 8
 
@@ -209,6 +213,90 @@ def test_log_sum_exp_takes_more_keys_than_queries_and_a_scale():
     q, k = random(1, 2, 5, D), random(1, 2, 9, D, seed=1)
     expected = (torch.einsum("bhid,bhjd->bhij", q, k) * 0.3).logsumexp(-1)
     close(full_log_sum_exp(q, k, scale=0.3), expected, 1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)])
+def test_the_kernel_that_returns_both_is_attention_and_its_log_sum_exp(dtype, atol):
+    q, k, v = (random(2, 3, n, D, seed=n, dtype=dtype) for n in (37, 50, 50))
+    expected, expected_lse = attention(q.double(), k.double(), v.double())
+    together = full_attention(q, k, v)
+    assert together is not None
+    close(together[0], expected, atol)
+    close(together[1], expected_lse, 1e-4)
+    assert (together[0].dtype, together[1].dtype) == (dtype, torch.float32)
+    _, scaled_lse = full_attention(q, k, v, scale=1.0)
+    close(scaled_lse, full_log_sum_exp(q, k, scale=1.0), 1e-4)
+
+
+def test_there_is_no_such_kernel_for_values_of_another_width():
+    assert full_attention(random(1, 1, 4, 8), random(1, 1, 4, 8), random(1, 1, 4, 6)) is None
+
+
+# ---- which keys
+
+
+@pytest.mark.parametrize(("keep", "half", "share"), [(0.03125, 64, 0.0312), (0.0625, 128, 0.0618)])
+def test_the_published_band_of_images(keep, half, share):
+    """PixArt at 1024 x 1024: one row of the picture on each side."""
+    grid = Grid(64, 64)
+    assert window("auto", grid, keep) == Band(half)
+    assert kept_pairs(Band(half), grid) / 4096**2 == pytest.approx(share, abs=5e-5)
+
+
+def test_the_published_tube_of_video():
+    """CogVideoX-2B: 226 text tokens, 13 frames of 30 x 45."""
+    grid = Grid(30, 45, frames=13, before=226)
+    tube = window("auto", grid, 0.03125)
+    assert tube == FrameBand(21)
+    assert kept_pairs(tube, grid) / 17776**2 == pytest.approx(0.0561, abs=5e-5)
+    assert kept_pairs(tube, Grid(30, 45, frames=13)) / 17550**2 == pytest.approx(0.0316, abs=5e-5)
+
+
+def test_the_tube_token_by_token():
+    """3 frames of 5 x 4 behind 2 text tokens, half width 3."""
+    grid = Grid(5, 4, frames=3, before=2)
+    tube = window("tube", grid, 0.3)
+    assert tube == FrameBand(3)
+    kept = torch.zeros(62, 62, dtype=torch.bool)
+    for i in range(62):
+        for j in range(62):
+            if i < 2 or j < 2:
+                kept[i, j] = True
+            else:
+                first, last = max(0, (i - 2) % 20 - 3), min(19, (i - 2) % 20 + 3)
+                kept[i, j] = first <= (j - 2) % 20 <= last
+    assert torch.equal(mask(tube, grid), kept)
+
+
+def test_the_disc_is_the_largest_within_the_share():
+    grid = Grid(32, 48, frames=2)
+    disc = window("disc", grid, 0.05)
+    places = [(y - 16) ** 2 + (x - 24) ** 2 for y in range(32) for x in range(48)]
+    assert isinstance(disc, Disc)
+    assert sum(place < disc.radius**2 for place in places) <= 0.05 * 32 * 48
+    assert sum(place < (disc.radius + 1) ** 2 for place in places) > 0.05 * 32 * 48
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.0, -0.1])
+def test_shares_that_are_no_window_are_refused(keep):
+    with pytest.raises(ValueError, match="keep must be"):
+        window("auto", Grid(4, 4), keep)
+
+
+@pytest.mark.parametrize("pattern", [Band(0), Band(5), Band(70), FrameBand(3), FrameBand(40), Disc(3)], ids=str)
+def test_the_fast_way_takes_the_same_statistics(pattern):
+    """Tiles against the whole mask: text before, 3 frames of 7 x 9, text behind, 4 keys of others."""
+    grid = Grid(7, 9, frames=3, before=3, after=2)
+    q = random(1, 2, grid.length, D, dtype=torch.float32)
+    k, v = (random(1, 2, grid.length + 4, D, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    full, full_lse = full_attention(q, k, v)
+    fast, plain = tiled(q, k, v, tile(pattern, grid), with_lse=True), masked(q, k, v, pattern, grid, with_lse=True)
+    rho = kept_share(fast.lse, full_lse)
+    close(rho, kept_share(plain.lse, full_lse), 1e-5)
+    close(residual(full, fast.out, rho), residual(full, plain.out, rho), 1e-5)
+    close(rho[..., :3], torch.ones(1, 2, 3), 1e-5)  # text sees all
+    without_lse = tiled(q, k, v, tile(pattern, grid)).out
+    close(reshaped(without_lse, rho, residual(full, fast.out, rho)), full, 1e-5)
 
 
 # ---- the schedule
