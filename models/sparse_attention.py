@@ -287,10 +287,10 @@ def dense(
     if not with_lse:
         combined = allowed
         if bias is not None:
-            combined = bias.to(q.dtype) if allowed is None else _additive(allowed, q.dtype) + bias.to(q.dtype)
+            combined = bias.to(q.dtype) if allowed is None else additive(allowed, q.dtype) + bias.to(q.dtype)
         return Attended(F.scaled_dot_product_attention(q, k, v, attn_mask=combined, scale=scale), None)
 
-    rows = max(1, SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    rows = max(1, at_once(q.device) // (q.shape[0] * q.shape[1] * k.shape[2]))
     parts = []
     for start in range(0, q.shape[2], rows):
         some = slice(start, start + rows)
@@ -301,7 +301,9 @@ def dense(
     return Attended(torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2))
 
 
-SCORES = 1 << 24  # scores held at once: 64 MB in float32
+def at_once(device: torch.device) -> int:
+    """How many numbers to hold at once: what a CPU's cache takes (4 MB in float32), more where launches cost."""
+    return 1 << 20 if device.type == "cpu" else 1 << 25
 
 
 class WithLse(NamedTuple):
@@ -319,15 +321,9 @@ def softmax_attention(
         scores = scores + bias.float()
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
-    highest = scores.amax(-1, keepdim=True)
-    weights = (scores - highest).exp_()
-    total = weights.sum(-1, keepdim=True)
-    out = (weights @ v.float()) / total
-    return WithLse(out.to(q.dtype), (highest + total.log()).squeeze(-1))
-
-
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, float("-inf"))
+    weights = scores.softmax(-1)
+    lse = scores.amax(-1) - weights.amax(-1).log()  # the heaviest key's weight is exp(its score - lse)
+    return WithLse((weights @ v.float()).to(q.dtype), lse)
 
 
 def masked(
@@ -353,6 +349,11 @@ def masked(
     allowed = mask(pattern, grid, k.shape[2] - grid.length, q.device)
     k, v, bias = with_pooled(k, v, bias, pattern, grid, weight)
     return dense(q, k, v, scale=scale, bias=bias, with_lse=with_lse, allowed=allowed)
+
+
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to add to the logits: 0 where `allowed`, else minus infinity."""
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, float("-inf"))
 
 
 def check(q: Tensor, k: Tensor, grid: Grid) -> None:

@@ -22,20 +22,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .sparse_attention import (
-    SCORES,
     Attended,
     Grid,
     Pattern,
+    additive,
+    at_once,
     check,
     dense,
-    places,
     pooled_grid,
     softmax_attention,
     with_pooled,
 )
-
-COPIED = 1 << 23  # numbers of keys copied at once: 32 MB in float32
-
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -152,22 +149,34 @@ def tiled(
             lse[:, :, rows] = result.lse
 
     shared = torch.cat([every, torch.arange(length + extra, length + extra + pooled, device=q.device)])
+    flat = [x.flatten(0, 1) for x in (q, k, v)]  # [B * H, tokens, d]
+    if bias is not None:
+        bias = bias.expand(b, heads, 1, -1).flatten(0, 1)  # [B * H, 1, L + extra + pooled]
+    answers, sums = out.view(b * heads, length, d), None if lse is None else lse.view(b * heads, length)
     for group in tiling.groups:
         seen = None if group.seen is None else F.pad(group.seen, (len(shared), 0), value=True)
-        for some in _portions(group, len(shared), b * heads, d, with_lse):
+        added = None if seen is None or with_lse else additive(seen, q.dtype)  # once: SDPA would do it in each call
+        for some, part in _portions(group, len(shared), b * heads, d, with_lse, q.device):
             queries = group.queries[some] + grid.before  # [n, repeats * rows]
             keys = torch.cat([shared.expand(queries.shape[0], -1), group.keys[some] + grid.before], dim=1)  # [n, K]
-            near_k, near_v = _gather(k, keys), _gather(v, keys)  # [B * H, n, K, d]
-            near_bias = None if bias is None else _gather_bias(bias, keys, b, heads)
-            for rows in queries.split(group.rows, dim=1):  # one frame at a time
-                asked = _gather(q, rows)
-                if lse is None:
-                    allowed = _combine(seen, near_bias, asked.dtype)
-                    answer = F.scaled_dot_product_attention(asked, near_k, near_v, attn_mask=allowed, scale=scale)
+            asked, near_k, near_v = (_gather(x[part], at) for x, at in zip(flat, (queries, keys, keys), strict=True))
+            near_bias = None if bias is None else bias[part][:, :, keys].movedim(1, 2)  # [B * H, n, 1, K]
+            for start in range(0, queries.shape[1], group.rows):  # one frame at a time
+                rows = slice(start, start + group.rows)
+                where = queries[:, rows].flatten()
+                if sums is None:
+                    allowed = _sum(added, near_bias)
+                    answer = F.scaled_dot_product_attention(
+                        asked[:, :, rows], near_k, near_v, attn_mask=allowed, scale=scale
+                    )
                 else:
-                    answer, sums = softmax_attention(asked, near_k, near_v, scale=scale, bias=near_bias, allowed=seen)
-                    lse.view(b * heads, length)[:, rows.flatten()] = sums.flatten(1)
-                out.view(b * heads, length, d)[:, rows.flatten()] = answer.flatten(1, 2)
+                    answer, sums[part, where] = (
+                        x.flatten(1, 2)
+                        for x in softmax_attention(
+                            asked[:, :, rows], near_k, near_v, scale=scale, bias=near_bias, allowed=seen
+                        )
+                    )
+                answers[part, where] = answer.reshape(-1, len(where), d)
     return Attended(out, lse)
 
 
@@ -186,36 +195,28 @@ def _box(top: int, bottom: int, left: int, right: int) -> tuple[Tensor, Tensor]:
     return y.repeat_interleave(len(x)), x.repeat(len(y))
 
 
-def _portions(group: Group, shared: int, batch: int, d: int, with_lse: bool) -> Iterator[slice]:
-    """Slices of a group's tiles that fit the memory allowed at once."""
+def _portions(
+    group: Group, shared: int, batch: int, d: int, with_lse: bool, device: torch.device
+) -> Iterator[tuple[slice, slice]]:
+    """Tiles of a group and rows of the batch of heads that are computed at once."""
     keys = shared + group.keys.shape[1]
-    most = COPIED // (batch * keys * d)
-    if with_lse:
-        most = min(most, SCORES // (batch * keys * group.rows))
-    count = group.queries.shape[0]
-    for start in range(0, count, max(most, 1)):
-        yield slice(start, start + max(most, 1))
+    most = at_once(device) // (keys * (max(d, group.rows) if with_lse else d))
+    heads = min(max(most, 1), batch)
+    tiles = max(most // heads, 1)
+    for start in range(0, group.queries.shape[0], tiles):
+        for first in range(0, batch, heads):
+            yield slice(start, start + tiles), slice(first, first + heads)
 
 
 def _gather(x: Tensor, indices: Tensor) -> Tensor:
-    """Tokens `[n, K]` of `[B, H, L, d]`, as `[B * H, n, K, d]`."""
-    picked = x.index_select(2, indices.flatten())
-    return picked.view(-1, *indices.shape, x.shape[-1])
+    """Tokens `[n, K]` of `[N, L, d]`, as `[N, n, K, d]`."""
+    return x.index_select(1, indices.flatten()).view(-1, *indices.shape, x.shape[-1])
 
 
-def _gather_bias(bias: Tensor, indices: Tensor, b: int, heads: int) -> Tensor:
-    """Bias of keys `[n, K]`, from `[B or 1, H or 1, 1, L]`, as `[B * H or 1, n, 1, K]`."""
-    if bias.shape[0] > 1 or bias.shape[1] > 1:
-        bias = bias.expand(b, heads, 1, -1)
-    picked = bias.reshape(-1, bias.shape[-1])[:, indices.flatten()]
-    return picked.view(-1, indices.shape[0], 1, indices.shape[1])
-
-
-def _combine(seen: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if bias is None:
-        return seen
-    bias = bias.to(dtype)
-    return bias if seen is None else bias.masked_fill(~seen, float("-inf"))
+def _sum(added: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    if added is None or bias is None:
+        return bias if added is None else added
+    return added + bias.to(added)
 
 
 def _product(sizes: tuple[int, ...]) -> int:
