@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import comfy.ldm.chroma.model
 import comfy.ldm.cogvideo.model
+import comfy.ldm.flux.model
 import comfy.ldm.hunyuan_video.model
 import comfy.ldm.lightricks.model
 import comfy.ldm.lumina.model
@@ -117,8 +118,7 @@ def flux() -> ModelPatcher:
 
 def kontext_prompt(seed: int, length: int = 5, **values) -> list:
     """A text that looks at one reference picture, of another size than the latent."""
-    reference = torch.randn(1, 16, 6, 4, generator=torch.Generator().manual_seed(50))
-    values = {"reference_latents": [reference], "reference_latents_method": "offset", **values}
+    values = {"reference_latents": [random_latent(16, 6, 4)], "reference_latents_method": "offset", **values}
     return tiny.prompt(seed, length, **values)
 
 
@@ -244,6 +244,44 @@ FAMILIES: dict[str, Family] = {
         Family("z_image", z_image, (16, 8, 8), text),
         Family("pixart", pixart, (4, 34, 34), text),  # positions are scaled by round(size / 64): 32 would divide by 0
         Family("ltx", ltx, (128, 3, 3, 3), partial(text, mask=True)),
+    )
+}
+
+
+@cache
+def flux2() -> ModelPatcher:
+    """FLUX.2: shared modulation, patches of one, 2 double and 2 single blocks. Core pads the text to 512 tokens."""
+    sizes = {**tiny.FLUX1, "in_channels": 128, "out_channels": 128, "vec_in_dim": None, "context_in_dim": TEXT}
+    sizes |= {"hidden_size": 128, "mlp_ratio": 3.0, "num_heads": 1, "depth": 2, "depth_single_blocks": 2}
+    sizes |= {"axes_dim": [32] * 4, "theta": 2000, "patch_size": 1, "qkv_bias": False, "guidance_embed": False}
+    sizes |= {"global_modulation": True, "mlp_silu_act": True, "ops_bias": False, "txt_ids_dims": [3]}
+    return load(weights(comfy.ldm.flux.model.Flux, gain=1.2, **sizes))
+
+
+@cache
+def wan_vace() -> ModelPatcher:
+    """Wan VACE: 4 blocks, of which the first and the third are followed by a block of the control videos."""
+    sizes = {"dim": 128, "ffn_dim": 256, "num_heads": 1, "num_layers": 4, "vace_layers": 2, "vace_in_dim": 96}
+    state = weights(comfy.ldm.wan.model.VaceWanModel, text_dim=TEXT, **sizes)
+    return load(state, {"text_dim": TEXT})
+
+
+def with_values(family: Family, name: str, **values) -> Family:
+    """`family` with more in its CONDITIONING."""
+    return replace(family, name=name, prompt=partial(family.prompt, **values))
+
+
+def random_latent(*shape: int) -> Tensor:
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(50))
+
+
+# Relatives that run through code of their own.
+RELATIVES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("flux2", flux2, (128, 4, 4), text),
+        Family("wan_vace", wan_vace, (16, 3, 6, 6), text),
+        with_values(FAMILIES["qwen"], "qwen_edit", reference_latents=[random_latent(16, 1, 4, 6)]),
     )
 }
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from dit_toolkit.tests.host.families import FAMILIES, sample
+from dit_toolkit.tests.host.families import FAMILIES, RELATIVES, sample
 
 pytestmark = pytest.mark.comfy
 
@@ -23,14 +23,17 @@ CLASSES = {
     "z_image": ("ZImage", "Lumina2", "NextDiT"),
     "pixart": ("PixArtSigma", "PixArt", "PixArtMS"),
     "ltx": ("LTXV", "LTXV", "LTXVModel"),
+    "flux2": ("Flux2", "Flux2", "Flux"),
+    "wan_vace": ("WAN21_Vace", "WAN21_Vace", "VaceWanModel"),
+    "qwen_edit": ("QwenImage", "QwenImage", "QwenImageTransformer2DModel"),
 }
 
 # The head reads no text: what the last block makes of it is for nobody.
-LAST_TEXT = {
-    "qwen": ("transformer_blocks.2.txt_mlp", "transformer_blocks.2.attn.add_q", "transformer_blocks.2.attn.to_add")
-}
+QWEN = "transformer_blocks.2."
+LAST_TEXT = {name: (f"{QWEN}txt_mlp", f"{QWEN}attn.add_q", f"{QWEN}attn.to_add") for name in ("qwen", "qwen_edit")}
 
-every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+ALL = FAMILIES | RELATIVES
+every_family = pytest.mark.parametrize("family", ALL.values(), ids=ALL.keys())
 
 
 @every_family
