@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import easycontrol, embedded
+from . import easycontrol, embedded, image_difference
 
 
 class DiTToolkit(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*easycontrol.NODES, *embedded.NODES]
+        return [*easycontrol.NODES, *embedded.NODES, *image_difference.NODES]
