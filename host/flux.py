@@ -6,6 +6,8 @@ patches and RoPE options apply. Flux2, Chroma, LongCat and Ovis share code with 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,3 +103,43 @@ def by_block(transformer: Flux, keys: list[tuple[Tensor, Tensor]]) -> BlockKeys:
     names = [("double", i) for i in range(doubles)]
     names += [("single", i) for i in range(len(transformer.single_blocks))]
     return dict(zip(names, keys, strict=True))
+
+
+def block(transformer: Any, kind: str, index: int) -> Any:
+    """The live module of ("double_block" or "single_block", index)."""
+    transformer = getattr(transformer, "_orig_mod", transformer)  # compiled
+    return (transformer.double_blocks if kind == "double_block" else transformer.single_blocks)[index]
+
+
+def parts_of(block: Any) -> list[Any]:
+    """The modules of a block whose outputs are added to the stream behind a gate, in the order they run."""
+    if hasattr(block, "linear2"):
+        return [block.linear2]
+    return [block.img_attn.proj, block.img_mlp, block.txt_attn.proj, block.txt_mlp]
+
+
+@contextmanager
+def recorded_outputs(block: Any) -> Iterator[list[Tensor]]:
+    """What `parts_of(block)` give while the block runs, in that order, `[B, T, D]` each."""
+    outputs: list[Tensor] = []
+    hooks = [part.register_forward_hook(lambda _, __, output: outputs.append(output)) for part in parts_of(block)]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def block_from_outputs(block: Any, args: dict, outputs: Sequence[Tensor]) -> dict:
+    """A block whose attention and MLPs gave `outputs`: only its modulation is computed.
+
+    Source: TaylorSeer, arXiv:2503.06923, on FLUX. `x + gate1 * attention + gate2 * mlp`, gates of the current `vec`.
+    """
+    if hasattr(block, "linear2"):
+        mod, _ = block.modulation(args["vec"])
+        return {"img": args["img"] + mod.gate * outputs[0]}
+    streams = {}
+    for name, attention, mlp in (("img", *outputs[:2]), ("txt", *outputs[2:])):
+        first, second = getattr(block, f"{name}_mod")(args["vec"])
+        streams[name] = args[name] + first.gate * attention + second.gate * mlp
+    return streams

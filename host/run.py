@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -33,7 +33,11 @@ class Description(Protocol):
     """What a node hangs on a MODEL: frozen settings that know how to start."""
 
     def bind(self, run: Run, model_options: dict) -> None:
-        """Add this feature's hooks to `model_options`, which belong to this run alone."""
+        """Add this feature's hooks to `model_options`, which belong to this run alone.
+
+        A class attribute `outermost = True` binds before the others: what can make a call of the model needless should
+        meet it before anybody prepares for it.
+        """
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,19 @@ class Chunk:
 
 
 class Run:
-    """One run of one sampler. `evaluation` is the number of the current one, from 0; -1 before the first."""
+    """One run of one sampler. `evaluation` is the number of the current one, from 0; -1 before the first.
 
-    def __init__(self):
+    model: the MODEL that is sampled.
+    sigmas: the schedule, as the sampler node gave it; empty where it gave none.
+    sampler: ComfyUI's name of the sampler function, such as "sample_euler"; empty where it has none.
+    """
+
+    def __init__(self, model: ModelPatcher | None = None, sigmas: Sequence[float] = (), sampler: str = ""):
+        self.model = model
+        self.sigmas = tuple(sigmas)
+        self.sampler = sampler
         self.evaluation = -1
+        self._closing: list[Callable[[bool], None]] = []
         self._lanes: dict[tuple[int, Condition], Any] = {}
         self._seen: Counter[Hashable] = Counter()
         self._lock = threading.Lock()  # with several GPUs, conditions run in threads
@@ -101,9 +114,23 @@ class Run:
                 self._seen[same] += 1
         return Chunk(tuple(conditions), x.shape[0] // len(conditions))
 
-    def close(self) -> None:
+    def on_close(self, call: Callable[[bool], None]) -> None:
+        """Call at the end of the run, with whether it came to its end by itself, before the lanes are dropped."""
+        self._closing.append(call)
+
+    def lanes_of(self, owner: object) -> list[Any]:
+        """All that `owner` keeps in this run."""
         with self._lock:
-            self._lanes.clear()
+            return [state for (who, _), state in self._lanes.items() if who == id(owner)]
+
+    def close(self, completed: bool = True) -> None:
+        try:
+            for call in self._closing:
+                call(completed)
+        finally:
+            self._closing.clear()
+            with self._lock:
+                self._lanes.clear()
 
 
 def attach(model: ModelPatcher, description: Description) -> ModelPatcher:
@@ -128,8 +155,9 @@ def chunk_of(options: dict) -> Chunk:
 
 def sampler_run(executor, *args, **kwargs):
     """OUTER_SAMPLE: one run from first to last."""
-    guider, run = executor.class_obj, Run()
-    before = guider.model_options
+    guider = executor.class_obj
+    run = Run(guider.model_patcher, *schedule_of(*args, **kwargs))
+    completed, before = False, guider.model_options
     guider.model_options = options = create_model_options_clone(before)
 
     def count(executor, *args, **kwargs):
@@ -145,9 +173,18 @@ def sampler_run(executor, *args, **kwargs):
     try:
         add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, count, options, is_model_options=True)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, name_conditions, options, is_model_options=True)
-        for description in options["transformer_options"].get(KEY, ()):
+        descriptions = options["transformer_options"].get(KEY, ())
+        for description in sorted(descriptions, key=lambda each: not getattr(each, "outermost", False)):
             description.bind(run, options)
-        return executor(*args, **kwargs)
+        result = executor(*args, **kwargs)
+        completed = True
+        return result
     finally:
         guider.model_options = before
-        run.close()
+        run.close(completed)
+
+
+def schedule_of(noise=None, latent_image=None, sampler=None, sigmas=None, *args, **kwargs) -> tuple[list[float], str]:
+    """The sigmas and the name of the sampler function, from the arguments of OUTER_SAMPLE."""
+    function = getattr(sampler, "sampler_function", None)
+    return ([] if sigmas is None else [float(s) for s in sigmas]), getattr(function, "__name__", "")

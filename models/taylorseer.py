@@ -1,0 +1,153 @@
+"""Forecast a feature at a skipped evaluation from where it was computed. Computed once every few evaluations.
+
+Source: TaylorSeer, arXiv:2503.06923. Derivatives by backward differences over the gap d between the last two full
+computations, summed as a Taylor polynomial at distance a:
+
+    D_0(k) = F(k),   D_{i+1}(k) = (D_i(k) - D_i(k - d)) / d,   F(k + a) ~ sum_i D_i(k) * a^i / i!
+
+`taylor_weights` is that recursion, as the authors run it. It divides by the last gap at every order, so it is exact for
+straight lines, at even gaps, and not for parabolas: for `s^2`, even gaps N and distance a it is off by -N*a.
+`newton_weights` is the polynomial through the same points, exact up to its degree at any spacing.
+
+Shapes: both give the weights of a sum, one float for each point, so features may have any shape.
+Units: TaylorSeer counts in evaluations; Newton's form takes any coordinate, such as sigma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import factorial, log
+from typing import Literal
+
+from .step_cache import COMPUTE, FORECAST, Choice, Moment
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Computed for the first few evaluations, then once every `every`.
+
+    Source: the fixed interval of TaylorSeer. Unit: evaluations. Neutral value: `every=1` computes everything.
+    Published: every 6, first 3 on FLUX.1 with 50 steps; every 5, first 1 on HunyuanVideo and Wan 2.1.
+    """
+
+    every: int
+    first: int = 3
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"interval must be at least 1, got {self.every}.")
+        if self.first < 1:
+            raise ValueError(
+                f"first_full must be at least 1, got {self.first}: a forecast needs a computed evaluation."
+            )
+
+    def choose(self, moment: Moment) -> tuple[Choice, str]:
+        if moment.index < self.first:
+            return COMPUTE, "first"
+        return (COMPUTE if moment.since_full >= self.every else FORECAST), "interval"
+
+
+def taylor_weights(points: Sequence[int], at: int, order: int, derivatives_from: int = 0) -> list[float]:
+    """Weights of TaylorSeer's forecast.
+
+    Args:
+        points: evaluations at which the feature was computed, newest first, no two equal.
+        at: the evaluation to forecast.
+        order: highest derivative. 0 repeats the newest feature.
+        derivatives_from: a feature computed before this evaluation gets no derivative of its own, as in the authors'
+            code for FLUX, where it is `first_enhance - 1`.
+
+    Returns:
+        One weight for each of `points`; those behind the first `order + 1` are 0.
+    """
+    count = min(len(points), order + 1)
+    # factors[j][i]: D_i at points[j], as coefficients of the features at `points`
+    factors: dict[int, list[list[float]]] = {}
+    for j in reversed(range(count)):
+        rows = [[1.0 if k == j else 0.0 for k in range(len(points))]]
+        if j + 1 < count and points[j] >= derivatives_from:
+            gap = points[j] - points[j + 1]
+            for i in range(min(order, len(factors[j + 1]))):
+                rows.append([(a - b) / gap for a, b in zip(rows[i], factors[j + 1][i], strict=True)])
+        factors[j] = rows
+    ahead = at - points[0]
+    terms = [ahead**i / factorial(i) for i in range(len(factors[0]))]
+    return [sum(t * row[k] for t, row in zip(terms, factors[0], strict=True)) for k in range(len(points))]
+
+
+def newton_weights(points: Sequence[float], at: float, order: int) -> list[float]:
+    """Weights of the polynomial of degree `order` through the newest points, in Lagrange's form of Newton's polynomial.
+
+    Args:
+        points: coordinates at which the feature was computed, newest first, no two equal.
+        at: the coordinate to forecast.
+        order: degree; lower where there are fewer points.
+
+    Returns:
+        One weight for each of `points`; those behind the first `order + 1` are 0. They sum to 1.
+    """
+    used = points[: order + 1]
+    weights = []
+    for k, own in enumerate(used):
+        weight = 1.0
+        for j, other in enumerate(used):
+            if j != k:
+                weight *= (at - other) / (own - other)
+        weights.append(weight)
+    return weights + [0.0] * (len(points) - len(used))
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where on the way of the sampler a feature was computed."""
+
+    index: int  # evaluation
+    sigma: float
+
+
+Form = Literal["taylor", "newton"]
+Coordinate = Literal["index", "sigma", "log sigma"]
+
+
+@dataclass(frozen=True)
+class Forecaster:
+    """How stored features become a forecast. `order=0` repeats the newest one.
+
+    coordinate: of the polynomial in Newton's form. TaylorSeer's recursion always counts evaluations.
+    derivatives_from: see `taylor_weights`.
+    """
+
+    order: int = 1
+    form: Form = "taylor"
+    coordinate: Coordinate = "index"
+    derivatives_from: int = 0
+
+    def __post_init__(self):
+        if self.order < 0:
+            raise ValueError(f"order must be 0 or more, got {self.order}.")
+
+    def place(self, point: Point) -> float:
+        """The coordinate of a point."""
+        if self.form == "taylor" or self.coordinate == "index":
+            return float(point.index)
+        return point.sigma if self.coordinate == "sigma" else log(point.sigma)
+
+    def weights(self, points: Sequence[Point], at: Point) -> list[float]:
+        """One weight for each of `points`, which come newest first, no two at the same place."""
+        if self.form == "taylor":
+            return taylor_weights([p.index for p in points], at.index, self.order, self.derivatives_from)
+        return newton_weights([self.place(p) for p in points], self.place(at), self.order)
+
+    def same_place(self, a: Point, b: Point) -> bool:
+        """Whether two points are too near each other for a difference between them to mean anything."""
+        x, y = self.place(a), self.place(b)
+        return abs(x - y) <= 1e-5 * max(abs(x), abs(y), 1e-3)
+
+
+FORECASTS: dict[str, tuple[Form, Coordinate]] = {  # as users choose them
+    "Taylor (paper)": ("taylor", "index"),
+    "Newton, evaluations": ("newton", "index"),
+    "Newton, sigma": ("newton", "sigma"),
+    "Newton, log sigma": ("newton", "log sigma"),
+}

@@ -1,0 +1,408 @@
+"""Step caches: compute some evaluations of the model, and forecast the others.
+
+Papers: TaylorSeer, arXiv:2503.06923; CG-Taylor, arXiv:2508.02240; Delta-DiT, arXiv:2406.01125. Their maths is in
+`models/` under the names of the methods, the common core in `host/step_cache.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..host.report import Report
+from ..host.step_cache import StepCache, attach
+from ..host.step_cache_taps import LastBlockTap, SpanTap, TapName, require_blocks, tap_for
+from ..models.cg_taylor import FirstBlockGate, Reduce
+from ..models.delta_dit import Stages
+from ..models.step_cache import Guard, Listed
+from ..models.taylorseer import FORECASTS, Forecaster, Interval
+
+ReportType = io.Custom("DIT_REPORT")
+CATEGORY = "DiT Toolkit/model/patch"
+
+
+def model_input() -> io.Input:
+    return io.Model.Input("model", tooltip="Any diffusion model, with whatever LoRAs and patches it has.")
+
+
+def outputs() -> list[io.Output]:
+    return [
+        io.Model.Output(display_name="model", tooltip="The model, forecasting what it skips."),
+        ReportType.Output(
+            display_name="report", tooltip="What was computed and what was forecast. For Acceleration Report."
+        ),
+    ]
+
+
+def range_inputs() -> list[io.Input]:
+    """Where in the run forecasts are allowed."""
+    bounds = {"min": 0.0, "max": 1.0, "step": 0.001, "advanced": True}
+    return [
+        io.Float.Input("start_percent", default=0.0, tooltip="Before this part of the run all is computed.", **bounds),
+        io.Float.Input("end_percent", default=1.0, tooltip="From this part of the run on all is computed.", **bounds),
+    ]
+
+
+def last_full_input(default: int) -> io.Input:
+    return io.Int.Input(
+        "last_full",
+        default=default,
+        min=0,
+        max=50,
+        advanced=True,
+        tooltip="Steps always computed at the end, where the finest details are set. 0 guards none.",
+    )
+
+
+def offload_input() -> io.Input:
+    return io.Boolean.Input(
+        "offload",
+        default=False,
+        advanced=True,
+        tooltip="Keep what is stored in the computer's memory instead of the GPU's. Same picture, a little slower.",
+    )
+
+
+class TaylorSeer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTTaylorSeer",
+            display_name="Apply TaylorSeer",
+            category=CATEGORY,
+            description="Computes one evaluation in every few and forecasts the others. No training, no extra weights.",
+            search_aliases=["taylor", "cache", "speed up", "accelerate", "faster", "step cache", "newton"],
+            inputs=[
+                model_input(),
+                io.Int.Input(
+                    "interval",
+                    default=3,
+                    min=1,
+                    max=20,
+                    tooltip="Evaluations from one full computation to the next. 1 turns the node off.",
+                ),
+                io.Int.Input(
+                    "order",
+                    default=1,
+                    min=0,
+                    max=4,
+                    tooltip="0 repeats the last result, 1 follows its slope, 2 its bend. Higher ones want small steps.",
+                ),
+                io.Int.Input(
+                    "first_full",
+                    default=3,
+                    min=1,
+                    max=50,
+                    tooltip="Evaluations always computed at the start, where the layout is decided.",
+                ),
+                last_full_input(0),
+                io.Combo.Input(
+                    "tap",
+                    options=["auto", "last block", "prediction", "every module"],
+                    default="auto",
+                    advanced=True,
+                    tooltip="What is forecast. auto: the last block's result where the model allows it, else the "
+                    "prediction. every module: as the authors do it, FLUX.1 only; needs gigabytes.",
+                ),
+                io.Combo.Input(
+                    "forecast",
+                    options=list(FORECASTS),
+                    default="Taylor (paper)",
+                    advanced=True,
+                    tooltip="Taylor counts evaluations, as in the paper. Newton is exact at uneven steps, and may "
+                    "follow the noise level (sigma) instead.",
+                ),
+                io.String.Input(
+                    "schedule",
+                    default="",
+                    advanced=True,
+                    tooltip="Instead of interval and first_full: the evaluations to compute, such as 0-3, 6, 9, 12, "
+                    "or a mask such as 1110010. Empty: the interval.",
+                ),
+                *range_inputs(),
+                offload_input(),
+                io.Float.Input(
+                    "max_memory",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.5,
+                    advanced=True,
+                    tooltip="Most GiB that 'every module' may hold. 0: a quarter of what is free.",
+                ),
+            ],
+            outputs=outputs(),
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        interval: int,
+        order: int,
+        first_full: int,
+        last_full: int,
+        tap: TapName,
+        forecast: str,
+        schedule: str,
+        start_percent: float,
+        end_percent: float,
+        offload: bool,
+        max_memory: float,
+    ) -> io.NodeOutput:
+        policy = Listed.parse(schedule) if schedule.strip() else Interval(interval, first_full)
+        form, coordinate = FORECASTS[forecast]
+        chosen = tap_for(model, tap, "Apply TaylorSeer", int(max_memory * 2**30) or None)
+        report = Report(
+            "TaylorSeer", f"TaylorSeer at the {chosen.name}, order {order}, {forecast}", cls.hidden.unique_id
+        )
+        cache = StepCache(
+            "TaylorSeer",
+            policy,
+            chosen,
+            Forecaster(order, form, coordinate, derivatives_from=first_full - 1),
+            Guard(last_full),
+            start_percent,
+            end_percent,
+            offload,
+            report,
+        )
+        if policy == Interval(1, first_full):
+            return io.NodeOutput(model, report)
+        return io.NodeOutput(attach(model, cache), report)
+
+
+class ConfidenceGatedTaylor(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTCGTaylor",
+            display_name="Apply Confidence-Gated Taylor",
+            category=CATEGORY,
+            description=(
+                "Runs the first block at every evaluation; where its result was predictable, forecasts all the others. "
+                "Easy pictures skip more than hard ones."
+            ),
+            search_aliases=["cg-taylor", "confidence", "gate", "first block cache", "fbcache", "teacache", "speed up"],
+            inputs=[
+                model_input(),
+                io.Float.Input(
+                    "threshold",
+                    default=0.08,
+                    min=0.0,
+                    max=2.0,
+                    step=0.005,
+                    tooltip="Error of the first block's forecast up to which the others are forecast. Higher is "
+                    "faster, 0 turns the node off. Each model and number of steps has its own scale: the report "
+                    "shows the errors.",
+                ),
+                io.Int.Input("warm_up", default=5, min=1, max=50, tooltip="Evaluations always computed at the start."),
+                io.Int.Input(
+                    "max_consecutive",
+                    default=0,
+                    min=0,
+                    max=50,
+                    tooltip="Most forecasts in a row. 0 sets no limit, as in the paper.",
+                ),
+                last_full_input(1),
+                io.Int.Input(
+                    "first_order",
+                    default=1,
+                    min=0,
+                    max=4,
+                    advanced=True,
+                    tooltip="Order of the first block's forecast. The paper takes 1 on FLUX.1 and 3 on Wan.",
+                ),
+                io.Int.Input(
+                    "last_order",
+                    default=1,
+                    min=0,
+                    max=4,
+                    advanced=True,
+                    tooltip="Order of the last block's forecast. 0 repeats its last result.",
+                ),
+                io.Combo.Input(
+                    "forecast",
+                    options=list(FORECASTS),
+                    default="Taylor (paper)",
+                    advanced=True,
+                    tooltip="How the last block is forecast. Newton is exact at uneven steps.",
+                ),
+                io.Combo.Input(
+                    "compare",
+                    options=["output", "residual"],
+                    default="output",
+                    advanced=True,
+                    tooltip="output: the paper. residual: as First Block Cache and DBCache do, the first block's "
+                    "change against its last one; the other blocks' change is what is forecast.",
+                ),
+                io.Combo.Input(
+                    "gate_rows",
+                    options=["max", "cond", "mean"],
+                    default="max",
+                    advanced=True,
+                    tooltip="Which pictures and prompts of a batch decide: the worst, those of the positive prompt, "
+                    "or all on average.",
+                ),
+                *range_inputs(),
+                offload_input(),
+            ],
+            outputs=outputs(),
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        threshold: float,
+        warm_up: int,
+        max_consecutive: int,
+        last_full: int,
+        first_order: int,
+        last_order: int,
+        forecast: str,
+        compare: Any,
+        gate_rows: Reduce,
+        start_percent: float,
+        end_percent: float,
+        offload: bool,
+    ) -> io.NodeOutput:
+        gate = FirstBlockGate(threshold, warm_up, first_order, compare, gate_rows)
+        family, keys = require_blocks(model, "Apply Confidence-Gated Taylor")
+        form, coordinate = FORECASTS[forecast]
+        words = f"Confidence-Gated Taylor on {family.name}, threshold {threshold:g}, order {last_order}, {forecast}"
+        report = Report("Confidence-Gated Taylor", words, cls.hidden.unique_id)
+        cache = StepCache(
+            "Confidence-Gated Taylor",
+            gate,
+            LastBlockTap(family, keys, gated=True, residual=compare == "residual"),
+            Forecaster(last_order, form, coordinate),
+            Guard(last_full, max_consecutive or None),
+            start_percent,
+            end_percent,
+            offload,
+            report,
+        )
+        if threshold == 0:
+            return io.NodeOutput(model, report)
+        return io.NodeOutput(attach(model, cache), report)
+
+
+class DeltaDiT(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTDeltaDiT",
+            display_name="Apply Delta-DiT",
+            category=CATEGORY,
+            description=(
+                "Skips a part of the blocks on most evaluations, and adds what they changed the last time: the rear "
+                "blocks early in the run, the front blocks late. For runs of 4 to 20 steps."
+            ),
+            search_aliases=["delta", "delta-dit", "cache", "few steps", "lcm", "skip blocks", "speed up"],
+            inputs=[
+                model_input(),
+                io.Int.Input(
+                    "interval",
+                    default=2,
+                    min=1,
+                    max=12,
+                    tooltip="Evaluations from one full computation to the next. 1 turns the node off.",
+                ),
+                io.Float.Input(
+                    "share",
+                    default=0.75,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the blocks that is skipped. 0 turns the node off.",
+                ),
+                io.Float.Input(
+                    "boundary",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the run after which the front blocks are skipped instead of the rear ones.",
+                ),
+                io.Int.Input("first_full", default=1, min=1, max=50, tooltip="Evaluations computed at the start."),
+                last_full_input(0),
+                io.Int.Input(
+                    "order",
+                    default=0,
+                    min=0,
+                    max=3,
+                    advanced=True,
+                    tooltip="0 adds the last change, as in the paper; 1 follows how it moves.",
+                ),
+                *range_inputs(),
+                offload_input(),
+            ],
+            outputs=outputs(),
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        interval: int,
+        share: float,
+        boundary: float,
+        first_full: int,
+        last_full: int,
+        order: int,
+        start_percent: float,
+        end_percent: float,
+        offload: bool,
+    ) -> io.NodeOutput:
+        family, keys = require_blocks(model, "Apply Delta-DiT")
+        stages, schedule = Stages(share, boundary), Interval(interval, first_full)
+        skipped = round(share * len(keys))
+        words = f"Delta-DiT on {family.name}, {skipped} of {len(keys)} blocks, every {interval}, order {order}"
+        report = Report("Delta-DiT", words, cls.hidden.unique_id)
+        cache = StepCache(
+            "Delta-DiT",
+            schedule,
+            SpanTap(family, keys, stages=stages),
+            Forecaster(order),
+            Guard(last_full),
+            start_percent,
+            end_percent,
+            offload,
+            report,
+        )
+        if interval == 1 or not skipped:
+            return io.NodeOutput(model, report)
+        return io.NodeOutput(attach(model, cache), report)
+
+
+class AccelerationReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTAccelerationReport",
+            display_name="Acceleration Report",
+            category="DiT Toolkit/utils",
+            description="Reads what an accelerated model did in the sampler that ran last, as text.",
+            search_aliases=["report", "statistics", "cache statistics", "speed", "gate error"],
+            inputs=[
+                ReportType.Input("report", tooltip="From the node that accelerates the model."),
+                io.AnyType.Input("after", tooltip="What the sampler made, so that this node waits for it."),
+            ],
+            outputs=[
+                io.String.Output(display_name="text", tooltip="Several lines, for Preview as Text."),
+                io.String.Output(display_name="json", tooltip="Every evaluation, as JSON, for scripts."),
+                io.AnyType.Output(display_name="after", tooltip="What came in at 'after', unchanged."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, report: Report, after: Any) -> io.NodeOutput:
+        return io.NodeOutput(report.text(), report.json(), after)
+
+
+NODES = [TaylorSeer, ConfidenceGatedTaylor, DeltaDiT, AccelerationReport]
