@@ -2,9 +2,11 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import easycontrol, embedded, image_difference
+from . import easycontrol, embedded, image_difference, step_cache
+
+FEATURES = (easycontrol, step_cache, image_difference, embedded)
 
 
 class DiTToolkit(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*easycontrol.NODES, *embedded.NODES, *image_difference.NODES]
+        return [node for feature in FEATURES for node in feature.NODES]
