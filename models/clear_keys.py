@@ -1,0 +1,131 @@
+"""CLEAR's published files: whole attention weights of FLUX.1-dev in diffusers' layout, as patches of ComfyUI's layout.
+
+Source: Huage001/CLEAR on Hugging Face, five files. They hold, for every block,
+
+    transformer_blocks.{i}.attn.{to_q,to_k,to_v,to_out.0}.{weight,bias}          picture side of the double blocks
+    single_transformer_blocks.{i}.attn.{to_q,to_k,to_v}.{weight,bias}            single blocks
+    ...attn.processor.spatial_weight    [1, 1, 1, f, 1, f, 1]                    variants with pooled keys only
+
+These replace the model's own; they are no differences. ComfyUI keeps q, k and v in one layer: rows [q; k; v] of
+`double_blocks.{i}.img_attn.qkv` and the first rows of `single_blocks.{i}.linear1`, whose other rows are the MLP's.
+Every tensor becomes one patch of a slice of rows, so nothing is copied or joined.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Block = tuple[str, int]  # ("double" or "single", number)
+
+PLACES = {"to_q": 0, "to_k": 1, "to_v": 2}
+LAYERS = {"double": ("to_q", "to_k", "to_v", "to_out.0"), "single": ("to_q", "to_k", "to_v")}
+KEY = re.compile(
+    r"(single_)?transformer_blocks\.(\d+)\.attn\.(?:(to_q|to_k|to_v|to_out\.0)\.(weight|bias)|processor\.spatial_weight)"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """`value` replaces rows `start` to `start + len(value)` of the weight `key`."""
+
+    key: str  # "double_blocks.0.img_attn.qkv.weight"
+    start: int
+    value: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ClearWeights:
+    """A file, understood."""
+
+    dim: int
+    double: int
+    single: int
+    patches: tuple[Patch, ...]
+    cells: Mapping[Block, Tensor]  # weights of the pooled cells, [f, f]; empty for purely local files
+
+    @property
+    def factor(self) -> int:
+        """Side of the pooled cells, 0 for none."""
+        return next(iter(self.cells.values())).shape[0] if self.cells else 0
+
+    @property
+    def summary(self) -> str:
+        pooled = f", pooled cells of {self.factor}" if self.cells else ""
+        return f"{self.double}+{self.single} blocks, hidden size {self.dim}, {len(self.patches)} tensors{pooled}"
+
+
+def parse(state: Mapping[str, Tensor], name: str) -> ClearWeights:
+    """Read a file in the published layout.
+
+    Args:
+        name: of the file, for messages.
+
+    Raises:
+        ValueError: keys that are unknown, missing or of another shape.
+    """
+    found: dict[tuple[str, int, str], Tensor] = {}
+    unknown = []
+    for key, value in state.items():
+        match = KEY.fullmatch(key)
+        if match is None:
+            unknown.append(key)
+            continue
+        kind = "single" if match[1] else "double"
+        part = "spatial_weight" if match[3] is None else f"{match[3]}.{match[4]}"
+        if kind == "single" and match[3] == "to_out.0":
+            unknown.append(key)
+            continue
+        found[kind, int(match[2]), part] = value
+    if not found:
+        raise ValueError(f"{name} is no CLEAR file: it has no key like transformer_blocks.0.attn.to_q.weight.")
+    if unknown:
+        raise ValueError(f"{name} is no CLEAR file as published: unknown keys {_some(unknown)}.")
+
+    blocks: dict[str, int] = {kind: 1 + max((n for k, n, _ in found if k == kind), default=-1) for kind in LAYERS}
+    pooled = any(part == "spatial_weight" for _, _, part in found)
+    missing = []
+    for kind, count in blocks.items():
+        parts = [f"{layer}.{end}" for layer in LAYERS[kind] for end in ("weight", "bias")]
+        parts += ["spatial_weight"] if pooled else []
+        missing += [f"{kind} {n} {part}" for n in range(count) for part in parts if (kind, n, part) not in found]
+    missing += [f"all {kind} blocks" for kind, count in blocks.items() if not count]
+    if missing:
+        raise ValueError(f"{name} is incomplete: {_some(missing)} missing. Download it again.")
+
+    dim = found["double", 0, "to_q.weight"].shape[0]
+    patches, cells = [], {}
+    for (kind, n, part), value in found.items():
+        if part == "spatial_weight":
+            cells[kind, n] = _cell(value, name)
+        else:
+            patches.append(_patch(kind, n, part, value, dim, name))
+    if len({cell.shape for cell in cells.values()}) > 1:
+        raise ValueError(f"{name} has pooled cells of different sizes. Download it again.")
+    return ClearWeights(dim, blocks["double"], blocks["single"], tuple(patches), cells)
+
+
+def _patch(kind: str, n: int, part: str, value: Tensor, dim: int, name: str) -> Patch:
+    layer, end = part.rsplit(".", 1)
+    expected = (dim, dim) if end == "weight" else (dim,)
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name}: {kind} {n} {part} must be {expected}, got {tuple(value.shape)}. Download it again.")
+    if layer == "to_out.0":
+        return Patch(f"double_blocks.{n}.img_attn.proj.{end}", 0, value)
+    target = "linear1" if kind == "single" else "img_attn.qkv"
+    return Patch(f"{kind}_blocks.{n}.{target}.{end}", PLACES[layer] * dim, value)
+
+
+def _cell(value: Tensor, name: str) -> Tensor:
+    """`[1, 1, 1, f, 1, f, 1]` as `[f, f]`."""
+    f = value.shape[3] if value.ndim == 7 else 0
+    if tuple(value.shape) != (1, 1, 1, f, 1, f, 1) or f < 1:
+        raise ValueError(f"{name}: spatial_weight must be (1, 1, 1, f, 1, f, 1), got {tuple(value.shape)}.")
+    return value[0, 0, 0, :, 0, :, 0]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
