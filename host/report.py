@@ -37,7 +37,7 @@ class RunReport:
 
     number: int
     method: str
-    planned: int | None  # steps of the schedule
+    planned: int | None  # evaluations, as far as the schedule and the sampler tell
     notes: list[str] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
     bytes_held: int = 0  # most at any time

@@ -131,14 +131,15 @@ class StepCacheRun:
 
     def __init__(self, settings: StepCache, run: Run):
         self.settings, self.run = settings, run
-        sampling: Any = run.model.get_model_object("model_sampling") if run.model is not None else None
-        self.start = inf if settings.start <= 0 else float(sampling.percent_to_sigma(settings.start))
-        self.end = -inf if settings.end >= 1 else float(sampling.percent_to_sigma(settings.end))
+        self.start = inf if settings.start <= 0 else self.edge(settings.start)
+        self.end = -inf if settings.end >= 1 else self.edge(settings.end)
         self.steps = steps_of(run.sigmas)
-        self.report: RunReport = settings.report.start(None if self.steps is None else len(self.steps))
+        self.total = evaluations_of(self.steps, run.sampler)
+        self.report: RunReport = settings.report.start(self.total)
         self.lock = threading.RLock()  # with several GPUs, chunks of one evaluation run in threads
         self.index = -1  # evaluations since the start or the last reset
         self.last_full: int | None = None
+        self.resets = 0
         self.sigma = inf
         self.choice, self.reason = COMPUTE, ""
         self.error: float | None = None
@@ -164,6 +165,14 @@ class StepCacheRun:
             return Forecaster(0 if policy.compare == "residual" else policy.order)
         return self.settings.forecaster
 
+    def edge(self, percent: float) -> float:
+        """The sigma at a part of the noise schedule, 0 to 1, a hair above it: a step that begins there is behind it.
+
+        Samplers round sigmas to float32. Compared exactly, a boundary at half of 12 steps would be left to chance.
+        """
+        sampling: Any = self.run.model.get_model_object("model_sampling") if self.run.model is not None else None
+        return float(sampling.percent_to_sigma(percent)) * (1 + 1e-5)
+
     # evaluations
 
     def predict_noise(self, executor, x: Tensor, timestep: Tensor, *args, **kwargs) -> Tensor:
@@ -185,14 +194,19 @@ class StepCacheRun:
 
     def reset(self, why: str) -> None:
         """Forget everything, as at the start of a run."""
-        self.index, self.last_full = -1, None
+        self.index, self.last_full, self.total = -1, None, None
         for lane in self.run.lanes_of(self):
             lane.clear()
-        self.report.notes.append(f"Started anew at evaluation {self.run.evaluation}: {why}.")
+        self.resets += 1
+        if self.resets == 1:
+            self.report.notes.append(f"Started anew at evaluation {self.run.evaluation}: {why}.")
+        else:
+            again = f"Started anew {self.resets} times, last at evaluation {self.run.evaluation}: {why}."
+            self.report.notes = [again if note.startswith("Started anew") else note for note in self.report.notes]
 
     def choose(self) -> tuple[Choice, str]:
         since = 0 if self.last_full is None else self.index - self.last_full
-        moment = Moment(self.index, since, self.left())
+        moment = Moment(self.index, since, self.left(), self.total)
         if self.short:
             return COMPUTE, "short"
         if not self.end < self.sigma <= self.start:
@@ -263,7 +277,7 @@ class StepCacheRun:
             if lane.signature != signature or self.run.evaluation - lane.used > 3:
                 lane.clear()
             lane.signature, lane.used = signature, self.run.evaluation
-        point = Point(self.run.evaluation, self.sigma)
+        point = Point(self.index, self.sigma)
         parts = self.settings.tap.parts(self)
         visit = Visit(self, chunk, lanes, point, self.choice, x.device, parts, base.diffusion_model)
         if isinstance(self.settings.policy, InputChange):
@@ -280,6 +294,22 @@ def steps_of(sigmas: Sequence[float]) -> list[float] | None:
     if len(sigmas) < 2 or any(b >= a for a, b in pairwise(sigmas)):
         return None
     return list(sigmas[:-1])
+
+
+TWO_PER_STEP = (
+    "sample_heun",
+    "sample_dpm_2",
+    "sample_dpm_2_ancestral",
+    "sample_dpmpp_2s_ancestral",
+    "sample_exp_heun_2_x0",
+)
+
+
+def evaluations_of(steps: Sequence[float] | None, sampler: str) -> int | None:
+    """How often a sampler calls the model: once a step, or twice but for the last one."""
+    if steps is None:
+        return None
+    return 2 * len(steps) - 1 if sampler in TWO_PER_STEP else len(steps)
 
 
 def thinned(x: Tensor) -> Tensor:

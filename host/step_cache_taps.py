@@ -254,9 +254,7 @@ class SpanTap(BlockTap):
         return "residual"
 
     def span(self, run: StepCacheRun) -> Span:
-        sampling: Any = run.run.model.get_model_object("model_sampling") if run.run.model else None
-        early = run.sigma > float(sampling.percent_to_sigma(self.stages.boundary))
-        return self.stages.span(len(self.keys), early)
+        return self.stages.span(len(self.keys), early=run.sigma > run.edge(self.stages.boundary))
 
 
 @dataclass(frozen=True)

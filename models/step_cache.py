@@ -35,6 +35,7 @@ class Moment:
     index: int  # of this evaluation, from 0
     since_full: int  # evaluations since the last computed one, at least 1; 0 if there was none
     left: int | None = None  # steps of the schedule after this one; None if the schedule does not tell
+    total: int | None = None  # evaluations of the whole run; None if nobody can tell
 
 
 class Policy(Protocol):

@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import easycontrol, embedded, image_difference, step_cache
+from . import accelerate, easycontrol, embedded, image_difference, step_cache
 
-FEATURES = (easycontrol, step_cache, image_difference, embedded)
+FEATURES = (easycontrol, accelerate, step_cache, image_difference, embedded)
 
 
 class DiTToolkit(ComfyExtension):

@@ -20,6 +20,7 @@ from ..models.taylorseer import FORECASTS, Forecaster, Interval
 
 ReportType = io.Custom("DIT_REPORT")
 CATEGORY = "DiT Toolkit/model/patch"
+SPACINGS = {"to the last step": True, "as published": False}  # Interval.to_end
 
 
 def model_input() -> io.Input:
@@ -98,6 +99,14 @@ class TaylorSeer(io.ComfyNode):
                 ),
                 last_full_input(0),
                 io.Combo.Input(
+                    "spacing",
+                    options=list(SPACINGS),
+                    default="to the last step",
+                    advanced=True,
+                    tooltip="to the last step: stretch the interval a little so that the last evaluation is computed, "
+                    "which gives finer details. as published: count from the start.",
+                ),
+                io.Combo.Input(
                     "tap",
                     options=["auto", "last block", "prediction", "every module"],
                     default="auto",
@@ -144,6 +153,7 @@ class TaylorSeer(io.ComfyNode):
         order: int,
         first_full: int,
         last_full: int,
+        spacing: str,
         tap: TapName,
         forecast: str,
         schedule: str,
@@ -152,7 +162,7 @@ class TaylorSeer(io.ComfyNode):
         offload: bool,
         max_memory: float,
     ) -> io.NodeOutput:
-        policy = Listed.parse(schedule) if schedule.strip() else Interval(interval, first_full)
+        policy = Listed.parse(schedule) if schedule.strip() else Interval(interval, first_full, SPACINGS[spacing])
         form, coordinate = FORECASTS[forecast]
         chosen = tap_for(model, tap, "Apply TaylorSeer", int(max_memory * 2**30) or None)
         report = Report(
@@ -169,7 +179,7 @@ class TaylorSeer(io.ComfyNode):
             offload,
             report,
         )
-        if policy == Interval(1, first_full):
+        if isinstance(policy, Interval) and policy.every == 1:
             return io.NodeOutput(model, report)
         return io.NodeOutput(attach(model, cache), report)
 
