@@ -143,7 +143,7 @@ def extra_keys(options: dict) -> int:
 
 
 def key_bias(mask: Tensor | None, q: Tensor, keys: int) -> Tensor | str | None:
-    """What a mask adds to the logits of each key, `[B or 1, H or 1, 1, keys]`; why not, in words, if it is no such mask.
+    """What a mask adds to the logits of each key, `[B or 1, H or 1, 1, keys]`, or in words why it is none such.
 
     Args:
         mask: as ComfyUI has it: `[Lq, keys]`, `[B, Lq, keys]` or `[B, H, Lq, keys]`, additive or bool.

@@ -58,7 +58,7 @@ class Grid:
 
 
 class Plane(NamedTuple):
-    """How a pattern lays the picture's tokens out: `frames` sheets of `rows` x `columns`, in the order of the tokens."""
+    """How a pattern lays the picture's tokens out: `frames` sheets of `rows` x `columns`, in their order."""
 
     frames: int
     rows: int
@@ -135,7 +135,7 @@ class PooledDisc(Disc):
 
 @dataclass(frozen=True)
 class Band:
-    """Tokens at most `half` places away in the order of the sequence, over row ends too. Source: Re-ttention, images."""
+    """Tokens at most `half` places away in the order of the tokens, over row ends too. Source: Re-ttention, images."""
 
     half: int
 
@@ -222,7 +222,7 @@ def mask(pattern: Pattern, grid: Grid, extra: int = 0, device: torch.device | No
 
 
 class Attended(NamedTuple):
-    """Result of attention, `[B, H, L, d]`, and log-sum-exp of its scaled logits, `[B, H, L]` float32, where asked for."""
+    """Result of attention, `[B, H, L, d]`; where asked for, log-sum-exp of its scaled logits, `[B, H, L]` float32."""
 
     out: Tensor
     lse: Tensor | None
@@ -315,8 +315,8 @@ def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, bias: Tensor | None, allowed: Tensor | None
 ) -> WithLse:
     """Attention written out in float32: q `[..., Lq, d]`, k and v `[..., Lk, d]`. No row may be without a key."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = (q.float() * scale) @ k.float().mT  # [..., Lq, Lk]
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q.float() * factor) @ k.float().mT  # [..., Lq, Lk]
     if bias is not None:
         scores = scores + bias.float()
     if allowed is not None:

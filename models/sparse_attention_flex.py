@@ -11,6 +11,7 @@ Shapes as in `sparse_attention.masked`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -53,9 +54,7 @@ class Blocks:
 def blocks(pattern: Pattern, grid: Grid, extra: int = 0, device: torch.device | None = None) -> Blocks:
     """The order of tokens and the blocks of pairs to compute."""
     y, x = places(pattern, grid)
-    pooled = 1
-    for size in pooled_grid(pattern, grid):
-        pooled *= size
+    pooled = math.prod(pooled_grid(pattern, grid))
     patches = _patch_order(pattern, grid)
     own, more = grid.global_indices(), torch.arange(grid.length, grid.length + extra + pooled)
     queries = torch.cat([patches + grid.before, own])
@@ -105,12 +104,14 @@ def flex(
         raise ValueError(f"planned for {plan.extra} extra keys, got {k.shape[2] - plan.grid.length}")
     k, v, bias = with_pooled(k, v, bias, plan.pattern, plan.grid, weight)
     q, k, v = q[:, :, plan.queries], k[:, :, plan.keys], v[:, :, plan.keys]
-    score = None
+    score: Callable[..., Tensor] | None = None
     if bias is not None:
         of_key = bias.expand(*k.shape[:2], 1, -1)[:, :, 0, plan.keys].contiguous()  # [B, H, keys]
 
-        def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        def add(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return s + of_key[b, h, j]
+
+        score = add
 
     run = run or compiled()
     result = run(q, k, v, score_mod=score, block_mask=plan.mask, scale=scale, return_lse=with_lse)

@@ -12,10 +12,10 @@ Shapes: q `[B, H, L, d]`, k and v `[B, H, L + extra, d]`, masks `[queries, keys]
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from .sparse_attention import (
     softmax_attention,
     with_pooled,
 )
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -67,12 +68,10 @@ class Tiling:
         tensors = [x for g in self.groups for x in (g.queries, g.keys, g.seen) if x is not None]
         return sum(x.numel() * x.element_size() for x in tensors)
 
-    @cached_property
-    def device(self) -> torch.device:
-        return self.groups[0].queries.device
 
-
-def tile(pattern: Pattern, grid: Grid, device: torch.device | None = None, side: tuple[int, int] | None = None) -> Tiling:
+def tile(
+    pattern: Pattern, grid: Grid, device: torch.device | None = None, side: tuple[int, int] | None = None
+) -> Tiling:
     """Cut the plane of `pattern` into tiles.
 
     Args:
@@ -113,7 +112,7 @@ def tile_side(pattern: Pattern, grid: Grid) -> tuple[int, int]:
     reach_y, reach_x = pattern.reach
     if plane.rows == 1:
         return 1, max(32, min(128, reach_x))
-    return (8, 8) if max(reach_y, reach_x) < 24 else (16, 16)
+    return (8, 8) if max(reach_y, reach_x) < 7 else (16, 16)
 
 
 def tiled(
@@ -135,7 +134,7 @@ def tiled(
     own_k, own_v, own_bias = k, v, bias
     k, v, bias = with_pooled(k, v, bias, tiling.pattern, grid, weight)
     pooled = k.shape[2] - own_k.shape[2]
-    if pooled != _product(pooled_grid(tiling.pattern, grid)):
+    if pooled != math.prod(pooled_grid(tiling.pattern, grid)):
         raise ValueError(f"the pooled cells need weights [{tiling.pattern.pool}, {tiling.pattern.pool}]")
 
     every = grid.global_indices(extra, q.device)
@@ -217,10 +216,3 @@ def _sum(added: Tensor | None, bias: Tensor | None) -> Tensor | None:
     if added is None or bias is None:
         return bias if added is None else added
     return added + bias.to(added)
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
