@@ -1,0 +1,446 @@
+"""Re-ttention on tiny models of every family, judged by full attention and by the method written out with dense masks."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from functools import cache
+
+import comfy.sample
+import comfy.samplers
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from dit_toolkit.host.re_ttention import Report, ReTtention, attach
+from dit_toolkit.host.re_ttention_run import Layer, ReTtentionRun
+from dit_toolkit.host.sparse_attention import SparseAttention
+from dit_toolkit.host.sparse_attention import attach as attach_sparse
+from dit_toolkit.models.re_ttention import Schedule
+from dit_toolkit.models.sparse_attention import Disc, Grid, mask
+from dit_toolkit.models.taylorseer import Interval
+from dit_toolkit.tests.host import tiny
+from dit_toolkit.tests.host.caching import cached
+from dit_toolkit.tests.host.families import FAMILIES, sample
+
+pytestmark = pytest.mark.comfy
+
+REACHED = ("flux", "kontext", "chroma", "sd35", "qwen", "wan", "hunyuan_video", "cogvideox", "lumina2", "z_image", "ltx")
+VIDEO = ("wan", "hunyuan_video", "cogvideox", "ltx")
+every_family = pytest.mark.parametrize("name", REACHED)
+
+
+def sparse(model, first=1, period=5, *, keep=0.3, **settings):
+    """`model` with Re-ttention, and its report."""
+    report = Report()
+    schedule = Schedule(first, period, settings.pop("sigma_ratio", 0.0))
+    settings = {"drift": 0.0, "min_tokens": 0, "max_bytes": 1 << 30, **settings}
+    return attach(model, ReTtention(keep, schedule, report=report, **settings)), report
+
+
+def outputs_at_one_place(name, model, times=4, cfg=1.0, sigma=0.7, batch=1) -> list[Tensor]:
+    """What the model makes of the same latent at the same noise level, `times` times in one run."""
+    seen = []
+
+    def stay(model, x, sigmas, extra_args, callback, disable):
+        for _ in range(times):
+            seen.append(model(x, sigmas[0] * x.new_ones(x.shape[0]), **extra_args))
+        return x
+
+    family = FAMILIES[name]
+    noise = torch.randn(batch, *family.latent_shape, generator=torch.Generator().manual_seed(7))
+    comfy.sample.sample_custom(
+        model,
+        noise,
+        cfg,
+        comfy.samplers.KSAMPLER(stay),
+        torch.tensor([sigma, 0.0]),
+        family.prompt(3),
+        family.prompt(4),
+        torch.zeros_like(noise),
+        disable_pbar=True,
+        seed=0,
+    )
+    return seen
+
+
+@cache
+def plain(name: str, steps=6, cfg=2.0) -> Tensor:
+    """The picture without us."""
+    return sample(FAMILIES[name], steps=steps, cfg=cfg)
+
+
+def differ(a: Tensor, b: Tensor) -> bool:
+    return not torch.allclose(a, b, rtol=0, atol=1e-3)
+
+
+# ---- full attention, and as good as full
+
+
+@every_family
+def test_a_run_that_never_leaves_the_start_is_the_model_without_us(name):
+    model, report = sparse(FAMILIES[name].load(), first=6)
+    assert torch.equal(sample(FAMILIES[name], model, steps=6, cfg=2.0), plain(name))
+    assert report.evaluations == "######"
+
+
+@every_family
+def test_a_refresh_in_every_evaluation_is_full_attention(name):
+    model, report = sparse(FAMILIES[name].load(), first=0, period=1)
+    tiny.close(sample(FAMILIES[name], model, steps=6, cfg=2.0), plain(name), atol=2e-4)
+    assert report.evaluations == "RRRRRR"
+
+
+@every_family
+def test_sparse_evaluations_of_the_same_input_are_full_ones(name):
+    """The method's identity: queries, keys and values unchanged, nothing drifts."""
+    model, report = sparse(FAMILIES[name].load(), keep=0.1)
+    first, *others = outputs_at_one_place(name, model)
+    assert report.evaluations == "#R.."
+    for other in others:
+        tiny.close(other, first, atol=1e-4)
+    assert report.pairs < report.pairs_in_full
+
+
+@every_family
+def test_it_really_acts(name):
+    model, report = sparse(FAMILIES[name].load())
+    got = sample(FAMILIES[name], model, steps=6, cfg=2.0)
+    assert report.evaluations == "#R...."
+    assert torch.isfinite(got).all()
+    assert differ(got, plain(name))
+
+
+def test_pixart_is_left_alone_and_the_report_says_so():
+    model, report = sparse(FAMILIES["pixart"].load())
+    assert torch.equal(sample(FAMILIES["pixart"], model, steps=6, cfg=2.0), plain("pixart"))
+    assert "nothing was changed" in report.text()
+
+
+def test_the_model_that_came_in_is_as_it_was():
+    sparse(FAMILIES["flux"].load())
+    assert torch.equal(sample(FAMILIES["flux"], steps=6, cfg=2.0), plain("flux"))
+
+
+# ---- the method written out
+
+
+class WrittenOut:
+    """Re-ttention as an attention override: whole score matrices, and a count of calls for the state.
+
+    grids: of the calls of one evaluation, in their order; None for one that is not ours.
+    """
+
+    def __init__(self, grids, kinds, pattern, drift=0.0, clamp=True, extra=0):
+        self.grids, self.kinds, self.pattern = grids, kinds, pattern
+        self.drift, self.clamp, self.extra = drift, clamp, extra
+        self.calls, self.state = 0, {}
+
+    def __call__(self, func, *args, **kwargs):
+        evaluation, place = divmod(self.calls, len(self.grids))
+        self.calls += 1
+        grid = self.grids[place]
+        if grid is None:
+            return func(*args, **kwargs)
+        q, k, v = args[:3]
+        heads = args[3] if len(args) > 3 else kwargs["heads"]
+        if not kwargs.get("skip_reshape"):
+            q, k, v = (x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2) for x in (q, k, v))
+        assert q.shape[2] == grid.length
+        assert k.shape[2] == grid.length + self.extra
+        z = q @ k.mT / q.shape[-1] ** 0.5
+        bias = kwargs.get("mask")
+        z = z if bias is None else z + bias
+        kept = mask(self.pattern, grid, self.extra)
+        full = z.softmax(-1) @ v
+        only_kept = z.masked_fill(~kept, float("-inf")).softmax(-1) @ v
+        if self.kinds[evaluation] == "R":
+            rho = (z.softmax(-1) * kept).sum(-1, keepdim=True)
+            self.state[place] = rho, full - rho * only_kept
+        if self.kinds[evaluation] == ".":
+            rho, rest = self.state[place]
+            full = rho * only_kept + rest
+            self.state[place] = (rho + self.drift).clamp(max=1.0 if self.clamp else 9.0), rest
+        return full.transpose(1, 2).flatten(2)
+
+
+def written_out(model, *args, **kwargs):
+    patched = model.clone()
+    patched.model_options["transformer_options"]["optimized_attention_override"] = WrittenOut(*args, **kwargs)
+    return patched
+
+
+GRIDS = {  # of the calls of one evaluation
+    "flux": [Grid(4, 4, before=5)] * 4,
+    "sd35": [Grid(4, 4, before=6), Grid(4, 4), Grid(4, 4, before=6), Grid(4, 4, before=6)],
+    "qwen": [Grid(4, 4, before=6)] * 3,
+    "wan": [Grid(3, 3, 3), None] * 3,
+    "hunyuan_video": [None, None, *[Grid(3, 3, 3, before=6)] * 4],
+    "cogvideox": [Grid(3, 3, 3, before=6)] * 3,
+}
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+@pytest.mark.parametrize("name", GRIDS)
+def test_it_is_the_method_written_out(name, clamp):
+    model, report = sparse(FAMILIES[name].load(), pattern="disc", drift=0.1, clamp=clamp)
+    got = sample(FAMILIES[name], model, steps=7)
+    assert report.evaluations == "#R....R"
+    (pattern,) = set(report.patterns.values())
+    expected = written_out(FAMILIES[name].load(), GRIDS[name], "#R....R", pattern, 0.1, clamp)
+    tiny.close(got, sample(FAMILIES[name], expected, steps=7), atol=2e-4)
+    assert differ(got, plain(name, steps=7, cfg=1.0))
+
+
+@pytest.mark.parametrize("influence", [1.0, 0.5])
+def test_keys_of_easycontrol_are_seen_by_every_token(influence):
+    controlled = tiny.controlled(FAMILIES["flux"].load(), influence=influence)
+    model, report = sparse(controlled, pattern="disc", drift=0.1)
+    got = tiny.sample(model, steps=7)
+    assert report.evaluations == "#R....R"
+    (pattern,) = set(report.patterns.values())
+    expected = written_out(controlled, GRIDS["flux"], "#R....R", pattern, 0.1, extra=9)  # a latent of 6 x 6
+    tiny.close(got, tiny.sample(expected, steps=7), atol=2e-4)
+    assert differ(got, tiny.sample(sparse(FAMILIES["flux"].load(), pattern="disc", drift=0.1)[0], steps=7))
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_video_is_kept_in_tubes_and_pictures_in_bands(name):
+    _, report = run_of(name)
+    assert all("tube" in line for line in report.text().splitlines() if "tokens" in line)
+    _, report = run_of("flux")
+    assert "band" in report.text()
+
+
+@cache
+def run_of(name):
+    model, report = sparse(FAMILIES[name].load())
+    return sample(FAMILIES[name], model, steps=6, cfg=2.0), report
+
+
+# ---- conditions, samplers, runs
+
+
+def prompts_of_two_lengths(name):
+    """Positive and negative that ComfyUI cannot put into one batch."""
+    return FAMILIES[name].prompt(3), FAMILIES[name].prompt(4, length=7)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd35", "wan", "cogvideox"])
+def test_conditions_side_by_side_equal_conditions_one_after_the_other(name, monkeypatch):
+    model, together = sparse(FAMILIES[name].load(), drift=0.1)
+    expected = sample(FAMILIES[name], model, steps=6, cfg=2.0)
+    model, apart = sparse(FAMILIES[name].load(), drift=0.1)
+    monkeypatch.setattr(type(model.model), "memory_required", lambda *args, **kwargs: 1e18)  # nothing fits together
+    tiny.close(sample(FAMILIES[name], model, steps=6, cfg=2.0), expected, atol=2e-4)
+    assert json.loads(apart.json())["pairs"] == json.loads(together.json())["pairs"]
+
+
+def test_a_batch_equals_its_pictures_one_by_one():
+    model, _ = sparse(FAMILIES["flux"].load())
+    noise = tiny.latent(seed=7, size=(8, 8), batch=2)
+    both = tiny.sample(model, steps=6, noise=noise)
+    for i in range(2):
+        tiny.close(tiny.sample(model, steps=6, noise=noise[[i]]), both[[i]], atol=2e-4)
+
+
+def test_prompts_of_different_length_have_states_of_their_own():
+    positive, negative = prompts_of_two_lengths("flux")
+    model, report = sparse(FAMILIES["flux"].load(), keep=0.1)
+    sampled = sample(FAMILIES["flux"], model, steps=6, cfg=2.0, positive=positive, negative=negative)
+    assert torch.isfinite(sampled).all()
+    assert len(report.patterns) == 2
+    assert report.evaluations == "#R...."
+
+
+@pytest.mark.parametrize(
+    "sampler", ["heun", "dpm_2", "dpmpp_2s_ancestral", "dpmpp_2m", "uni_pc", "res_multistep", "euler_ancestral"]
+)
+def test_every_kind_of_sampler_gets_through(sampler):
+    model, report = sparse(FAMILIES["flux"].load(), first=2, drift=0.04)
+    assert torch.isfinite(sample(FAMILIES["flux"], model, steps=6, sampler=sampler)).all()
+    assert report.evaluations.startswith("##R....R"[: len(report.evaluations)])
+
+
+def test_a_step_that_takes_sigma_far_asks_for_a_refresh():
+    model, report = sparse(FAMILIES["flux"].load(), sigma_ratio=0.6)
+    sample(FAMILIES["flux"], model, steps=6)
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 6).tolist()
+    assert sigmas[4] > 0.6 * sigmas[1] > sigmas[5]
+    assert report.evaluations == "#R...R"
+
+
+def test_only_what_a_step_cache_computes_counts():
+    family = FAMILIES["flux"]
+    model, report = sparse(cached(family.load(), Interval(2, 1), "prediction"), period=3)
+    sample(family, model, steps=9)
+    assert report.evaluations == "#-R-.-.-R"
+
+
+def test_blocks_that_a_step_cache_skips_confuse_nobody():
+    """SD3 does not say which block asks. With half of them skipped, each still finds its own statistics."""
+    for name in ("sd35", "qwen"):
+        model, report = sparse(cached(FAMILIES[name].load(), Interval(2, 2), "span"), period=9)
+        outputs = outputs_at_one_place(name, model, times=6)
+        assert set(report.evaluations) == {"#", "R", "."}
+        for other in outputs[1:]:
+            tiny.close(other, outputs[0], atol=2e-4)
+
+
+def test_an_interrupted_run_leaves_nothing_to_the_next():
+    model, _ = sparse(FAMILIES["flux"].load())
+    expected = sample(FAMILIES["flux"], model, steps=6)
+
+    class Stop(BaseException):
+        pass
+
+    def stop(executor, *args, **kwargs):
+        stop.left -= 1
+        if stop.left < 0:
+            raise Stop
+        return executor(*args, **kwargs)
+
+    stop.left = 4
+    interrupted = model.clone()
+    interrupted.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "stop", stop)
+    with pytest.raises(Stop):
+        sample(FAMILIES["flux"], interrupted, steps=6)
+    assert torch.equal(sample(FAMILIES["flux"], model, steps=6), expected)
+
+
+def test_another_size_is_a_fresh_start():
+    model, _ = sparse(FAMILIES["flux"].load())
+    expected = tiny.sample(sparse(FAMILIES["flux"].load())[0], steps=6, size=(10, 6), batch=2)
+    tiny.sample(model, steps=6)
+    assert torch.equal(tiny.sample(model, steps=6, size=(10, 6), batch=2), expected)
+
+
+def test_a_layer_forgets_pictures_of_another_shape():
+    layer = Layer(computed=3, refreshed=2, rho=torch.ones(1, 2, 5))
+    layer.forget_unless((1, 2, 5), torch.device("cpu"))
+    assert layer.refreshed == 2
+    layer.forget_unless((1, 2, 6), torch.device("cpu"))
+    assert (layer.refreshed, layer.rho) == (None, None)
+
+
+# ---- what is kept
+
+
+@pytest.mark.parametrize("storage", ["full", "bf16", "fp8", "cpu", "none"])
+def test_memory_is_as_planned_and_given_back(storage, monkeypatch):
+    made = []
+    monkeypatch.setattr(ReTtentionRun, "install", spy(ReTtentionRun.install, made))
+    model, report = sparse(FAMILIES["flux"].load(), storage=storage)
+    sample(FAMILIES["flux"], model, steps=6, cfg=2.0)
+    assert report.held == sum(report.planned) > 0
+    assert (report.planned[1] > 0) == (storage == "cpu")
+    assert len(made) == 1
+    gc.collect()
+    assert made[0]() is None
+
+
+def spy(function, made):
+    def install(self, *args):
+        made.append(weakref.ref(self))
+        return function(self, *args)
+
+    return install
+
+
+@pytest.mark.parametrize(("storage", "atol"), [("cpu", 0.0), ("bf16", 0.03), ("fp8", 0.3)])
+def test_what_is_stored_in_fewer_bits_is_nearly_the_same(storage, atol):
+    expected = outputs_at_one_place("flux", sparse(FAMILIES["flux"].load())[0])[-1]
+    got = outputs_at_one_place("flux", sparse(FAMILIES["flux"].load(), storage=storage)[0])[-1]
+    tiny.close(got, expected, atol=atol)
+    assert torch.equal(got, expected) == (storage == "cpu")
+
+
+def test_the_share_alone_is_another_picture():
+    first, *_, last = outputs_at_one_place("flux", sparse(FAMILIES["flux"].load(), storage="none")[0])
+    assert torch.isfinite(last).all()
+    assert differ(first, last)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_too_much_memory_is_refused_before_it_is_kept(first):
+    model, report = sparse(FAMILIES["flux"].load(), first=first, max_bytes=1000)
+    with pytest.raises(ValueError, match=r"would keep 0 MiB for this size, 0 MiB are allowed\. Set 'storage'"):
+        sample(FAMILIES["flux"], model, steps=6)
+    assert report.evaluations == ("" if first == 0 else "#")
+    assert report.held == 0
+
+
+def test_without_a_limit_a_quarter_of_free_memory_is_allowed(monkeypatch):
+    monkeypatch.setattr(ReTtentionRun, "_free", lambda self, where: 4000)
+    model, _ = sparse(FAMILIES["flux"].load(), max_bytes=None)
+    with pytest.raises(ValueError, match="would keep"):
+        sample(FAMILIES["flux"], model, steps=6)
+
+
+# ---- others
+
+
+def test_short_attention_stays_full():
+    model, report = sparse(FAMILIES["flux"].load(), min_tokens=22)
+    assert torch.equal(sample(FAMILIES["flux"], model, steps=6, cfg=2.0), plain("flux"))
+    assert "left full: 24 calls, 21 tokens are fewer than min_tokens" in report.text()
+
+
+def test_what_was_there_before_is_called_on():
+    """A foreign override: seen in full evaluations and refreshes, and part of what is remembered."""
+    seen = []
+
+    def foreign(func, *args, **kwargs):
+        seen.append(args)
+        return func(*args, **kwargs) * 0.5
+
+    def with_foreign():
+        model = FAMILIES["flux"].load().clone()
+        model.model_options["transformer_options"]["optimized_attention_override"] = foreign
+        return model
+
+    expected, *_ = outputs_at_one_place("flux", with_foreign(), times=1)
+    seen.clear()
+    model, report = sparse(with_foreign())
+    for output in outputs_at_one_place("flux", model):
+        tiny.close(output, expected, atol=1e-4)
+    assert report.evaluations == "#R.."
+    assert len(seen) == 2 * 4
+
+
+def test_two_sparse_attentions_are_refused():
+    model, _ = sparse(FAMILIES["flux"].load())
+    with pytest.raises(ValueError, match="sparse already"):
+        sparse(model)
+    clear = attach_sparse(FAMILIES["flux"].load(), SparseAttention("CLEAR", Disc(2), min_tokens=0))
+    with pytest.raises(ValueError, match="sparse already"):
+        sparse(clear)
+
+
+def test_two_sparse_attentions_are_refused_in_the_other_order():
+    model, _ = sparse(FAMILIES["flux"].load())
+    with pytest.raises(ValueError, match="sparse already"):
+        sample(FAMILIES["flux"], attach_sparse(model, SparseAttention("CLEAR", Disc(2), min_tokens=0)), steps=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"), [({"keep": 1.0}, "keep must"), ({"drift": -1.0}, "drift must"), ({"min_tokens": -1}, "min_tok")]
+)
+def test_settings_that_mean_nothing_are_refused(values, words):
+    with pytest.raises(ValueError, match=words):
+        sparse(FAMILIES["flux"].load(), **values)
+
+
+def test_the_report_tells_the_latest_run():
+    model, report = sparse(FAMILIES["cogvideox"].load())
+    assert "No sampler has run" in report.text()
+    sample(FAMILIES["cogvideox"], model, steps=6)
+    sample(FAMILIES["cogvideox"], model, steps=4)
+    text = report.text()
+    assert "3 x 3 x 3 tokens and 6 others: tube of 1 tokens before and behind in every frame, 9" in text or "tube" in text
+    assert "evaluations: #R.." in text
+    assert json.loads(report.json())["evaluations"] == "#R.."
+    assert "MiB" in text
