@@ -84,7 +84,7 @@ PRESETS: dict[str, tuple[Setting, Setting, Setting]] = {  # quality, balanced, f
 }
 OTHERS = (every(2, GUESS), every(3, GUESS), every(4, GUESS))
 HERE = "measured here, on the embedded model with 28 steps"
-EMBEDDED = tuple(replace(every(n, HERE, order=2, first=1), forecast="Newton, evaluations") for n in (2, 3, 5))
+EMBEDDED = tuple(replace(every(n, HERE, order=2, first=1), forecast="Newton, steps") for n in (2, 3, 5))
 
 
 def family_name(model: ModelPatcher) -> str:
@@ -203,7 +203,7 @@ CLOSED = 1e-12  # a threshold above 0 under which no error falls: the gate measu
 def candidates(errors: Sequence[float]) -> list[Setting]:
     """What to try, the most promising first: intervals, and gates at quantiles of the errors that were measured."""
     tried = "tried here"
-    newton = {"order": 2, "forecast": "Newton, evaluations", "first": 1}
+    newton = {"order": 2, "forecast": "Newton, steps", "first": 1}
     early = [replace(every(n, tried), **newton) for n in (3, 5, 2, 4)]
     settings = [every(3, tried), every(5, tried), every(2, tried), every(4, tried)]
     if errors:

@@ -236,8 +236,12 @@ class StepCacheRun:
         full = self.forecast == 0
         if full:
             self.last_full = self.index
-        held = sum(lane.bytes for lane in self.run.lanes_of(self))
+        lanes = self.run.lanes_of(self)
+        held = sum(lane.bytes for lane in lanes)
         self.report.bytes_held = max(self.report.bytes_held, held)
+        for lane in lanes:
+            if self.run.evaluation - lane.used > 2:  # its prompt is over, or away for so long that it must start anew
+                lane.clear()
         reason = "new" if full and self.choice is FORECAST else self.reason  # a lane had nothing to forecast from
         error = self.error if self.error is not None and isfinite(self.error) else None
         threshold = getattr(self.settings.policy, "threshold", None)
@@ -274,10 +278,10 @@ class StepCacheRun:
         lanes = [self.run.lane(self, condition, Lane) for condition in chunk.conditions]
         signature = (tuple(x.shape[1:]), chunk.rows, x.dtype, None if text is None else tuple(text.shape[1:]))
         for lane in lanes:
-            if lane.signature != signature or self.run.evaluation - lane.used > 3:
+            if lane.signature != signature:
                 lane.clear()
             lane.signature, lane.used = signature, self.run.evaluation
-        point = Point(self.index, self.sigma)
+        point = Point(self.index, self.sigma, place_in(self.run.sigmas, self.sigma) if self.steps else None)
         parts = self.settings.tap.parts(self)
         visit = Visit(self, chunk, lanes, point, self.choice, x.device, parts, base.diffusion_model)
         if isinstance(self.settings.policy, InputChange):
@@ -296,20 +300,36 @@ def steps_of(sigmas: Sequence[float]) -> list[float] | None:
     return list(sigmas[:-1])
 
 
-TWO_PER_STEP = (
-    "sample_heun",
-    "sample_dpm_2",
-    "sample_dpm_2_ancestral",
-    "sample_dpmpp_2s_ancestral",
-    "sample_exp_heun_2_x0",
-)
+PER_STEP = {  # evaluations of the samplers that need more than one, and one for the last step
+    "sample_heun": 2,
+    "sample_exp_heun_2_x0": 2,
+    "sample_exp_heun_2_x0_sde": 2,
+    "sample_dpm_2": 2,
+    "sample_dpm_2_ancestral": 2,
+    "sample_dpmpp_2s_ancestral": 2,
+    "sample_dpmpp_2s_ancestral_cfg_pp": 2,
+    "sample_dpmpp_sde": 2,
+    "sample_dpmpp_sde_gpu": 2,
+    "sample_sa_solver_pece": 2,
+    "sample_seeds_2": 2,
+    "sample_seeds_3": 3,
+}
+IRREGULAR = ("sample_heunpp2", "dpm_adaptive_function")
 
 
 def evaluations_of(steps: Sequence[float] | None, sampler: str) -> int | None:
-    """How often a sampler calls the model: once a step, or twice but for the last one."""
-    if steps is None:
+    """How often a sampler calls the model; None where the schedule does not tell."""
+    if steps is None or sampler in IRREGULAR:
         return None
-    return 2 * len(steps) - 1 if sampler in TWO_PER_STEP else len(steps)
+    return PER_STEP.get(sampler, 1) * (len(steps) - 1) + 1
+
+
+def place_in(sigmas: Sequence[float], sigma: float) -> float:
+    """Where a sigma lies in a falling schedule: 2.5 is half-way from `sigmas[2]` to `sigmas[3]`."""
+    for i, (high, low) in enumerate(pairwise(sigmas)):
+        if sigma >= low:
+            return i + (high - sigma) / (high - low)
+    return float(len(sigmas) - 1)
 
 
 def thinned(x: Tensor) -> Tensor:

@@ -116,17 +116,19 @@ class Point:
 
     index: int  # evaluation
     sigma: float
+    step: float | None = None  # place in the schedule: 2.5 is half-way from sigmas[2] to sigmas[3]; None: as `index`
 
 
 Form = Literal["taylor", "newton"]
-Coordinate = Literal["index", "sigma", "log sigma"]
+Coordinate = Literal["index", "step", "sigma", "log sigma"]
 
 
 @dataclass(frozen=True)
 class Forecaster:
     """How stored features become a forecast. `order=0` repeats the newest one.
 
-    coordinate: of the polynomial in Newton's form. TaylorSeer's recursion always counts evaluations.
+    coordinate: of the polynomial in Newton's form. TaylorSeer's recursion always counts evaluations; "step" is the same
+        with samplers that evaluate once a step, and also right with those that do it twice.
     derivatives_from: see `taylor_weights`.
     """
 
@@ -143,6 +145,8 @@ class Forecaster:
         """The coordinate of a point."""
         if self.form == "taylor" or self.coordinate == "index":
             return float(point.index)
+        if self.coordinate == "step":
+            return float(point.index if point.step is None else point.step)
         return point.sigma if self.coordinate == "sigma" else log(point.sigma)
 
     def weights(self, points: Sequence[Point], at: Point) -> list[float]:
@@ -159,7 +163,7 @@ class Forecaster:
 
 FORECASTS: dict[str, tuple[Form, Coordinate]] = {  # as users choose them
     "Taylor (paper)": ("taylor", "index"),
-    "Newton, evaluations": ("newton", "index"),
+    "Newton, steps": ("newton", "step"),
     "Newton, sigma": ("newton", "sigma"),
     "Newton, log sigma": ("newton", "log sigma"),
 }

@@ -214,7 +214,7 @@ def test_points_at_one_place_are_told_by_the_coordinate():
 
 
 def test_what_users_choose_is_what_they_get():
-    assert set(FORECASTS) == {"Taylor (paper)", "Newton, evaluations", "Newton, sigma", "Newton, log sigma"}
+    assert set(FORECASTS) == {"Taylor (paper)", "Newton, steps", "Newton, sigma", "Newton, log sigma"}
     for name, (form, coordinate) in FORECASTS.items():
         assert name.lower().startswith(form)
         assert form == "taylor" or name.endswith({"index": "evaluations"}.get(coordinate, coordinate))
