@@ -1,0 +1,77 @@
+"""Accelerate DiT and its autotune, as ComfyUI calls them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dit_toolkit.host import embedded
+from dit_toolkit.host.run import attached
+from dit_toolkit.host.step_cache import StepCache
+from dit_toolkit.nodes.accelerate import AccelerateDiT, Autotune
+from dit_toolkit.tests.host import tiny
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture
+def call():
+    """Run a node with the hidden inputs that ComfyUI would give it."""
+
+    def run(node, **values):
+        clone = node.PREPARE_CLASS_CLONE(None)
+        return clone.execute(**values).args
+
+    return run
+
+
+def test_off_gives_the_model_back(call, tiny_flux):
+    model, _, picked = call(AccelerateDiT, model=tiny_flux, quality="off")
+    assert model is tiny_flux
+    assert picked == "off"
+
+
+def test_it_says_what_it_picked_and_where_the_numbers_come_from(call, tiny_flux):
+    model, report, picked = call(AccelerateDiT, model=tiny_flux, quality="fast")
+    assert "Confidence-Gated Taylor, threshold 0.13" in picked
+    assert "FLUX.1, fast" in picked
+    assert "arXiv:2508.02240" in picked
+    assert isinstance(attached(model)[0], StepCache)
+    assert attached(tiny_flux) == ()
+    assert picked in report.text()
+
+
+def test_a_model_that_is_accelerated_already_is_refused(call, tiny_flux):
+    model = call(AccelerateDiT, model=tiny_flux, quality="fast")[0]
+    with pytest.raises(ValueError, match=r"TaylorSeer|Confidence-Gated Taylor cannot work on a model that"):
+        call(AccelerateDiT, model=model, quality="fast")
+
+
+def test_autotune_returns_a_model_a_list_of_trials_and_a_chart(call):
+    model, clip, vae = embedded.load_model(), embedded.load_clip(), embedded.load_vae()
+    prompt = clip.encode_from_tokens_scheduled(clip.tokenize("a blue heart on a white ground"))
+    values = dict(
+        positive=prompt, negative=prompt, latent={"samples": torch.zeros(1, 16, 12, 12)}, floor=25.0, trials=2, seed=3,
+        steps=12, cfg=1.0, sampler_name="euler", scheduler="simple",
+    )  # fmt: skip
+    with torch.inference_mode():
+        patched, report, picked, chart = call(Autotune, model=model, vae=vae, **values)
+        assert len(picked.splitlines()) == 3
+        assert chart.shape[0] == 1
+        assert attached(patched)
+        tiny.sample(patched, 12, noise=tiny.latent(size=(12, 12)), positive=prompt, negative=prompt)
+        assert 0 < report.runs[-1].computed < 12
+        strict = call(Autotune, model=model, **{**values, "floor": 100.0})
+        assert strict[0] is model
+        assert strict[2].startswith("nothing")
+
+
+def test_a_latent_of_other_channels_is_made_to_fit(call):
+    """Empty Latent Image gives 4 channels, and ComfyUI's samplers take it all the same."""
+    model, clip = embedded.load_model(), embedded.load_clip()
+    prompt = clip.encode_from_tokens_scheduled(clip.tokenize("a blue heart on a white ground"))
+    result = call(
+        Autotune, model=model, positive=prompt, negative=prompt, latent={"samples": torch.zeros(1, 4, 12, 12)},
+        floor=10.0, trials=1, seed=3, steps=8, cfg=1.0, sampler_name="heun", scheduler="simple",
+    )  # fmt: skip
+    assert attached(result[0])
