@@ -30,11 +30,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ..models.clear import proportional_scale
+from ..models.clear import PIXELS, TEXT, estimate, proportional_scale
 from ..models.sparse_attention import Attended, Grid, Pattern, additive, covers, kept_ratio, masked
 from ..models.sparse_attention_flex import Blocks, blocks, flex
 from ..models.sparse_attention_tiles import Tiling, tile, tiled
-from . import token_grid
+from . import flux, token_grid
 from .attention import EXTRA_KEYS
 from .run import KEY, Run, attached
 from .run import attach as attach_description
@@ -368,3 +368,42 @@ def attach(model: ModelPatcher, settings: SparseAttention) -> ModelPatcher:
     if any(isinstance(other, SparseAttention) for other in attached(model)):
         raise ValueError(f"{settings.name}: the model's attention is sparse already. Remove one of the two nodes.")
     return attach_description(model, settings)
+
+
+def require_known_tokens(model: ModelPatcher, node: str) -> None:
+    """Refuse models of which it is not known where their tokens are. `node` is the display name of who asks.
+
+    Raises:
+        ValueError: such a model.
+    """
+    transformer: Any = model.get_model_object("diffusion_model")
+    transformer = getattr(transformer, "_orig_mod", transformer)  # compiled
+    if type(transformer) not in token_grid.FAMILIES:
+        family = type(model.model.model_config).__name__
+        raise ValueError(
+            f"{node} does not know where the picture's tokens are in a {family} model. It works with FLUX, Chroma, "
+            "SD3.5, QwenImage, Lumina 2, Z-Image, Wan, HunyuanVideo, CogVideoX and LTX."
+        )
+
+
+SIDES = (1024, 1536, 2048, 4096)  # pixels, in the report
+
+
+def report(model: ModelPatcher, settings: SparseAttention) -> str:
+    """What the pattern keeps and can save for square pictures, a line per size, for people."""
+    pattern = settings.pattern
+    transformer: Any = model.get_model_object("diffusion_model")
+    lines = [f"{pattern}, scale {settings.scale}"]
+    if not flux.is_flux1(getattr(transformer, "_orig_mod", transformer)):
+        return lines[0] + "\nThe log says after each run how many pairs were kept."
+    for side in SIDES:
+        at = estimate(pattern, side, transformer.hidden_size)
+        tokens = (side // PIXELS) ** 2 + TEXT
+        if tokens < settings.min_tokens:
+            lines.append(f"{side} px: dense, {tokens} tokens are fewer than min_tokens")
+            continue
+        lines.append(
+            f"{side} px: {at.ratio:.1%} of the pairs kept, the whole model at most {at.speedup:.2f}x as fast "
+            f"({at.limit:.2f}x if attention were free)"
+        )
+    return "\n".join(lines)

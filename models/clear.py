@@ -18,7 +18,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from .sparse_attention import Disc, Grid, PooledDisc, covers, kept_ratio
+from .sparse_attention import Disc, Grid, Pattern, PooledDisc, covers, kept_ratio
 
 TRAINED_TOKENS = 64 * 64 + 512
 PIXELS = 16  # pixels per token, FLUX
@@ -70,7 +70,7 @@ class Estimate:
     limit: float  # the same if attention were free
 
 
-def estimate(pattern: Disc, side: int, width: int, text: int = TEXT) -> Estimate:
+def estimate(pattern: Pattern, side: int, width: int, text: int = TEXT) -> Estimate:
     """Kept pairs and speed-up for `side` x `side` pixels and a model of `width` channels."""
     grid = Grid(side // PIXELS, side // PIXELS, before=text)
     ratio = 1.0 if covers(pattern, grid) else kept_ratio(pattern, grid)

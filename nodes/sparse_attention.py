@@ -1,0 +1,135 @@
+"""Sparse attention: CLEAR, which lets a picture's tokens attend to their surroundings only.
+
+Paper: CLEAR, arXiv:2412.16112. The method is in `models/clear.py` and `models/sparse_attention.py`, its hooks in
+`host/sparse_attention.py`, its files in `host/clear_files.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from comfy_api.latest import io
+
+from ..host.clear_files import file_names, load, with_weights
+from ..host.sparse_attention import Scale, SparseAttention, attach, report, require_known_tokens
+from ..models.clear import Variant
+
+logger = logging.getLogger(__name__)
+
+MASK_ONLY = "none (mask only)"
+MASK_ONLY_RADIUS = 32
+
+
+class ApplyClear(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTClear",
+            display_name="Apply CLEAR",
+            category="DiT Toolkit/model/patch",
+            description=(
+                "Lets the tokens of a picture attend to their surroundings only, which makes large pictures faster: "
+                "2048 pixels and more. At 1024 pixels there is nothing to gain. Published weights for FLUX.1-dev adapt "
+                "the model to it; without them it is an approximation."
+            ),
+            search_aliases=["clear", "sparse attention", "local attention", "linear attention", "4k", "8k", "speed up"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="FLUX.1-dev or a fine-tune for a file; most diffusion transformers without one.",
+                ),
+                io.Combo.Input(
+                    "file",
+                    options=[MASK_ONLY, *file_names()],
+                    default=MASK_ONLY,
+                    tooltip="A CLEAR file in models/clear or models/loras. Without one the model is not adapted.",
+                ),
+                io.Int.Input(
+                    "radius",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    tooltip="How far a token sees, in tokens of 16 pixels. 0: as the file's name says, 32 without one. "
+                    "Beyond the picture's diagonal the node is off.",
+                ),
+                io.Int.Input(
+                    "pooling",
+                    default=0,
+                    min=0,
+                    max=16,
+                    tooltip="Side of the cells over which the whole picture is also seen, averaged. "
+                    "0: as the file was trained, none without one.",
+                ),
+                io.Combo.Input(
+                    "scale",
+                    options=["as trained", "log-proportional"],
+                    default="as trained",
+                    advanced=True,
+                    tooltip="log-proportional sharpens attention in pictures above the 1024 pixels of the training; "
+                    "the authors use it there, with an upscaled picture to start from.",
+                ),
+                io.Int.Input(
+                    "min_tokens",
+                    default=4096,
+                    min=0,
+                    max=1 << 20,
+                    step=256,
+                    advanced=True,
+                    tooltip="Attention over fewer tokens than this, text included, stays dense. 0: none does.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    advanced=True,
+                    tooltip="Where in the run attention becomes sparse. 0 is the start.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    advanced=True,
+                    tooltip="Where in the run it becomes dense again. 1 is the end.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model, with local attention."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What the file holds, the share of attention that is kept, and the most it can save.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        file: str,
+        radius: int,
+        pooling: int,
+        scale: Scale,
+        min_tokens: int,
+        start_percent: float,
+        end_percent: float,
+    ) -> io.NodeOutput:
+        require_known_tokens(model, "Apply CLEAR")
+        if file == MASK_ONLY:
+            variant, found, cells, patched = Variant(radius or MASK_ONLY_RADIUS, pooling), "mask only", {}, model
+        else:
+            loaded = load(file)
+            variant, found = loaded.variant(radius, pooling), loaded.weights.summary
+            cells, patched = loaded.weights.cells, with_weights(model, loaded)
+        settings = SparseAttention(
+            f"CLEAR {file}", variant.pattern, min_tokens, scale, start_percent, end_percent, cells=cells
+        )
+        text = f"{file}: {found}\n{report(model, settings)}"
+        logger.info("CLEAR %s", text.splitlines()[0])
+        return io.NodeOutput(attach(patched, settings), text)
+
+
+NODES = [ApplyClear]
