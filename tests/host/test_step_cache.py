@@ -476,9 +476,9 @@ def test_it_is_what_a_plain_replacement_of_the_blocks_does(name, kind):
 # when is computed
 
 
-# heun, dpm_2 and dpmpp_2s_ancestral evaluate twice a step, but for the last one.
+# heun, dpm_2 and others evaluate twice a step, but for the last one.
 SAMPLERS = {"euler": 8, "heun": 15, "dpm_2": 15, "dpmpp_2s_ancestral": 15, "dpmpp_2m": 8, "res_multistep": 8, "lcm": 8}
-SAMPLERS |= {"uni_pc": 8, "dpm_2_ancestral": 15, "dpmpp_sde": 15, "seeds_2": 15, "ipndm": 8, "er_sde": 8}
+SAMPLERS |= {"uni_pc": 8, "dpmpp_sde": 15, "seeds_3": 22}
 
 
 @pytest.mark.parametrize(("sampler", "evaluations"), SAMPLERS.items())
@@ -493,6 +493,27 @@ def test_every_kind_of_sampler_gets_through(tiny_flux, sampler, evaluations, for
     expected = [is_full(n, 3, 3) for n in range(evaluations)]
     assert [entry.computed for entry in last_run(model).entries] == expected
     assert count["transformer"] == sum(expected)
+
+
+@pytest.mark.parametrize("sampler", comfy.samplers.SAMPLER_NAMES)
+def test_the_number_of_evaluations_is_known_of_every_sampler_of_comfyui(tiny_flux, sampler):
+    """Or said to be unknown. A schedule that ends with a computed evaluation and the page's strip live on it."""
+    model = cached(tiny_flux, Interval(2, 1))
+    assert torch.isfinite(tiny.sample(model, 4, sampler=sampler)).all()
+    run = last_run(model)
+    assert run.planned in ((None,) if sampler in ("heunpp2", "dpm_adaptive") else (len(run.entries),))
+    assert "." in strip(model)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "seeds_3"])
+def test_a_schedule_to_the_end_computes_the_last_evaluation(tiny_flux, sampler):
+    model = cached(tiny_flux, Interval(4, 2, to_end=True), order=1)
+    tiny.sample(model, 8, sampler=sampler)
+    marks = strip(model)
+    assert marks.endswith("#")
+    gaps = [len(gap) + 1 for gap in marks.strip("#").split("#")]
+    assert set(gaps) <= {3, 4, 5}
+    assert max(gaps) - min(gaps) <= 1
 
 
 def test_a_sampler_that_looks_ahead_computes_what_it_cannot_tell(tiny_flux):
