@@ -34,7 +34,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from comfy.ldm.chroma.model import Chroma
@@ -46,6 +47,7 @@ from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import VaceWanModel, WanModel
 from comfy.model_patcher import ModelPatcher, set_model_options_patch_replace
 from torch import Tensor
+from torch._dynamo.decorators import skip
 
 from .flux import is_flux1
 
@@ -53,6 +55,26 @@ Key = tuple[str, int]  # ("double_block", 3), as in patches_replace["dit"]
 BlockArgs = dict[str, Any]
 RunBlock = Callable[[BlockArgs], dict[str, Any]]
 Wrap = Callable[[BlockArgs, RunBlock], dict[str, Any]]
+Function = TypeVar("Function", bound=Callable)
+
+
+def untraced(function: Function) -> Function:
+    """Mark a function that torch.compile must run as it is, each time it is called. What it calls may be compiled.
+
+    TorchCompileModel drops every check on what is reached through a name that contains "transformer_options". Whatever
+    was found there when a function was traced is repeated ever after: a counter stands still, `img_slice` keeps the
+    length of the first prompt. So each function below APPLY_MODEL that looks into `transformer_options`, or into
+    `args` for them, has to be marked, not only the one that calls it. `torch.compiler.disable(recursive=False)` does
+    not do it: in torch 2.11 it leaves out a wrapper of the function, and traces the function.
+    """
+    marked: Any = function
+    while isinstance(marked, partial):
+        marked = marked.func
+    marked = getattr(marked, "__func__", marked)  # a bound method
+    if not hasattr(marked, "__code__"):
+        marked = type(marked).__call__
+    skip(marked)
+    return function
 
 
 @dataclass(frozen=True)
@@ -96,6 +118,7 @@ class BlockFamily:
             raise ValueError(f"{self.name} runs no {kind_from} before a {kind_to}")
         return {"img": torch.cat((streams["txt"], streams["img"]), 1)}
 
+    @untraced
     def picture(self, args: BlockArgs, out: Mapping[str, Tensor]) -> slice:
         """The rows of `out["img"]` `[B, T, D]` that the head reads after the last block.
 
@@ -167,11 +190,13 @@ def wrap_block(model_options: dict, key: Key, wrap: Wrap) -> None:
     Args:
         model_options: those of the run, which are changed; dicts that others may share are copied first.
         wrap: gets the block's args and what runs it, or the replacement that was there before. Returns what the
-            block returns. The last one to come is the outermost.
+            block returns. The last one to come is the outermost. It is never traced by torch.compile; functions
+            that it calls are, see `untraced`.
     """
+    untraced(wrap)
     earlier = model_options["transformer_options"].get("patches_replace", {}).get("dit", {}).get(key)
 
-    @torch.compiler.disable(recursive=False)  # a compiled model would run it once, and repeat what it did then
+    @untraced
     def replacement(args: BlockArgs, extra: dict[str, Any]) -> dict[str, Any]:
         if earlier is None:
             return wrap(args, extra["original_block"])
