@@ -92,6 +92,7 @@ class ImageDifference(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
+            not_idempotent=True,  # or ComfyUI's cache takes two equal nodes for one, and shows the line on the first
         )
 
     @classmethod

@@ -1,0 +1,220 @@
+"""The step timeline on the nodes that forecast, in ComfyUI's real page, on both of its ways to draw nodes."""
+
+from itertools import count
+
+import pytest
+
+pytestmark = pytest.mark.comfy
+
+SCHEDULE = "1110010001001001"
+STEPS = len(SCHEDULE)
+MARKS = SCHEDULE.replace("1", "#").replace("0", ".")
+NUMBERS = count(1)  # ComfyUI does not run again what has run: each graph has a seed and an unread interval of its own
+MODES = {"classic": False, "Nodes 2.0": True}
+
+# A picture of the embedded model, with a schedule of what is forecast. The node in question is `globalThis.seer`.
+BUILD = """
+const make = (type, pos, values = {}) => {
+    const node = LiteGraph.createNode(type);
+    app.graph.add(node);
+    node.pos = pos;
+    for (const [name, value] of Object.entries(values)) node.widgets.find(each => each.name === name).value = value;
+    return node;
+};
+const load = make("DiTLoadEmbedded", [100, 100]);
+const seer = make("DiTTaylorSeer", [540, 100], { schedule: b, last_full: 0, interval: c });
+const text = make("CLIPTextEncode", [100, 260], { text: "a blue star, on a grey ground" });
+const latent = make("EmptyLatentImage", [100, 520], { width: 96, height: 96 });
+const sampler = make("KSampler", [850, 100], {
+    seed: c, control_after_generate: "fixed", steps: a, cfg: 1, sampler_name: "euler", scheduler: "simple",
+});
+const decode = make("VAEDecode", [1160, 100]), preview = make("PreviewImage", [1160, 200]);
+load.connect(0, seer, 0);
+load.connect(1, text, 0);
+seer.connect(0, sampler, 0);
+text.connect(0, sampler, 1);
+text.connect(0, sampler, 2);
+latent.connect(0, sampler, 3);
+sampler.connect(0, decode, 0);
+load.connect(2, decode, 1);
+decode.connect(0, preview, 0);
+globalThis.seer = seer;
+"""
+# What the strip of `seer` shows, as the page has laid it out.
+LOOK = """
+const widget = seer.widgets.find(widget => widget.name === "evaluations");
+const bars = [...widget.element.querySelectorAll(".dit-timeline-bar")];
+const box = widget.element.getBoundingClientRect();
+return {
+    label: widget.element.getAttribute("aria-label"),
+    role: widget.element.getAttribute("role"),
+    words: widget.element.innerText.split(/\\s+/).join(" ").trim(),
+    marks: bars.map(bar => bar.classList.contains("computed") ? "#" : bar.classList.contains("forecast") ? "." : "_")
+        .join(""),
+    heights: bars.map(bar => bar.getBoundingClientRect().height),
+    titles: bars.map(bar => bar.parentElement.title),
+    colors: bars.map(bar => getComputedStyle(bar).backgroundImage + getComputedStyle(bar).backgroundColor),
+    width: box.width,
+    height: box.height,
+    seen: document.elementsFromPoint(box.x + box.width / 2, box.y + box.height / 2)
+        .some(element => widget.element.contains(element)),
+};
+"""
+SEND = """
+for (const [kind, detail] of a) app.api.dispatchEvent(new CustomEvent(`dit_toolkit.${kind}`, { detail }));
+await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+"""
+
+
+@pytest.fixture(params=MODES)
+def mode(request, page):
+    """The canvas, empty, in one of the two modes, at 100 %."""
+    choose(page, MODES[request.param])
+    page.clear()
+    page.forget_errors()
+    page.evaluate("app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 60];")
+    yield request.param
+    page.clear()
+    choose(page, False)
+
+
+def build(page) -> None:
+    page.evaluate(BUILD, STEPS, SCHEDULE, next(NUMBERS))
+
+
+def choose(page, vue: bool) -> None:
+    page.evaluate("await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', a)", vue)
+    page.wait_until(f"!!LiteGraph.vueNodesMode === {str(vue).lower()}", "the page draws nodes as it was told to")
+
+
+def look(page) -> dict:
+    page.evaluate("app.canvas.setDirty(true, true); await new Promise(done => setTimeout(done, 300));")
+    return page.evaluate(LOOK)
+
+
+def start(run=1, planned=4, node=None) -> tuple:
+    return "run_start", {"node": node or "", "run": run, "planned": planned, "method": "Confidence-Gated Taylor"}
+
+
+def evaluation(index, computed, run=1, error=None, node=None) -> tuple:
+    return "evaluation", {
+        "node": node or "", "run": run, "index": index, "sigma": 1 - index / 10, "computed": computed, "error": error,
+        "threshold": None if error is None else 0.08, "reason": "gate", "seconds": 0.2, "speedup": 1.5,
+    }  # fmt: skip
+
+
+def end(run=1, node=None, **values) -> tuple:
+    summary = "4 evaluations, 2 computed, 2 forecast, 1.50 x faster"
+    return "run_end", {
+        "node": node or "", "run": run, "summary": summary, "computed": 2, "forecast": 2, "speedup": 1.5,
+        "interrupted": False, **values,
+    }  # fmt: skip
+
+
+def send(page, *events, node=None) -> None:
+    """As the server sends them; to `seer` where no other node is named."""
+    own = node or page.evaluate("return String(seer.id)")
+    page.evaluate(SEND, [[kind, {**detail, "node": detail["node"] or own}] for kind, detail in events])
+
+
+def test_a_run_is_followed_and_stays_with_the_workflow(page, server, mode, tmp_path):
+    build(page)
+    before = look(page)
+    assert (before["role"], before["marks"]) == ("img", "")
+    assert "no run yet" in before["label"]
+    assert before["seen"]
+    prompt = page.prompt()
+    page.evaluate("""
+        globalThis.labels = [];
+        const { element } = seer.widgets.find(widget => widget.name === "evaluations");
+        new MutationObserver(() => labels.push(element.getAttribute("aria-label")))
+            .observe(element, { attributes: true, attributeFilter: ["aria-label"] });
+    """)
+    server.client.wait(page.queue())
+    page.wait_until("labels.at(-1)?.includes('faster') && !labels.at(-1).includes(' of ')", "the run has ended", 30)
+
+    shown = look(page)
+    page.screenshot(tmp_path / f"{mode}.png")
+    assert shown["marks"] == MARKS
+    assert shown["label"].startswith(f"TaylorSeer: {STEPS} evaluations, 7 computed, 9 forecast, ")
+    assert shown["words"].startswith("7 computed 9 forecast")
+    assert shown["titles"][3].startswith("Evaluation 4: forecast")
+    high = [height for height, mark in zip(shown["heights"], MARKS, strict=True) if mark == "#"]
+    low = [height for height, mark in zip(shown["heights"], MARKS, strict=True) if mark == "."]
+    assert min(high) > 20
+    assert 4 < max(low) < 0.7 * min(high)
+    assert any(f" of {STEPS}" in label for label in page.evaluate("return labels")), "nothing was shown meanwhile"
+
+    assert page.prompt() == prompt, "the strip is no input of the node"
+    saved = page.graph()
+    page.clear()
+    page.load_workflow(saved)
+    page.evaluate("globalThis.seer = app.graph.nodes.find(node => node.comfyClass === 'DiTTaylorSeer')")
+    restored = look(page)
+    assert all(restored[key] == shown[key] for key in ("label", "marks", "words"))
+    assert page.prompt() == prompt
+    assert page.errors() == []
+
+
+def test_a_gate_shows_how_near_it_was(page, mode, tmp_path):
+    build(page)
+    send(
+        page,
+        start(planned=6),
+        evaluation(0, True),
+        evaluation(1, False, error=0.008),
+        evaluation(2, False, error=0.07),
+        evaluation(3, True, error=0.09),
+    )
+    shown = look(page)
+    page.screenshot(tmp_path / f"{mode}.png")
+    assert shown["marks"] == "#..#__"
+    heights, colors = shown["heights"], shown["colors"]
+    assert heights[0] == heights[3] > heights[2] > heights[1] > heights[4]
+    assert colors[1] != colors[2]
+    assert colors[0] != colors[3], "the evaluation that the gate refused looks like one of the schedule"
+    assert "threshold" in shown["titles"][2]
+    assert shown["label"] == "Confidence-Gated Taylor: evaluation 4 of 6, 2 computed, 2 forecast, 1.5 x faster"
+    assert page.errors() == []
+
+
+def test_the_next_run_clears_the_strip_and_an_interrupted_one_says_so(page, mode):
+    build(page)
+    send(page, start(), evaluation(0, True), evaluation(1, False), end())
+    assert look(page)["marks"] == "#."
+    send(page, start(run=2), evaluation(0, True, run=2))
+    assert look(page)["marks"] == "#___"
+    send(page, end(run=2, interrupted=True, computed=1, forecast=0))
+    shown = look(page)
+    assert shown["marks"] == "#___"
+    assert "interrupted" in shown["words"]
+
+
+def test_events_of_other_nodes_change_nothing(page, mode):
+    build(page)
+    other = page.evaluate("return String(app.graph.nodes.find(node => node.comfyClass === 'KSampler').id)")
+    for node in ("999", "999:1", other, f"{other}:1"):
+        send(page, start(node=node), evaluation(0, True, node=node), end(node=node))
+    assert look(page)["marks"] == ""
+    page.evaluate("app.graph.remove(seer)")
+    send(page, start(), evaluation(0, True), end())
+    assert page.errors() == []
+
+
+def test_a_node_in_a_subgraph_is_found(page, server, mode):
+    """Its execution id is that of the subgraph's node, a colon, and its own."""
+    build(page)
+    page.evaluate("""
+        const { node, subgraph } = app.graph.convertToSubgraph(new Set([seer]));
+        globalThis.seer = subgraph.nodes.find(each => each.comfyClass === "DiTTaylorSeer");
+        globalThis.execution = `${node.id}:${seer.id}`;
+    """)
+    server.client.wait(page.queue())
+    page.wait_until("!!seer.properties['dit_toolkit.timeline']", "the run was kept with the node", 30)
+    element = "seer.widgets.find(widget => widget.name === 'evaluations').element"
+    page.wait_until(f"{element}.querySelectorAll('.computed.dit-timeline-bar').length", "its strip is filled", 10)
+    marks = page.evaluate("return seer.properties['dit_toolkit.timeline'].marks")
+    assert marks == MARKS
+    send(page, start(run=50), evaluation(0, False, run=50), node=page.evaluate("return execution"))
+    assert page.evaluate(f"return {element}.querySelectorAll('.forecast.dit-timeline-bar').length") == 1
+    assert page.errors() == []

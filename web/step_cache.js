@@ -1,0 +1,178 @@
+// A strip on the nodes that forecast: one cell for each evaluation of the sampler, high where it was computed.
+
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import {
+  PROPERTY,
+  SHOWN_ON,
+  THRESHOLD_HEIGHT,
+  cells,
+  counts,
+  ended,
+  evaluated,
+  hasGate,
+  label,
+  nodeAt,
+  nothing,
+  pack,
+  speedupText,
+  started,
+  unpack,
+} from "./lib/timeline.js";
+
+const HEIGHT = 66; // pixels: the strip, and a line of words under it
+const NEXT = { run_start: (_, detail) => started(detail), evaluation: evaluated, run_end: ended };
+
+// Blue and orange are told apart by every kind of colour blindness, and height and hatching say the same without them.
+const STYLE = `
+.dit-timeline {
+  --ink: var(--input-text, #ddd);
+  --computed: #2272c3; --near: #1f8a7f; --far: #c65a00;
+  --track: color-mix(in srgb, var(--ink) 9%, transparent);
+  display: flex; flex-direction: column; gap: 4px; box-sizing: border-box; height: 100%; min-height: 54px;
+  padding: 0 1px 2px; overflow: hidden; cursor: default;
+  color: var(--ink); font: 11px/14px Inter, system-ui, sans-serif;
+}
+.dark-theme .dit-timeline {
+  --computed: #5aa9f2; --near: #5cc7ba; --far: #f08a2c;
+  --track: var(--comfy-input-bg, #222);
+}
+.dit-timeline-strip {
+  position: relative; display: flex; align-items: flex-end; flex: 1 1 auto; min-height: 24px; padding: 2px;
+  box-sizing: border-box; border-radius: 4px; background: var(--track);
+}
+.dit-timeline-strip.gated::before {
+  content: ""; position: absolute; inset: auto 2px calc(2px + (100% - 4px) * ${THRESHOLD_HEIGHT}) 2px;
+  border-top: 1px dashed color-mix(in srgb, var(--ink) 45%, transparent);
+}
+.dit-timeline-cell { flex: 1 1 0; min-width: 0; height: 100%; display: flex; align-items: flex-end; }
+.dit-timeline-strip.roomy .dit-timeline-cell { padding-inline: 1px; }
+.dit-timeline-bar { width: 100%; box-sizing: border-box; border-radius: 1px; }
+.dit-timeline-bar.computed { background: var(--computed); }
+.dit-timeline-bar.refused { background: linear-gradient(var(--far) 3px, transparent 3px 5px, var(--computed) 5px); }
+.dit-timeline-bar.forecast, .dit-timeline-key.forecast::before {
+  --tone: color-mix(in oklab, var(--far) calc(var(--share, 0) * 100%), var(--near));
+  --between: color-mix(in srgb, var(--tone) 35%, transparent);
+  background: repeating-linear-gradient(135deg, var(--tone) 0 2px, var(--between) 2px 4px);
+  box-shadow: inset 0 0 0 1px var(--tone);
+}
+.dit-timeline-bar.ahead { background: color-mix(in srgb, var(--ink) 18%, transparent); }
+.dit-timeline-words { display: flex; gap: 10px; flex: none; overflow: hidden; white-space: nowrap; }
+.dit-timeline-key::before {
+  content: ""; display: inline-block; width: 9px; height: 9px; margin-right: 4px; vertical-align: -1px;
+  border-radius: 1px;
+}
+.dit-timeline-key.computed::before { background: var(--computed); }
+.dit-timeline-outcome { margin-left: auto; font-weight: 600; }
+.dit-timeline-quiet { opacity: 0.7; }
+`;
+
+const views = new WeakMap(); // node -> View
+
+class View {
+  constructor(node) {
+    this.node = node;
+    this.state = nothing();
+    this.waiting = false;
+    this.strip = make("div", "dit-timeline-strip");
+    this.words = make("div", "dit-timeline-words");
+    this.element = make("div", "dit-timeline");
+    this.element.setAttribute("role", "img");
+    this.element.append(this.strip, this.words);
+    for (const kind of ["wheel", "pointerdown"]) this.element.addEventListener(kind, passOn, { passive: false });
+    const widget = node.addDOMWidget("evaluations", "evaluations", this.element, {
+      serialize: false,
+      hideOnZoom: false,
+      getMinHeight: () => HEIGHT,
+      getMaxHeight: () => HEIGHT,
+    });
+    widget.serialize = false; // widget values are saved by position: this one takes none
+    this.draw();
+  }
+
+  show(state) {
+    this.state = state;
+    if (this.waiting) return;
+    this.waiting = true;
+    requestAnimationFrame(() => {
+      this.waiting = false;
+      this.draw();
+    });
+  }
+
+  draw() {
+    const { state } = this;
+    const shown = cells(state);
+    this.strip.classList.toggle("gated", hasGate(state));
+    this.strip.classList.toggle("roomy", shown.length <= 60);
+    this.strip.replaceChildren(...shown.map(cellElement));
+    this.words.replaceChildren(...wordsFor(state));
+    this.element.setAttribute("aria-label", label(state));
+  }
+}
+
+function cellElement({ kind, height, share, refused, title }) {
+  const cell = make("div", "dit-timeline-cell");
+  const bar = make("div", `dit-timeline-bar ${kind}${refused ? " refused" : ""}`);
+  bar.style.height = `${100 * height}%`;
+  if (share !== null) bar.style.setProperty("--share", share);
+  if (title) cell.title = title;
+  cell.append(bar);
+  return cell;
+}
+
+function wordsFor(state) {
+  if (state.phase === "none") return [make("span", "dit-timeline-quiet", "no run yet")];
+  const { computed, forecast } = counts(state);
+  const words = [
+    make("span", "dit-timeline-key computed", `${computed} computed`),
+    make("span", "dit-timeline-key forecast", `${forecast} forecast`),
+  ];
+  const outcome = state.interrupted ? "interrupted" : speedupText(state);
+  return outcome ? [...words, make("span", "dit-timeline-outcome", outcome)] : words;
+}
+
+function make(tag, className, text = "") {
+  const element = document.createElement(tag);
+  element.className = className;
+  element.textContent = text;
+  return element;
+}
+
+/** On the classic canvas an element lies over it: zooming and panning there should work as beside it. */
+function passOn(event) {
+  if (LiteGraph.vueNodesMode || (event.type === "pointerdown" && event.button !== 1)) return;
+  event.preventDefault();
+  event.stopPropagation();
+  app.canvas.canvas.dispatchEvent(new event.constructor(event.type, event));
+}
+
+function follow(kind) {
+  api.addEventListener(`dit_toolkit.${kind}`, ({ detail }) => {
+    const node = nodeAt(app.rootGraph ?? app.graph, detail?.node);
+    const view = views.get(node);
+    if (!view) return; // deleted meanwhile, or of another workflow
+    const state = NEXT[kind](view.state, detail);
+    if (kind === "run_end") node.properties[PROPERTY] = pack(state);
+    view.show(state);
+  });
+}
+
+app.registerExtension({
+  name: "DiT Toolkit.step_cache",
+  init() {
+    document.head.append(Object.assign(document.createElement("style"), { textContent: STYLE }));
+    for (const kind of Object.keys(NEXT)) follow(kind); // the page calls an event that nobody waits for an error
+  },
+  nodeCreated(node) {
+    if (!SHOWN_ON.has(node.comfyClass)) return;
+    const view = new View(node);
+    views.set(node, view);
+    const earlier = node.onConfigure; // keep whoever was there before us
+    node.onConfigure = function (...args) {
+      const result = earlier?.apply(this, args);
+      view.show(unpack(this.properties?.[PROPERTY]));
+      return result;
+    };
+  },
+});
