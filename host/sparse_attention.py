@@ -223,7 +223,7 @@ class Backend:
             "with_lse": with_lse,
         }
         device, grid = call.q.device, call.grid
-        if device.type == "cuda" and not self.failed:
+        if has_flex(device) and not self.failed:
             try:
                 key = (pattern, grid, device, call.extra)
                 plan: Blocks = self.plans.get(key, lambda: blocks(pattern, grid, call.extra, device))
@@ -243,6 +243,11 @@ class Backend:
             return masked(call.q, call.k, call.v, pattern, grid, **settings)
         self.used["tiles"] += 1
         return tiled(call.q, call.k, call.v, tiling, **settings)
+
+
+def has_flex(device: torch.device) -> bool:
+    """Whether FlexAttention may be tried there. On a CPU it compiles as well, for longer than the tiles take."""
+    return device.type == "cuda"
 
 
 def worth_tiles(tiling: Tiling, extra: int) -> bool:
