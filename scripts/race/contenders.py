@@ -1,0 +1,281 @@
+"""Who runs: the caches of ComfyUI, of diffusers and of cache-dit, fewer steps, and ours.
+
+Every peer is set up as its own documentation says, and swept over its own main knob so that it computes about a half, a
+third and a fifth. `at_scale` is the setting for the random model in FLUX.1's shape, where thresholds mean something
+else and only time counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from comfy_extras import nodes_easycache
+
+from dit_toolkit.host.accelerate import QUALITIES
+from dit_toolkit.nodes import step_cache
+from dit_toolkit.nodes.accelerate import AccelerateDiT
+
+from .arena import Arena
+from .diffusers_flux import cached
+
+COMFYUI, DIFFUSERS, CACHE_DIT = "ComfyUI", "diffusers", "cache-dit"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be sampled. `evaluations`: how often the sampler asks the model in so many steps."""
+
+    arena: Arena
+    sampler: str
+    steps: int
+    evaluations: int
+
+
+Entry = tuple[ModelPatcher, int]  # a MODEL, and the steps it is sampled with
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`peer`: whose it is, None for ours. `setting`: words for a knob. `twin`: held to diffusers' modules, uncached."""
+
+    name: str
+    peer: str | None
+    knobs: tuple
+    setting: str
+    run: Callable[[Task, Any], Entry]
+    at_scale: tuple = ()
+    twin: bool = False
+
+    def method(self, knob: Any) -> str:
+        """A name for the table. What comes before the first comma names the method, the rest its setting."""
+        return f"{self.name}, {self.setting.format(knob)}" if self.setting else self.name
+
+    def scaled(self) -> Contender:
+        return replace(self, knobs=self.at_scale)
+
+
+# Fewer steps: what every cache has to beat
+
+
+def fewer_steps(task: Task, share: float) -> Entry:
+    return task.arena.model, max(1, round(task.steps * share))
+
+
+FEWER_STEPS = Contender("Fewer steps", COMFYUI, (1 / 2, 1 / 3, 1 / 5), "{:.2f} of them", fewer_steps, (1 / 3,))
+NO_CACHE = Contender("No cache", DIFFUSERS, (None,), "", lambda task, _: (task.arena.twin, task.steps), (None,))
+
+
+# ComfyUI's own
+
+
+def easycache(task: Task, threshold: float) -> Entry:
+    """EasyCache with its input copied. It adds in place, and on 0.30.0 that spoils float32 runs."""
+
+    def copy_input(executor, x, *args, **kwargs):
+        return executor(x.clone(), *args, **kwargs)
+
+    model = task.arena.model.clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "race.copy", copy_input)  # first added, outermost
+    return core_node(nodes_easycache.EasyCacheNode, model, threshold), task.steps
+
+
+def lazycache(task: Task, threshold: float) -> Entry:
+    return core_node(nodes_easycache.LazyCacheNode, task.arena.model, threshold), task.steps
+
+
+def core_node(node: Any, model: ModelPatcher, threshold: float) -> ModelPatcher:
+    output = node.execute(model, reuse_threshold=threshold, start_percent=0.15, end_percent=0.95, verbose=False)
+    return output.args[0]
+
+
+# diffusers
+
+
+def diffusers_cache(config: Callable[[Task, Any], Any]) -> Callable[[Task, Any], Entry]:
+    """A cache of diffusers, switched on with `config(task, knob)`."""
+
+    def run(task: Task, knob: Any) -> Entry:
+        transformer, made = task.arena.transformer, config(task, knob)
+
+        @contextmanager
+        def enabled() -> Iterator[None]:
+            transformer.enable_cache(made)
+            try:
+                yield
+            finally:
+                transformer.disable_cache()
+
+        return cached(task.arena.twin, enabled), task.steps
+
+    return run
+
+
+# TaylorSeer's paper caches the attention and the feed-forward parts of every block.
+EVERY_MODULE = {
+    "cache_identifiers": [
+        r"transformer_blocks\.\d+\.(attn|ff|ff_context)",
+        r"single_transformer_blocks\.\d+\.proj_out",
+    ],
+    "skip_predict_identifiers": [r"single_transformer_blocks\.\d+\.(attn|proj_mlp)"],
+}
+
+
+def taylorseer(order: int, **which: Any) -> Callable[[Task, Any], Entry]:
+    def config(task: Task, interval: int):
+        from diffusers import TaylorSeerCacheConfig
+
+        dtype = task.arena.transformer.dtype  # its default of bfloat16 would handicap it on a float32 model
+        return TaylorSeerCacheConfig(interval, max_order=order, taylor_factors_dtype=dtype, **which)
+
+    return diffusers_cache(config)
+
+
+def first_block_cache(task: Task, threshold: float):
+    from diffusers import FirstBlockCacheConfig
+
+    return FirstBlockCacheConfig(threshold)
+
+
+_ratios: dict[tuple, list[float]] = {}  # MagCache's calibration, by arena, sampler and steps
+
+
+def mag_cache(task: Task, threshold: float):
+    from diffusers import MagCacheConfig
+
+    key = (task.arena.name, task.sampler, task.steps)
+    if key not in _ratios:
+        _ratios[key] = calibrate(task)
+    return MagCacheConfig(threshold, 5, 0.1, task.evaluations, _ratios[key])
+
+
+def calibrate(task: Task) -> list[float]:
+    """MagCache's ratios for this model and schedule. Its calibration prints them, and that is how one gets them."""
+    from diffusers import MagCacheConfig
+
+    transformer, said = task.arena.transformer, io.StringIO()
+    transformer.enable_cache(MagCacheConfig(num_inference_steps=task.evaluations, calibrate=True))
+    try:
+        with contextlib.redirect_stdout(said):
+            task.arena.sample(task.arena.twin, task.arena.heats[0], task.steps, task.sampler)
+    finally:
+        transformer.disable_cache()
+    return json.loads(next(line for line in said.getvalue().splitlines() if line.startswith("[1")))
+
+
+# cache-dit
+
+
+def dbcache(order: int | None) -> Callable[[Task, Any], Entry]:
+    """DBCache with one block in front, the smallest it knows; `order` of its Taylor calibrator, or None without."""
+
+    def run(task: Task, threshold: float) -> Entry:
+        import cache_dit
+
+        transformer = task.arena.transformer
+        warm_up = min(4, task.evaluations // 4)
+
+        @contextmanager
+        def enabled() -> Iterator[None]:
+            config = cache_dit.DBCacheConfig(
+                Fn_compute_blocks=1,
+                Bn_compute_blocks=0,
+                max_warmup_steps=warm_up,
+                residual_diff_threshold=threshold,
+                num_inference_steps=task.evaluations,
+                enable_separate_cfg=False,
+            )
+            taylor = None if order is None else cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order)
+            cache_dit.enable_cache(transformer, cache_config=config, calibrator_config=taylor)
+            try:
+                yield
+            finally:
+                cache_dit.disable_cache(transformer)
+
+        return cached(task.arena.twin, enabled), task.steps
+
+    return run
+
+
+# Ours, as the nodes make them
+
+
+def node(kind: Any, knob: str, **values: Any) -> Callable[[Task, Any], Entry]:
+    """The node with its defaults, `values`, and the knob at the input of that name."""
+
+    def run(task: Task, value: Any) -> Entry:
+        inputs = kind.GET_SCHEMA().inputs
+        given = {each.id: each.default for each in inputs if hasattr(each, "default")}
+        given |= {**values, knob: value, "model": task.arena.model}
+        return kind.PREPARE_CLASS_CLONE(None).execute(**given).args[0], task.steps
+
+    return run
+
+
+def taylor(name: str, knobs: tuple = (2, 4, 8), at_scale: tuple = (), **values: Any) -> Contender:
+    run = node(step_cache.TaylorSeer, "interval", **values)
+    return Contender(name, None, knobs, "interval {}", run, at_scale)
+
+
+GATE, AT_MOST = node(step_cache.ConfidenceGatedTaylor, "threshold"), "at most {} in a row"
+CAPPED = node(step_cache.ConfidenceGatedTaylor, "max_consecutive", threshold=0.3, warm_up=3)
+
+OURS = [
+    Contender("Accelerate DiT", None, tuple(QUALITIES), "{}", node(AccelerateDiT, "quality"), ("balanced",)),
+    taylor("TaylorSeer order 0", order=0),
+    taylor("TaylorSeer order 1", order=1, at_scale=(3,)),
+    taylor("TaylorSeer order 2", order=2),
+    taylor("TaylorSeer at the prediction", order=1, tap="prediction", at_scale=(3,)),
+    taylor("TaylorSeer in every module", order=1, tap="every module", at_scale=(3,)),
+    taylor("Newton order 2 over steps", (4, 8), order=2, forecast="Newton, steps"),
+    taylor("Newton order 1 over sigma", (4, 8), order=1, forecast="Newton, sigma"),
+    taylor("Newton order 1 over log sigma", (4, 8), order=1, forecast="Newton, log sigma"),
+    Contender("Confidence-Gated Taylor", None, (0.04, 0.1, 0.3), "threshold {:g}", GATE, (0.3,)),
+    Contender("Confidence-Gated Taylor with a cap", None, (1, 3, 6), AT_MOST, CAPPED),
+    Contender("Delta-DiT", None, (2, 4, 8), "interval {}", node(step_cache.DeltaDiT, "interval"), (3,)),
+]
+
+
+PEERS = [
+    FEWER_STEPS,
+    Contender("EasyCache", COMFYUI, (0.05, 0.3, 2.0), "threshold {:g}", easycache, (0.5,)),
+    Contender("LazyCache", COMFYUI, (0.03, 0.2, 2.0), "threshold {:g}", lazycache, (0.5,)),
+    NO_CACHE,
+    Contender("TaylorSeer of attention", DIFFUSERS, (2, 5), "interval {}", taylorseer(1), (3,), True),
+    Contender("TaylorSeer", DIFFUSERS, (2, 4, 8), "interval {}", taylorseer(1, **EVERY_MODULE), (3,), True),
+    Contender("TaylorSeer Lite", DIFFUSERS, (2, 4, 8), "interval {}", taylorseer(1, use_lite_mode=True), (3,), True),
+    Contender(
+        "FirstBlockCache",
+        DIFFUSERS,
+        (0.1, 0.25, 0.6),
+        "threshold {:g}",
+        diffusers_cache(first_block_cache),
+        (1.0,),
+        True,
+    ),
+    Contender("MagCache", DIFFUSERS, (0.1, 0.2, 0.6), "threshold {:g}", diffusers_cache(mag_cache), (0.1,), True),
+    Contender("DBCache", CACHE_DIT, (0.12, 0.3, 1.0), "threshold {:g}", dbcache(None), (1.0,), True),
+    Contender("DBCache + Taylor", CACHE_DIT, (0.12, 0.3, 1.0), "threshold {:g}", dbcache(1), (1.0,), True),
+]
+
+
+def chosen(only: Iterable[str]) -> list[Contender]:
+    """All, or those whose name begins with one of `only`; fewer steps in any case.
+
+    Raises:
+        ValueError: one of `only` is the beginning of no name.
+    """
+    everyone = [*PEERS, *OURS]
+    for start in only:
+        if not any(each.name.startswith(start) for each in everyone):
+            names = ", ".join(dict.fromkeys(each.name for each in everyone))
+            raise ValueError(f"No method is called {start!r}. There are: {names}.")
+    starts = tuple(only) or ("",)
+    return [each for each in everyone if each is FEWER_STEPS or each.name.startswith(starts)]
