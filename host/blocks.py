@@ -3,9 +3,10 @@
 For features that skip blocks, or put something else in their place, through ComfyUI's `patches_replace["dit"]`. A
 block is named by its `Key`, as there: ("double_block", 3). It is called as `replacement(args, {"original_block": run})`
 and returns a dict. What changes from block to block, the *streams*, are the entries that `streams` names; all else in
-`args` is the same for every block of a kind. To skip a block is to return its `args`.
+`args` is the same for every block of a kind, Chroma's `vec` excepted. To skip a block is to return its `args`.
 
-Facts per family, read from ComfyUI 0.30.0 and held by the tests:
+Facts per family, read from ComfyUI 0.30.0 and held by the tests. Fill, LongCat, Ovis, HunyuanImage and Wan 2.2 run the
+code that is tested, and were not run themselves:
 
 - **FLUX.1** with Kontext and Fill, **FLUX.2**, **LongCat**, **Ovis**, **Chroma**. Double blocks: img, txt. Single
   blocks: img, which is text and picture joined, text first. Blocks write into their args. Between: ControlNet.
@@ -88,7 +89,7 @@ class BlockKind:
 
 @dataclass(frozen=True)
 class BlockFamily:
-    """Transformers whose blocks ComfyUI lets us wrap. See the table above."""
+    """Transformers whose blocks ComfyUI lets us wrap. See the list above."""
 
     name: str  # what users call it
     kinds: tuple[BlockKind, ...]  # in the order they run
