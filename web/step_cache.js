@@ -29,7 +29,8 @@ const STYLE = `
   --ink: var(--input-text, #ddd);
   --computed: #2272c3; --near: #1f8a7f; --far: #c65a00;
   --track: color-mix(in srgb, var(--ink) 9%, transparent);
-  display: flex; flex-direction: column; gap: 4px; box-sizing: border-box; height: 100%; min-height: 54px;
+  display: flex; flex-direction: column; gap: 4px; box-sizing: border-box; height: 100%;
+  min-height: 54px; max-height: 78px;
   padding: 0 1px 2px; overflow: hidden; cursor: default;
   color: var(--ink); font: 11px/14px Inter, system-ui, sans-serif;
 }

@@ -145,8 +145,12 @@ def test_a_run_is_followed_and_stays_with_the_workflow(page, server, mode, tmp_p
     assert 4 < max(low) < 0.7 * min(high)
     assert any(f" of {STEPS}" in label for label in page.evaluate("return labels")), "nothing was shown meanwhile"
 
-    assert page.prompt() == prompt, "the strip is no input of the node"
+    assert page.prompt() == prompt
+    (inputs,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "DiTTaylorSeer")
+    assert "evaluations" not in inputs
     saved = page.graph()
+    (node,) = (node for node in saved["nodes"] if node["type"] == "DiTTaylorSeer")
+    assert len(node["widgets_values"]) == len(inputs) - 1  # without 'model': values are saved by position
     page.clear()
     page.load_workflow(saved)
     page.evaluate("globalThis.seer = app.graph.nodes.find(node => node.comfyClass === 'DiTTaylorSeer')")
@@ -199,6 +203,22 @@ def test_events_of_other_nodes_change_nothing(page, mode):
     page.evaluate("app.graph.remove(seer)")
     send(page, start(), evaluation(0, True), end())
     assert page.errors() == []
+
+
+def test_the_wheel_zooms_over_the_strip_as_beside_it(page, mode):
+    build(page)
+    box = "seer.widgets.find(widget => widget.name === 'evaluations').element.getBoundingClientRect()"
+    over = page.evaluate(f"const box = {box}; return [box.x + box.width / 2, box.y + box.height / 2]")
+    look(page)
+    scales = []
+    for x, y in (over, (1300, 650)):
+        page.evaluate("app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 60];")
+        look(page)
+        page.call("Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=-120)
+        look(page)
+        scales.append(page.evaluate("return app.canvas.ds.scale"))
+    assert scales[0] > 1
+    assert scales[0] == pytest.approx(scales[1])
 
 
 def test_a_node_in_a_subgraph_is_found(page, server, mode):
