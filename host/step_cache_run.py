@@ -5,7 +5,8 @@ all of it is computed, and recorded. Lanes are per condition, so positive and ne
 and the extra passes of guidance nodes never mix.
 
 Thrown away: everything at the end of the run, and when sigma rises by more than 1 % (a restart); a lane when the shape,
-dtype or device of its input changes, or when it went unused for more than two evaluations.
+dtype or device of its input or the strength of a scheduled LoRA changes, or when it went unused for more than two
+evaluations.
 """
 
 from __future__ import annotations
@@ -276,7 +277,10 @@ class StepCacheRun:
     def visit(self, base: Any, x: Tensor, text: Tensor | None, chunk: Chunk) -> Visit:
         """This chunk's lanes, cleared where they no longer fit, and what is to be done with it."""
         lanes = [self.run.lane(self, condition, Lane) for condition in chunk.conditions]
-        signature = (tuple(x.shape[1:]), chunk.rows, x.dtype, None if text is None else tuple(text.shape[1:]))
+        hooks = getattr(getattr(base.current_patcher, "current_hooks", None), "hooks", ())
+        weights = tuple((hook.hook_ref, hook.strength) for hook in hooks)  # scheduled LoRAs change during a run
+        shape_of_text = None if text is None else tuple(text.shape[1:])
+        signature = (tuple(x.shape[1:]), chunk.rows, x.dtype, shape_of_text, weights)
         for lane in lanes:
             if lane.signature != signature:
                 lane.clear()
