@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 
 def rows(tokens: tuple[int, ...] = TOKENS) -> list[Row]:
-    """A row per method and number of picture tokens: method, peer, tokens, seconds, speedup, bound, difference, note."""
+    """A row per method and number of tokens: method, peer, tokens, seconds, speedup, bound, difference, note."""
     with torch.inference_mode(), single_thread():
         return [row for count in tokens for row in rows_of(count)]
 
