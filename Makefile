@@ -35,7 +35,7 @@ test-gpu: setup
 	@$(PY) -m pytest -m gpu
 
 web-test: setup
-	@if ls tests/web/*.js tests/web/*.mjs >/dev/null 2>&1; then echo 'Tests of the page scripts'; $(PY) -m scripts.node --test tests/web/; fi
+	@if ls tests/web/*.js tests/web/*.mjs >/dev/null 2>&1; then echo 'Tests of the page scripts'; $(PY) -m scripts.node --test tests/web/*.mjs; fi
 
 lint: setup
 	$(call timed,Lint,$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m pyright)

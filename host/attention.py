@@ -19,6 +19,8 @@ from comfy.ldm.flux.math import apply_rope
 from torch import Tensor
 from torch.nn import functional as F
 
+from .compiled import untraced
+
 EXTRA_KEYS = "dit_toolkit.extra_keys"  # in transformer_options: a tuple of ExtraKeys
 
 Block = tuple[str, int]  # ("double" or "single", number), as ComfyUI's block_type and block_index
@@ -49,7 +51,7 @@ def with_keys(options: dict, keys: ExtraKeys) -> dict:
     return {**options, EXTRA_KEYS: (*options.get(EXTRA_KEYS, ()), keys)}
 
 
-@torch.compiler.disable(recursive=False)  # what it finds in the options changes from call to call
+@untraced  # what it finds in the options changes from call to call
 def append_extra_keys(q: Tensor, k: Tensor, v: Tensor, pe=None, attn_mask=None, extra_options=None) -> dict:
     """attn1_patch of FLUX-like models. q, k, v `[B, H, L, d]`; returns what it changed."""
     options = extra_options or {}

@@ -35,8 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from comfy.ldm.chroma.model import Chroma
@@ -48,34 +47,14 @@ from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import VaceWanModel, WanModel
 from comfy.model_patcher import ModelPatcher, set_model_options_patch_replace
 from torch import Tensor
-from torch._dynamo.decorators import skip
 
+from .compiled import untraced
 from .flux import is_flux1
 
 Key = tuple[str, int]  # ("double_block", 3), as in patches_replace["dit"]
 BlockArgs = dict[str, Any]
 RunBlock = Callable[[BlockArgs], dict[str, Any]]
 Wrap = Callable[[BlockArgs, RunBlock], dict[str, Any]]
-Function = TypeVar("Function", bound=Callable)
-
-
-def untraced(function: Function) -> Function:
-    """Mark a function that torch.compile must run as it is, each time it is called. What it calls may be compiled.
-
-    TorchCompileModel drops every check on what is reached through a name that contains "transformer_options". Whatever
-    was found there when a function was traced is repeated ever after: a counter stands still, `img_slice` keeps the
-    length of the first prompt. So each function below APPLY_MODEL that looks into `transformer_options`, or into
-    `args` for them, has to be marked, not only the one that calls it. `torch.compiler.disable(recursive=False)` does
-    not do it: in torch 2.11 it leaves out a wrapper of the function, and traces the function.
-    """
-    marked: Any = function
-    while isinstance(marked, partial):
-        marked = marked.func
-    marked = getattr(marked, "__func__", marked)  # a bound method
-    if not hasattr(marked, "__code__"):
-        marked = type(marked).__call__
-    skip(marked)
-    return function
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from ..models.sparse_attention import Pattern, covers, kept_pairs
 from ..models.sparse_attention_flex import compiled
 from . import token_grid
 from .blocks import Key, block_family, transformer_of, wrap_block
+from .compiled import untraced
 from .run import KEY, Chunk, Condition, Run, chunk_of
 from .sparse_attention import OVERRIDE, Backend, OwnAttention, own_attention
 
@@ -118,7 +119,7 @@ class ReTtentionRun:
         earlier = options.get(OVERRIDE)
         self.alone = earlier is None
 
-        @torch.compiler.disable(recursive=False)  # what it finds in the options changes from call to call
+        @untraced  # what it finds in the options changes from call to call
         def override(func: Callable, *args: Any, **kwargs: Any) -> Tensor:
             def without_us() -> Tensor:
                 return func(*args, **kwargs) if earlier is None else earlier(func, *args, **kwargs)

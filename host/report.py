@@ -142,7 +142,7 @@ class Report:
             return
         server = page_server()
         if server is not None:
-            server.send_sync(f"dit_toolkit.{event}", {"node": self.node, "run": run.number, **values})
+            server.send_sync(f"dit_toolkit.{event}", {"node": self.node, "run": run.number, **values}, server.client_id)
 
 
 def page_server() -> Any:

@@ -36,6 +36,7 @@ from ..models.sparse_attention_flex import Blocks, blocks, flex
 from ..models.sparse_attention_tiles import Tiling, tile, tiled
 from . import flux, token_grid
 from .attention import EXTRA_KEYS
+from .compiled import untraced
 from .run import KEY, Run, attached
 from .run import attach as attach_description
 
@@ -87,7 +88,7 @@ def take_over(model_options: dict, attend: Attend, passed_on: Callable[[str], No
     options = model_options["transformer_options"]
     earlier = options.get(OVERRIDE)
 
-    @torch.compiler.disable(recursive=False)  # what it finds in the options changes from call to call
+    @untraced  # what it finds in the options changes from call to call
     def override(func: Callable, *args: Any, **kwargs: Any) -> Tensor:
         found = own_attention(args, kwargs)
         answer = attend(found) if isinstance(found, OwnAttention) else None

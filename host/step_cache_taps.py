@@ -28,6 +28,7 @@ from ..models.delta_dit import Span, Stages
 from ..models.step_cache import COMPUTE, FORECAST, PROBE
 from . import flux
 from .blocks import BlockFamily, Key, block_family, transformer_of, wrap_block
+from .compiled import untraced
 
 if TYPE_CHECKING:
     from .step_cache_run import StepCacheRun, Visit
@@ -130,7 +131,7 @@ class BlockTap:
     def wrapped(self, position: int) -> Wrap:
         """What block number `position` does instead."""
 
-        @torch.compiler.disable(recursive=False)  # what it finds in the options changes from call to call
+        @untraced  # what it finds in the options changes from call to call
         def wrap(args: dict, run_block: RunBlock) -> dict:
             visit: Visit | None = args["transformer_options"].get(VISIT)
             if visit is None or not visit.parts:
@@ -159,6 +160,7 @@ class BlockTap:
             names = self.family.streams(self.keys[position][0])
             visit.entry = {name: args[name].clone() for name in names}
 
+    @untraced
     def probe(self, visit: Visit, args: dict, run_block: RunBlock) -> dict:
         """Run block 0, and let it decide where it has to."""
         gate: Any = visit.run.settings.policy
@@ -289,7 +291,7 @@ class ModuleTap:
         """What block `key` does instead."""
         part = f"{key[0]} {key[1]}"
 
-        @torch.compiler.disable(recursive=False)
+        @untraced
         def wrap(args: dict, run_block: RunBlock) -> dict:
             visit: Visit | None = args["transformer_options"].get(VISIT)
             if visit is None:

@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import accelerate, easycontrol, embedded, image_difference, re_ttention, step_cache
+from . import accelerate, easycontrol, embedded, image_difference, re_ttention, sparse_attention, step_cache
 
-FEATURES = (easycontrol, accelerate, step_cache, re_ttention, image_difference, embedded)
+FEATURES = (easycontrol, accelerate, step_cache, re_ttention, sparse_attention, image_difference, embedded)
 
 
 class DiTToolkit(ComfyExtension):

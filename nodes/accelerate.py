@@ -44,6 +44,7 @@ class AccelerateDiT(io.ComfyNode):
                 io.String.Output(display_name="picked", tooltip="What was picked, and where its numbers come from."),
             ],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # the report belongs to this node, and ComfyUI leaves the id out of its cache
         )
 
     @classmethod
@@ -113,6 +114,7 @@ class Autotune(io.ComfyNode):
                 io.Image.Output(display_name="chart", tooltip="Quality over speed-up, one point per trial."),
             ],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # the report belongs to this node, and ComfyUI leaves the id out of its cache
         )
 
     @classmethod

@@ -143,6 +143,7 @@ class TaylorSeer(io.ComfyNode):
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # the report belongs to this node, and ComfyUI leaves the id out of its cache
         )
 
     @classmethod
@@ -261,6 +262,7 @@ class ConfidenceGatedTaylor(io.ComfyNode):
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # the report belongs to this node, and ComfyUI leaves the id out of its cache
         )
 
     @classmethod
@@ -353,6 +355,7 @@ class DeltaDiT(io.ComfyNode):
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # the report belongs to this node, and ComfyUI leaves the id out of its cache
         )
 
     @classmethod

@@ -22,7 +22,7 @@ const make = (type, pos, values = {}) => {
     return node;
 };
 const load = make("DiTLoadEmbedded", [100, 100]);
-const seer = make("DiTTaylorSeer", [540, 100], { schedule: b, last_full: 0, interval: c });
+const seer = make("DiTTaylorSeer", [540, 100], { schedule: b, last_full: 0, interval: 3 });
 const text = make("CLIPTextEncode", [100, 260], { text: "a blue star, on a grey ground" });
 const latent = make("EmptyLatentImage", [100, 520], { width: 96, height: 96 });
 const sampler = make("KSampler", [850, 100], {

@@ -3,7 +3,7 @@
 // States are plain frozen objects; every function returns a new one. Nothing here knows the page, so that Node can test
 // it. A share is a gate's error over its threshold: below 1 it forecasts, from 1 on it computes.
 
-export const SHOWN_ON = new Set(["DiTTaylorSeer", "DiTCGTaylor", "DiTDeltaDiT", "DiTAccelerate"]);
+export const SHOWN_ON = new Set(["DiTTaylorSeer", "DiTCGTaylor", "DiTDeltaDiT", "DiTAccelerate", "DiTAccelerateAutotune"]);
 export const PROPERTY = "dit_toolkit.timeline"; // of a node, in a saved workflow
 export const THRESHOLD_HEIGHT = 0.72; // where a share of 1 is drawn; what is computed fills the strip
 
