@@ -6,6 +6,7 @@ import gc
 import json
 import weakref
 from functools import cache
+from types import SimpleNamespace
 
 import comfy.sample
 import comfy.samplers
@@ -15,7 +16,8 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from dit_toolkit.host.re_ttention import Report, ReTtention, attach
-from dit_toolkit.host.re_ttention_run import Layer, ReTtentionRun
+from dit_toolkit.host.re_ttention_run import SIGMA, Call, Layer, ReTtentionRun
+from dit_toolkit.host.run import Chunk, Run
 from dit_toolkit.host.sparse_attention import SparseAttention
 from dit_toolkit.host.sparse_attention import attach as attach_sparse
 from dit_toolkit.models.re_ttention import Schedule
@@ -332,6 +334,23 @@ def test_another_size_is_a_fresh_start():
     expected = tiny.sample(sparse(FAMILIES["flux"].load())[0], steps=4, size=(10, 6), batch=2)
     tiny.sample(model, steps=4)
     assert torch.equal(tiny.sample(model, steps=4, size=(10, 6), batch=2), expected)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (Layer(computed=0), Layer(computed=0), "full"),
+        (Layer(computed=2, refreshed=1), Layer(computed=4, refreshed=1), "sparse"),
+        (Layer(computed=2, refreshed=1), Layer(computed=0), "refresh"),
+        (Layer(computed=6, refreshed=1), Layer(computed=2, refreshed=1), "refresh"),
+    ],
+)
+def test_conditions_that_were_computed_apart_meet_in_one_call(first, second, expected):
+    settings = ReTtention(0.3, Schedule(1, 5))
+    own = SimpleNamespace(q=torch.zeros(2, 1, 4, 8), options={SIGMA: 0.0})
+    for layers in ([first, second], [second, first]):
+        call = Call(own, Disc(2), Chunk((), rows=1), layers, full=lambda: own.q)
+        assert ReTtentionRun(settings, Run())._kind(call) == expected
 
 
 def test_a_layer_forgets_pictures_of_another_shape():
