@@ -15,13 +15,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from .sparse_attention import Attended, Grid, Pattern, check, places, pooled_grid, with_pooled
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
 PATCH = (8, 16)  # rows and columns of one block's tokens
@@ -53,6 +55,8 @@ class Blocks:
 
 def blocks(pattern: Pattern, grid: Grid, extra: int = 0, device: torch.device | None = None) -> Blocks:
     """The order of tokens and the blocks of pairs to compute."""
+    from torch.nn.attention.flex_attention import BlockMask  # not with the pack: it takes its time to load
+
     y, x = places(pattern, grid)
     pooled = math.prod(pooled_grid(pattern, grid))
     patches = _patch_order(pattern, grid)
@@ -114,14 +118,28 @@ def flex(
         score = add
 
     run = run or compiled()
-    result = run(q, k, v, score_mod=score, block_mask=plan.mask, scale=scale, return_lse=with_lse)
-    out, lse = result if with_lse else (result, None)
-    return Attended(out[:, :, plan.back], None if lse is None else lse[:, :, plan.back].float())
+    asked = _asks_for_lse() if with_lse else {}
+    result = run(q, k, v, score_mod=score, block_mask=plan.mask, scale=scale, **asked)
+    if not with_lse:
+        return Attended(result[:, :, plan.back], None)
+    out, rest = result
+    lse = rest if isinstance(rest, Tensor) else rest.lse  # natural logarithm
+    return Attended(out[:, :, plan.back], lse[:, :, plan.back].float())
+
+
+def _asks_for_lse() -> dict[str, Any]:
+    """In the words of this version of torch: `return_lse` is on its way out."""
+    from torch.nn.attention import flex_attention as module
+
+    request = getattr(module, "AuxRequest", None)
+    return {"return_lse": True} if request is None else {"return_aux": request(lse=True)}
 
 
 @cache
 def compiled() -> Callable[..., Any]:
     """FlexAttention, compiled. `fullgraph`: past torch's limit of shapes it raises, and does not run uncompiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 

@@ -200,7 +200,7 @@ def uncompiled(monkeypatch):
     return flex_attention
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without", "ignore:return_lse is deprecated")
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("pattern", [Disc(4), PooledDisc(3, 4), Band(5), FrameBand(4), Disc(60)], ids=str)
 @pytest.mark.parametrize("grid", [Grid(19, 33, before=3, after=5), Grid(10, 20, frames=3, before=4)], ids=str)
 def test_flex_attention_is_softmax_over_the_kept_pairs(pattern, grid, uncompiled):
