@@ -1,6 +1,6 @@
 """The race: every step cache on the same model, prompts and sampler, against no cache and against fewer steps.
 
-    python -m scripts.bench_accelerators                    two CPU cores, about seven minutes
+    python -m scripts.bench_accelerators                    everything, minutes on two CPU cores
     python -m scripts.bench_accelerators --only TaylorSeer  methods whose name begins so, next to fewer steps
 
 Quality is judged on the embedded model, whose blocks are so cheap that a cache's own work shows. Speed is measured
@@ -27,7 +27,9 @@ SAMPLERS = ("euler", "dpmpp_2m")  # the second is of second order, and asks the 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--pictures", type=int, default=16, help="with the first sampler; half of them with the others")
+    parser.add_argument(
+        "--pictures", type=int, default=16, help="with the first sampler; a quarter of them with others"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each setting")
     parser.add_argument("--samplers", nargs="+", default=SAMPLERS, metavar="NAME")
     parser.add_argument("--only", nargs="+", default=(), metavar="METHOD", help="names, or how they begin")
@@ -54,7 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     from .race import arena, contenders, report, run
 
     device = torch.device("cpu" if args.cpu else "cuda")
-    chosen = contenders.chosen(options.only)
+    try:
+        chosen = contenders.chosen(options.only)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
     rows: list[report.Row] = []
     start = time.monotonic()
 
@@ -65,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.part != "cost":
         tiny = arena.tiny(options.pictures)
         for i, sampler in enumerate(options.samplers):
-            tiny.heats = tiny.heats[: options.pictures if i == 0 else max(1, options.pictures // 2)]
+            tiny.heats = tiny.heats[: options.pictures if i == 0 else max(1, options.pictures // 4)]
             run.race(tiny, chosen, sampler, options.steps, options.rounds, 2, tell)
     if options.part != "quality":
         dtype = torch.bfloat16

@@ -103,7 +103,7 @@ class Shape:
 
 
 # FLUX.1 has 19 + 38 blocks and 4096 + 512 tokens at 1024 x 1024. Two cores need seconds for one evaluation of 57 blocks
-# and 192 tokens, so they get a ninth of the depth: a skipped evaluation saves less there, and bookkeeping shows more.
+# and 192 tokens, so they get a tenth of the depth: a skipped evaluation saves less there, and bookkeeping shows more.
 SHAPES = {"cpu": Shape(2, 4, 8, 16, 64), "cuda": Shape(19, 38, 64, 64, 512)}
 TILE = 2**16  # random numbers that are repeated through a matrix
 
@@ -137,7 +137,7 @@ def flux1_shape(shape: Shape, dtype: torch.dtype) -> Arena:
         count = weight.numel()
         state[name] = tile.to(dtype).repeat(-(-count // TILE))[:count].view(weight.shape)
     model = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": dtype})
-    model.model.manual_cast_dtype = None  # on a CPU ComfyUI would multiply in float32, twelve times slower on AMX
+    model.model.manual_cast_dtype = None  # on a CPU ComfyUI would multiply in float32, many times slower
     flux: Any = model.model.diffusion_model
     flux.double_blocks.extend([flux.double_blocks[0]] * (shape.double - 1))
     flux.single_blocks.extend([flux.single_blocks[0]] * (shape.single - 1))

@@ -49,11 +49,10 @@ class Memory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for tensor in tree_iter(out):
+        for tensor in (out,) if isinstance(out, torch.Tensor) else tree_iter(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in given and storage._cdata not in self.alive:
+                if storage._cdata not in self.alive and not is_among(storage, (args, kwargs)):
                     self.hold(storage)
         return out
 
@@ -67,6 +66,12 @@ class Memory(TorchDispatchMode):
         self.alive[key] = weakref.ref(storage, release)
         self.held += size
         self.peak = max(self.peak, self.held)
+
+
+def is_among(storage: torch.UntypedStorage, given: tuple) -> bool:
+    """Whether it belongs to one of the tensors in `given`: views and results in place are nothing new."""
+    tensors = (x for x in tree_iter(given) if isinstance(x, torch.Tensor))
+    return any(x.untyped_storage()._cdata == storage._cdata for x in tensors)
 
 
 def timed(arena: Arena, model: ModelPatcher, heat: Heat, steps: int, sampler: str) -> float:

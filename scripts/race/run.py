@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from .arena import Arena
-from .contenders import Contender, Task
+from .contenders import COMFYUI, Contender, Task
 from .measure import Pace, Seen, evaluations_of, judge, look, speedup, timed
 from .report import Row
 
@@ -28,7 +28,7 @@ def race(
     """
     task = Task(arena, sampler, steps, evaluations_of(arena, steps, sampler))
     plain = look(arena, arena.model, steps, sampler)
-    tell(row_of(task, "No cache", None, steps, plain, plain, plain, 1.0))
+    tell(row_of(task, "No cache", COMFYUI, steps, plain, plain, plain, 1.0))
 
     own: dict[bool, tuple[Seen, Pace]] = {}  # without a cache: in ComfyUI's modules, and in diffusers'
 

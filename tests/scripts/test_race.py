@@ -133,7 +133,7 @@ def test_a_race_ends_in_rows_with_their_plot(arena, tmp_path):
     data = json.loads(written[0].read_text(encoding="utf-8"))
     assert [list(row) for row in data] == [KEYS] * 7
     assert {(row["method"], row["peer"]) for row in data} >= {
-        ("No cache", None),
+        ("No cache", "ComfyUI"),
         ("Fewer steps, 0.50 of them", "ComfyUI"),
     }
     assert {row["steps"] for row in data if row["method"].startswith("Fewer")} == {2, 1}
