@@ -79,6 +79,11 @@ class Lane:
     def bytes(self) -> int:
         return sum(history.bytes for history in self.histories.values())
 
+    @property
+    def newest_bytes(self) -> int:
+        """Of the newest point of each history."""
+        return sum(x.nbytes for history in self.histories.values() for x in history.values[0])
+
 
 @dataclass(eq=False)
 class Visit:

@@ -307,10 +307,14 @@ class ModuleTap:
         return wrap
 
     def refuse_if_too_large(self, visit: Visit, base: Any) -> None:
-        """After the first computed evaluation, when the size of one point is known."""
+        """After the first computed call of these conditions, when the size of one point is known.
+
+        Conditions that were called apart count, too.
+        """
         if any(lane.full for lane in visit.lanes):
             return
         one = sum(x.nbytes for tensors in visit.captured.values() for x in tensors)
+        one += sum(lane.newest_bytes for lane in visit.run.run.lanes_of(visit.run))
         needed = one * (visit.run.settings.forecaster.order + 1)
         limit = self.max_bytes
         if limit is None:

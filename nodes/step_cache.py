@@ -163,7 +163,8 @@ class TaylorSeer(io.ComfyNode):
         offload: bool,
         max_memory: float,
     ) -> io.NodeOutput:
-        policy = Listed.parse(schedule) if schedule.strip() else Interval(interval, first_full, SPACINGS[spacing])
+        listed = bool(schedule.strip())
+        policy = Listed.parse(schedule) if listed else Interval(interval, first_full, SPACINGS[spacing])
         form, coordinate = FORECASTS[forecast]
         chosen = tap_for(model, tap, "Apply TaylorSeer", int(max_memory * 2**30) or None)
         report = Report(
@@ -173,7 +174,7 @@ class TaylorSeer(io.ComfyNode):
             "TaylorSeer",
             policy,
             chosen,
-            Forecaster(order, form, coordinate, derivatives_from=first_full - 1),
+            Forecaster(order, form, coordinate, derivatives_from=0 if listed else first_full - 1),
             Guard(last_full),
             start_percent,
             end_percent,

@@ -472,6 +472,18 @@ def test_every_module_is_refused_when_it_would_not_fit(tiny_flux):
     assert last_run(enough).bytes_held == needed
 
 
+def test_conditions_that_are_called_apart_count_together(tiny_flux):
+    """Texts of two lengths are never side by side: the second call would pass the limit."""
+    needed = expected_bytes("every module", 1, 1) + expected_bytes("every module", 1, 1, text=9)
+    given = {"cfg": 2.0, "negative": prompt(4, length=9)}
+    small = cached(tiny_flux, Interval(3, 2), ModuleTap(*blocks_of(tiny_flux), needed - 1), 1)
+    with pytest.raises(ValueError, match="every module would hold"):
+        sample(small, 6, **given)
+    enough = cached(tiny_flux, Interval(3, 2), ModuleTap(*blocks_of(tiny_flux), needed), 1)
+    sample(enough, 6, **given)
+    assert last_run(enough).bytes_held == needed
+
+
 @pytest.mark.parametrize(("away", "kept"), [(0, True), (2, True), (3, False), (9, False)])
 def test_a_prompt_that_was_away_for_long_starts_anew(tiny_flux, away, kept):
     """Its history is stale. Other prompts went on; they are not touched."""
