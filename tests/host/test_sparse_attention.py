@@ -154,7 +154,9 @@ def test_an_earlier_override_gets_what_stays_dense_and_only_that(tiny_flux):
     assert len(lengths) == 6
 
 
-def test_cross_attention_is_passed_on():
+@pytest.mark.parametrize("text", [6, 30])
+def test_cross_attention_is_passed_on(text):
+    """To a text that is shorter than the video's 27 tokens, and to one that is longer."""
     keys = []
 
     def earlier(func, *args, **kwargs):
@@ -162,9 +164,9 @@ def test_cross_attention_is_passed_on():
         return func(*args, **kwargs)
 
     family = FAMILIES["wan"]
-    sample(family, sparse(with_override(family.load(), earlier), Disc(2)), 1)
-    assert len(keys) == 3
-    assert all(count != 27 for count in keys)
+    model = sparse(with_override(family.load(), earlier), Disc(2))
+    sample(family, model, 1, positive=family.prompt(3, length=text))
+    assert keys == [text] * 3
 
 
 def test_start_and_end_in_percent_of_the_run(tiny_flux):

@@ -214,7 +214,15 @@ def test_flex_attention_is_softmax_over_the_kept_pairs(pattern, grid, uncompiled
         torch.testing.assert_close(found.lse, expected.lse, rtol=0, atol=5e-6)
 
 
-@every
+LARGE = [
+    (Disc(9), Grid(40, 52, before=3, after=5)),
+    (PooledDisc(6, 4), Grid(40, 52, before=130)),
+    (Band(150), Grid(40, 52, before=3)),
+    (FrameBand(21), Grid(20, 24, frames=4, before=7)),
+]
+
+
+@pytest.mark.parametrize(("pattern", "grid"), [*EVERY, *LARGE], ids=lambda value: str(value).replace(" ", ""))
 def test_flex_blocks_leave_out_no_kept_pair_and_call_full_only_what_is(pattern, grid):
     extra = 6
     plan = blocks(pattern, grid, extra)
