@@ -83,7 +83,7 @@ def save(rows: list[Row], folder: Path, name: str) -> list[Path]:
     file = folder / f"{name}.json"
     lines = ",\n".join(f"  {json.dumps(row.data())}" for row in rows)
     file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    judged = [row for row in rows if row.psnr_db is not None]
+    judged = [row for row in rows if row.psnr_db is not None and not row.method.startswith("No cache")]
     return [file, plot(judged, folder / f"{name}.png")] if judged else [file]
 
 
@@ -102,23 +102,23 @@ def plot(rows: list[Row], file: Path) -> Path:
     from matplotlib import pyplot
 
     panels = grouped(rows, lambda row: (row.model, row.sampler))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.2 * len(panels), 6), squeeze=False, sharey=True)
+    legend = 3.4  # inches
+    width = 5.6 * len(panels) + legend
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(width, 6), squeeze=False, sharey=True)
     names = list(dict.fromkeys(row.name for row in rows))
     ours = [name for name in names if not name.endswith(")")]
+    handles = {}
     for ax, ((model, sampler), members) in zip(axes[0], panels.items(), strict=True):
         for name, line in grouped(members, lambda row: row.name).items():
-            line = sorted(line, key=lambda row: row.speedup)
-            style = style_of(name, names, ours)
-            ax.plot([row.speedup for row in line], [row.psnr_db for row in line], label=name, **style)
+            line = sorted(line, key=lambda row: -row.computed)
+            speed, quality = [row.speedup for row in line], [row.psnr_db for row in line]
+            (handles[name],) = ax.plot(speed, quality, label=name, **style_of(name, names, ours))
         steps = max(row.steps for row in members)
         ax.set(xlabel="measured speed-up", title=f"{model}, {sampler}, {steps} steps")
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("PSNR to the picture without a cache, dB")
-    handles = {}
-    for ax in axes[0]:
-        handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=3, fontsize=8)
-    figure.tight_layout(rect=(0, 0.025 * -(-len(handles) // 3) + 0.02, 1, 1))
+    figure.tight_layout(rect=(0, 0, 1 - legend / width, 1))
+    figure.legend(handles.values(), handles.keys(), loc="center right", fontsize=8)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
     return file
