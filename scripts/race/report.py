@@ -102,7 +102,7 @@ def plot(rows: list[Row], file: Path) -> Path:
     from matplotlib import pyplot
 
     panels = grouped(rows, lambda row: (row.model, row.sampler))
-    legend = 3.4  # inches
+    legend = 2.8  # inches
     width = 5.6 * len(panels) + legend
     figure, axes = pyplot.subplots(1, len(panels), figsize=(width, 6), squeeze=False, sharey=True)
     names = list(dict.fromkeys(row.name for row in rows))
