@@ -74,6 +74,8 @@ def on_the_embedded_model(prompt: Prompt) -> Prompt:
                 inputs[name] = TINY_NUMBERS[name]
         if node["class_type"] == "DiTEasyControlLoader":
             inputs["file"] = TINY_FILES[inputs["file"]]
+        if node["class_type"] == "DiTClear":
+            inputs["file"] = "none (mask only)"  # there are no such weights for a model of this size
     tiny["embedded"] = {"class_type": "DiTLoadEmbedded", "inputs": {}}
     return tiny
 
