@@ -5,7 +5,8 @@
 
 One attention call as FLUX makes it: 512 text tokens, heads of 128 channels, float32, one thread, square pictures. Two
 heads are timed; all heads cost the same. Every method is run on the same tensors, once to warm up, then three times.
-"difference" is the largest one from softmax over the kept keys, for some queries of each. "bound" is what the kept
+"difference" is the largest one from softmax over the kept keys, for some queries of each; Re-ttention is compared with
+full attention, which it must equal while queries, keys and values stay the same. "bound" is what the kept
 pairs alone would give: dense pairs over kept ones. Rows that would take too long are skipped, and say so; their time is
 not guessed.
 """
@@ -13,6 +14,8 @@ not guessed.
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import math
 import statistics
 import time
@@ -23,17 +26,22 @@ import torch
 from torch import Tensor
 
 from dit_toolkit.models import sparse_attention as core
+from dit_toolkit.models.re_ttention import full_attention, kept_share, reshaped, residual, window
 from dit_toolkit.models.sparse_attention import Disc, Grid, PooledDisc
 from dit_toolkit.models.sparse_attention_tiles import tile, tiled
+
+from . import places
 
 TEXT, HEAD, HEADS = 512, 128, 2
 TOKENS = (1024, 4096, 16384, 65536)
 SECONDS = 20.0  # the longest a single call may take
 ROUNDS = 3
 PER_PAIR = 4 * HEAD * HEADS  # operations
+KEEP, PERIOD = 1 / 32, 5  # of Re-ttention, as published
 CHECKED = 64  # queries whose result is compared with the definition
 
 Row = dict[str, Any]
+RESULTS = places.ROOT / "benchmarks" / "results"
 
 
 def rows(tokens: tuple[int, ...] = TOKENS) -> list[Row]:
@@ -64,6 +72,29 @@ def rows_of(tokens: int) -> Iterator[Row]:
         seconds = timed(lambda tiling=tiling: tiled(q, k, v, tiling)) if expected <= SECONDS else None
         error = None if seconds is None else difference(tiled(q, k, v, tiling).out, q, k, v, pattern, grid)
         yield row(name, tokens, seconds, dense, grid.length**2 / pairs, error, expected)
+
+    pattern = window("band", grid, KEEP)
+    tiling, ratio = tile(pattern, grid), core.kept_pairs(pattern, grid) / grid.length**2
+    name = f"Re-ttention 1/{round(1 / KEEP)}"
+    full = grid.length**2 * PER_PAIR / speed
+    if 2 * full > SECONDS:
+        yield row(f"{name}, {PERIOD - 1} of {PERIOD} sparse", tokens, None, dense, 1.0, None, 2 * full)
+        return
+    out, sums = full_attention(q, k, v)
+    sparse = tiled(q, k, v, tiling, with_lse=True)
+    rho = kept_share(sparse.lse, sums)
+    rest = residual(out, sparse.out, rho)
+    error = float((reshaped(tiled(q, k, v, tiling).out, rho, rest) - out).abs().max())  # unchanged q, k, v: exact
+    skipping = timed(lambda: reshaped(tiled(q, k, v, tiling).out, rho, rest))
+    yield row(f"{name}, sparse evaluation", tokens, skipping, dense, 1 / ratio, error, full)
+
+    def refresh() -> Tensor:
+        out, sums = full_attention(q, k, v)
+        sparse = tiled(q, k, v, tiling, with_lse=True)
+        return residual(out, sparse.out, kept_share(sparse.lse, sums))
+
+    whole = (timed(refresh) + (PERIOD - 1) * skipping) / PERIOD
+    yield row(f"{name}, mean of a period of {PERIOD}", tokens, whole, dense, PERIOD / (1 + PERIOD * ratio), error, full)
 
 
 def difference(out: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: core.Pattern, grid: Grid) -> float:
@@ -144,9 +175,15 @@ def table(found: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time of sparse attention against dense attention on the CPU.")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="picture tokens, square numbers")
-    asked = parser.parse_args().tokens
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    asked = parser.parse_args()
+    found = rows(tuple(asked.tokens))
     print(f"{HEADS} heads of {HEAD}, {TEXT} text tokens, float32, one CPU thread; seconds per attention call")
-    print(table(rows(tuple(asked))))
+    print(table(found))
+    if not asked.no_save:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path = RESULTS / f"attention-{datetime.date.today().isoformat()}-cpu.json"
+        path.write_text("[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in found) + "\n]\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
