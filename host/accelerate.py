@@ -85,7 +85,7 @@ PRESETS: dict[str, tuple[Setting, Setting, Setting]] = {  # quality, balanced, f
 OTHERS = (every(2, GUESS), every(3, GUESS), every(4, GUESS))
 HERE = "measured here, on the embedded model with 28 steps"
 EMBEDDED = tuple(  # order 2 loses where gaps are wide and guidance amplifies what is wrong
-    replace(every(n, HERE, order, first=1), forecast="Newton, steps") for n, order in ((2, 2), (3, 2), (5, 1))
+    replace(every(n, HERE, order, first=1), forecast="Newton, steps") for n, order in ((2, 2), (3, 2), (4, 1))
 )
 
 

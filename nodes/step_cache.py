@@ -195,7 +195,7 @@ class ConfidenceGatedTaylor(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Runs the first block at every evaluation; where its result was predictable, forecasts all the others. "
-                "Easy pictures skip more than hard ones."
+                "How many it skips is up to the model and the picture."
             ),
             search_aliases=["cg-taylor", "confidence", "gate", "first block cache", "fbcache", "teacache", "speed up"],
             inputs=[
