@@ -69,8 +69,10 @@ def broken_at(model, evaluation: int, error: type[BaseException]):
     return model
 
 
-@every_tap
-@pytest.mark.parametrize("error", [Broken, comfy.model_management.InterruptProcessingException])
+@pytest.mark.parametrize(
+    ("tap", "error"),
+    [("last block", Broken), *[(tap, comfy.model_management.InterruptProcessingException) for tap in TAPS]],
+)
 def test_a_run_after_an_interrupt_is_a_fresh_run(tiny_flux, tap, error):
     """In the 5th evaluation, which is computed; on the same MODEL, whose report says what happened."""
     policy = gate_for(tap, warm_up=5) if tap.startswith("gated") else Listed.parse("0, 1, 4, 7")
@@ -114,11 +116,10 @@ def test_nothing_is_recorded_of_a_call_that_broke_off(tiny_flux):
 def test_runs_of_other_sizes_and_batches_are_fresh_runs(tiny_flux, tap):
     """On one MODEL, one after the other; also when texts get longer, and back again."""
     model = accelerated(tiny_flux, tap)
-    inputs = [{}, {"size": (7, 5)}, {"batch": 2, "cfg": 2.0}, {"cfg": 2.0, "negative": prompt(4, length=8)}, {}]
-    for given in inputs:
-        out = sample(model, 5, **given)
+    for given in ({}, {"size": (7, 5)}, {"batch": 2, "cfg": 2.0}, {"cfg": 2.0, "negative": prompt(4, length=8)}):
+        out = sample(model, 4, **given)
         assert "." in strip(model)
-        assert torch.equal(out, sample(accelerated(tiny_flux, tap), 5, **given)), given
+        assert torch.equal(out, sample(accelerated(tiny_flux, tap), 4, **given)), given
 
 
 def test_clones_with_other_settings_do_not_know_each_other(tiny_flux):
@@ -190,14 +191,15 @@ def restarted(model, x, sigmas, extra_args=None, callback=None, disable=None, **
 
 
 @every_tap
-def test_when_sigma_rises_everything_starts_anew(tiny_flux, tap):
+@pytest.mark.parametrize("first", [1, 3])
+def test_when_sigma_rises_everything_starts_anew(tiny_flux, tap, first):
     """The second half is bit for bit a run of its own, warm-up and authors' rule for early derivatives included."""
     noise = latent(seed=7, size=(8, 8))
     sigmas = comfy.samplers.calculate_sigmas(tiny_flux.get_model_object("model_sampling"), "simple", 7)
 
     def run(function):
-        policy = gate_for(tap) if tap.startswith("gated") else Interval(3, 3)
-        model = cached(tiny_flux, policy, tap, Forecaster(1, derivatives_from=2))
+        policy = gate_for(tap, warm_up=first) if tap.startswith("gated") else Interval(3, first)
+        model = cached(tiny_flux, policy, tap, Forecaster(1, derivatives_from=first - 1))
         args = prompt(), prompt(4), torch.zeros_like(noise)
         sampler = comfy.samplers.KSAMPLER(function)
         return model, comfy.sample.sample_custom(model, noise, 1.0, sampler, sigmas, *args, disable_pbar=True, seed=0)
@@ -391,43 +393,42 @@ def test_storage_is_no_larger_than_what_is_counted(tiny_flux):
         assert sum(storages.values()) == sum(x.nbytes for values in at_one for x in values), tap
 
 
-@every_tap
 @pytest.mark.parametrize("breaks", [False, True])
-def test_all_of_it_is_freed_when_the_run_ends(tiny_flux, tap, breaks):
+def test_all_of_it_is_freed_when_the_run_ends(tiny_flux, breaks, monkeypatch):
     """Whoever still holds the MODEL, its report or the settings holds no tensors."""
-    base = broken_at(tiny_flux, 3, comfy.model_management.InterruptProcessingException) if breaks else tiny_flux
-    model = cached(base, gate_for(tap, 1e-12) if tap.startswith("gated") else Interval(1, 1), tap, 1)
-    seen: list[weakref.ref] = []
-    made = Lane.__init__
-
-    def watch(self, *args, **kwargs):
-        made(self, *args, **kwargs)
-        seen.append(weakref.ref(self))
-
-    Lane.__init__ = watch
+    lanes: list[weakref.ref] = []
     tensors: list[weakref.ref] = []
-    add = History.add
-    History.add = lambda self, point, values: (
-        tensors.extend(weakref.ref(x) for x in values),
-        add(self, point, values),
-    )[1]
-    try:
+    made, add = Lane.__init__, History.add
+
+    def watched_lane(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        lanes.append(weakref.ref(self))
+
+    def watched_add(self, point, values):
+        tensors.extend(weakref.ref(x) for x in values)
+        add(self, point, values)
+
+    monkeypatch.setattr(Lane, "__init__", watched_lane)
+    monkeypatch.setattr(History, "add", watched_add)
+    models = []
+    for tap in TAPS:
+        base = broken_at(tiny_flux, 3, comfy.model_management.InterruptProcessingException) if breaks else tiny_flux
+        policy = gate_for(tap, 1e-12) if tap.startswith("gated") else Interval(1, 1)
+        models.append(cached(base, policy, tap, 1))
         if breaks:
             with pytest.raises(comfy.model_management.InterruptProcessingException):
-                sample(model, 5, cfg=2.0)
+                sample(models[-1], 4, cfg=2.0)
         else:
-            sample(model, 5, cfg=2.0)
-    finally:
-        Lane.__init__, History.add = made, add
+            sample(models[-1], 4, cfg=2.0)
     gc.collect()
-    assert len(seen) == 2
-    assert len(tensors) >= 6
-    assert not any(ref() is not None for ref in seen + tensors)
+    assert len(lanes) == 2 * len(TAPS)
+    assert len(tensors) >= 3 * 2 * len(TAPS)
+    assert not any(ref() is not None for ref in lanes + tensors)
 
 
 def tensors_alive() -> int:
     gc.collect()
-    return sum(1 for each in gc.get_objects() if isinstance(each, torch.Tensor))
+    return sum(1 for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
 
 
 def test_ten_runs_of_changing_sizes_leave_nothing(tiny_flux):

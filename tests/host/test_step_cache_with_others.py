@@ -141,8 +141,12 @@ def guided(model, **layers):
     return SkipLayerGuidanceDiT.execute(model, 2.0, 0.0, 1.0, **layers).args[0]
 
 
-@every_tap
-@pytest.mark.parametrize("layers", [{"double_layers": "0"}, {"double_layers": "1", "single_layers": "1"}])
+FIRST, SOME = {"double_layers": "0"}, {"double_layers": "1", "single_layers": "1"}
+
+
+@pytest.mark.parametrize(
+    ("tap", "layers"), [*[(tap, SOME) for tap in TAPS], ("gated", FIRST), ("span", FIRST), ("every module", FIRST)]
+)
 def test_skip_layer_guidance_keeps_a_history_of_its_own(tiny_flux, tap, layers, monkeypatch):
     """It calls the model once more for the positive prompt, with blocks taken out: those too that we would ask."""
     plain = guided(tiny_flux, **layers)
@@ -275,10 +279,10 @@ def with_conditions(model, count, **settings):
 @every_tap
 @pytest.mark.parametrize("conditions", [1, 2])
 def test_easycontrol_with_a_neutral_cache_is_easycontrol(tiny_flux, tap, conditions):
-    expected = sample(with_conditions(tiny_flux, conditions), 4)
-    assert torch.equal(sample(neutral(with_conditions(tiny_flux, conditions), tap), 4), expected)
-    assert torch.equal(sample(with_conditions(neutral(tiny_flux, tap), conditions), 4), expected)
-    assert (expected - sample(tiny_flux, 4)).abs().mean() > 0.01
+    expected = sample(with_conditions(tiny_flux, conditions), 3)
+    assert torch.equal(sample(neutral(with_conditions(tiny_flux, conditions), tap), 3), expected)
+    assert torch.equal(sample(with_conditions(neutral(tiny_flux, tap), conditions), 3), expected)
+    assert (expected - sample(tiny_flux, 3)).abs().mean() > 0.01
 
 
 @every_tap
@@ -429,9 +433,12 @@ def compiled(model):
     return model
 
 
-@pytest.mark.parametrize(("tap", "texts"), [("prediction", 1), ("last block", 2), ("gated", 1)])
+@pytest.mark.parametrize(("tap", "texts"), [("prediction", 1), ("gated", 2)])
 def test_a_compiled_model_makes_the_same_decisions(tap, texts):
-    """A hook that is traced once and frozen would repeat what it did in the first evaluation, or the first run."""
+    """A hook that is traced once and frozen would repeat what it did in the first evaluation, or the first run.
+
+    The gate forecasts the last block: it is that tap, and the probe besides. Tracing takes seconds.
+    """
     torch._dynamo.reset()
     model = load_flux(flux_state(double=1, single=1))
     policy = Interval(3, 2)

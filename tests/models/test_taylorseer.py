@@ -170,16 +170,16 @@ def test_newton_is_the_polynomial_of_divided_differences(order):
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("coordinate", ["index", "sigma", "log sigma"])
+@pytest.mark.parametrize("coordinate", ["index", "step", "sigma", "log sigma"])
 @pytest.mark.parametrize("degree", range(4))
 def test_newton_is_exact_up_to_its_degree_at_uneven_spacing(degree, coordinate):
     """On a shifted flow schedule, whose sigmas are far from even; computed at 0, 1, 2, 5 and 9 of 14."""
     sigmas = [3 * t / (1 + 2 * t) for t in (1 - i / 14 for i in range(14))]
     forecaster = Forecaster(degree, "newton", coordinate)
-    points = [Point(i, sigmas[i]) for i in (9, 5, 2, 1, 0)]
+    points = [Point(i, sigmas[i], i / 2) for i in (9, 5, 2, 1, 0)]
     for i in (10, 11, 13):
-        at = Point(i, sigmas[i])
-        place = {"index": float(i), "sigma": sigmas[i], "log sigma": log(sigmas[i])}[coordinate]
+        at = Point(i, sigmas[i], i / 2)
+        place = {"index": float(i), "step": i / 2, "sigma": sigmas[i], "log sigma": log(sigmas[i])}[coordinate]
         assert forecaster.place(at) == place
         weights = forecaster.weights(points, at)
         got = sum(w * polynomial(degree, forecaster.place(p)) for w, p in zip(weights, points, strict=True))
@@ -209,6 +209,8 @@ def test_points_at_one_place_are_told_by_the_coordinate():
     assert Forecaster(1, "newton", "sigma").same_place(a, b)
     assert Forecaster(1, "newton", "log sigma").same_place(a, b)
     assert not Forecaster(1, "newton", "sigma").same_place(a, Point(4, 0.7499))
+    assert not Forecaster(1, "newton", "step").same_place(a, b)  # without a schedule, evaluations
+    assert Forecaster(1, "newton", "step").same_place(Point(3, 0.75, 1.0), Point(4, 0.75, 1.0))
     one = Point(0, 1.0), Point(1, 0.9999)  # as dpmpp_2s_ancestral begins; log 1 is 0
     assert not Forecaster(1, "newton", "log sigma").same_place(*one)
 
@@ -217,7 +219,7 @@ def test_what_users_choose_is_what_they_get():
     assert set(FORECASTS) == {"Taylor (paper)", "Newton, steps", "Newton, sigma", "Newton, log sigma"}
     for name, (form, coordinate) in FORECASTS.items():
         assert name.lower().startswith(form)
-        assert form == "taylor" or name.endswith({"index": "evaluations"}.get(coordinate, coordinate))
+        assert form == "taylor" or name.endswith({"step": "steps"}.get(coordinate, coordinate))
 
 
 @pytest.mark.parametrize(
