@@ -274,9 +274,10 @@ class StepCacheRun:
                 self.computed += 1
                 visit.record()
         if visit.choice is COMPUTE and isinstance(self.settings.policy, InputChange):
+            output = visit.captured["prediction"][0] if "prediction" in visit.captured else denoised
             for i, lane in enumerate(visit.lanes):
                 rows = visit.chunk.part(i)
-                lane.change.computed(thinned(x[rows]), thinned(denoised[rows]))
+                lane.change.computed(thinned(x[rows]), thinned(output[rows]))
         return denoised
 
     def visit(self, base: Any, x: Tensor, text: Tensor | None, chunk: Chunk) -> Visit:

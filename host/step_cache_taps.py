@@ -349,8 +349,10 @@ def blocks_of(model: ModelPatcher) -> tuple[BlockFamily, tuple[Key, ...]] | None
     return family, family.keys(transformer_of(model))
 
 
-def require_blocks(model: ModelPatcher, node: str) -> tuple[BlockFamily, tuple[Key, ...]]:
-    """The block hooks of a MODEL. `node` is the display name of who asks.
+def require_blocks(
+    model: ModelPatcher, node: str, instead: str = "tap 'prediction'"
+) -> tuple[BlockFamily, tuple[Key, ...]]:
+    """The block hooks of a MODEL. `node` is the display name of who asks, `instead` what works on every model.
 
     Raises:
         ValueError: ComfyUI offers none for this family.
@@ -360,7 +362,7 @@ def require_blocks(model: ModelPatcher, node: str) -> tuple[BlockFamily, tuple[K
         family = type(model.model.model_config).__name__
         raise ValueError(
             f"{node} needs a model whose blocks can be patched, and ComfyUI offers no such hook for {family}. "
-            "Apply TaylorSeer with tap 'prediction' works on every model."
+            f"Use {instead}, which works on every model."
         )
     return blocks
 

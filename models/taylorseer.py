@@ -147,7 +147,7 @@ class Forecaster:
             return float(point.index)
         if self.coordinate == "step":
             return float(point.index if point.step is None else point.step)
-        return point.sigma if self.coordinate == "sigma" else log(point.sigma)
+        return point.sigma if self.coordinate == "sigma" else log(max(point.sigma, 1e-8))  # 0 has no logarithm
 
     def weights(self, points: Sequence[Point], at: Point) -> list[float]:
         """One weight for each of `points`, which come newest first, no two at the same place."""

@@ -12,10 +12,11 @@ from comfy_api.latest import io
 
 from ..host.report import Report
 from ..host.step_cache import StepCache, attach
-from ..host.step_cache_taps import LastBlockTap, SpanTap, TapName, require_blocks, tap_for
+from ..host.step_cache_taps import LastBlockTap, PredictionTap, SpanTap, Tap, TapName, require_blocks, tap_for
 from ..models.cg_taylor import FirstBlockGate, Reduce
 from ..models.delta_dit import Stages
-from ..models.step_cache import Guard, Listed
+from ..models.input_change import InputChange
+from ..models.step_cache import Guard, Listed, Policy
 from ..models.taylorseer import FORECASTS, Forecaster, Interval
 
 ReportType = io.Custom("DIT_REPORT")
@@ -244,11 +245,12 @@ class ConfidenceGatedTaylor(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "compare",
-                    options=["output", "residual"],
+                    options=["output", "residual", "input change"],
                     default="output",
                     advanced=True,
                     tooltip="output: the paper. residual: as First Block Cache and DBCache do, the first block's "
-                    "change against its last one; the other blocks' change is what is forecast.",
+                    "change against its last one; the other blocks' change is what is forecast. input change: as "
+                    "EasyCache does, how far the latent has moved; works on every model.",
                 ),
                 io.Combo.Input(
                     "gate_rows",
@@ -283,15 +285,23 @@ class ConfidenceGatedTaylor(io.ComfyNode):
         end_percent: float,
         offload: bool,
     ) -> io.NodeOutput:
-        gate = FirstBlockGate(threshold, warm_up, first_order, compare, gate_rows)
-        family, keys = require_blocks(model, "Apply Confidence-Gated Taylor")
-        form, coordinate = FORECASTS[forecast]
-        words = f"Confidence-Gated Taylor on {family.name}, threshold {threshold:g}, order {last_order}, {forecast}"
+        words = f"Confidence-Gated Taylor by {compare}, threshold {threshold:g}, order {last_order}, {forecast}"
         report = Report("Confidence-Gated Taylor", words, cls.hidden.unique_id)
+        form, coordinate = FORECASTS[forecast]
+        policy: Policy
+        tap: Tap
+        if compare == "input change":
+            policy, tap = InputChange(threshold, max(warm_up, 2)), PredictionTap()
+        else:
+            policy = FirstBlockGate(threshold, warm_up, first_order, compare, gate_rows)
+            if threshold == 0:
+                return io.NodeOutput(model, report)
+            blocks = require_blocks(model, "Apply Confidence-Gated Taylor", "compare 'input change'")
+            tap = LastBlockTap(*blocks, gated=True, residual=compare == "residual")
         cache = StepCache(
             "Confidence-Gated Taylor",
-            gate,
-            LastBlockTap(family, keys, gated=True, residual=compare == "residual"),
+            policy,
+            tap,
             Forecaster(last_order, form, coordinate),
             Guard(last_full, max_consecutive or None),
             start_percent,
@@ -373,7 +383,9 @@ class DeltaDiT(io.ComfyNode):
         end_percent: float,
         offload: bool,
     ) -> io.NodeOutput:
-        family, keys = require_blocks(model, "Apply Delta-DiT")
+        if interval == 1 or share == 0:
+            return io.NodeOutput(model, Report("Delta-DiT", "Delta-DiT, off", cls.hidden.unique_id))
+        family, keys = require_blocks(model, "Apply Delta-DiT", "Apply TaylorSeer with tap 'prediction'")
         stages, schedule = Stages(share, boundary), Interval(interval, first_full)
         skipped = round(share * len(keys))
         words = f"Delta-DiT on {family.name}, {skipped} of {len(keys)} blocks, every {interval}, order {order}"
@@ -389,7 +401,7 @@ class DeltaDiT(io.ComfyNode):
             offload,
             report,
         )
-        if interval == 1 or not skipped:
+        if not skipped:
             return io.NodeOutput(model, report)
         return io.NodeOutput(attach(model, cache), report)
 

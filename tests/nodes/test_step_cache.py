@@ -23,6 +23,7 @@ from dit_toolkit.nodes.step_cache import (  # noqa: E402
     DeltaDiT,
     TaylorSeer,
 )
+from dit_toolkit.tests.host import families  # noqa: E402
 from dit_toolkit.tests.host.caching import settings_of, strip  # noqa: E402
 from dit_toolkit.tests.host.families import FAMILIES  # noqa: E402
 from dit_toolkit.tests.host.tiny import sample  # noqa: E402
@@ -214,13 +215,13 @@ def test_wrong_inputs_are_answered_with_a_sentence(tiny_flux, node, values, mess
             ConfidenceGatedTaylor,
             "cogvideox",
             {},
-            r"^Apply Confidence-Gated Taylor needs a model whose blocks can be patched",
+            r"^Apply Confidence-Gated Taylor needs a model whose blocks .* Use compare 'input change', which works",
         ),
         (
             DeltaDiT,
             "pixart",
             {},
-            r"offers no such hook for PixArtSigma\. Apply TaylorSeer with tap 'prediction' works on",
+            r"offers no such hook for PixArtSigma\. Use Apply TaylorSeer with tap 'prediction', which works on every",
         ),
         (TaylorSeer, "lumina2", {"tap": "last block"}, r"^Apply TaylorSeer needs a model whose blocks can be patched"),
         (
@@ -234,6 +235,27 @@ def test_wrong_inputs_are_answered_with_a_sentence(tiny_flux, node, values, mess
 def test_a_model_that_does_not_offer_it_is_refused(node, name, values, message):
     with pytest.raises(ValueError, match=message):
         apply(node, FAMILIES[name].load(), **values)
+
+
+@pytest.mark.parametrize(("node", "values"), [(ConfidenceGatedTaylor, {"threshold": 0}), (DeltaDiT, {"share": 0})])
+def test_neutral_values_are_neutral_where_blocks_cannot_be_patched(node, values):
+    model = FAMILIES["cogvideox"].load()
+    assert apply(node, model, **values)[0] is model
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "flux"])
+def test_a_gate_on_the_input_works_on_every_model(name):
+    family = FAMILIES[name]
+    model, report = apply(
+        ConfidenceGatedTaylor, family.load(), compare="input change", threshold=2.0, warm_up=3, last_full=0
+    )
+    result = families.sample(family, model, steps=8)
+    run = report.runs[-1]
+    assert torch.isfinite(result).all()
+    assert [entry.computed for entry in run.entries[:3]] == [True] * 3
+    assert run.computed < 8
+    assert len(run.errors) == 5  # the sum after each evaluation that the gate judged
+    assert report.text().startswith("Confidence-Gated Taylor by input change")
 
 
 @pytest.mark.parametrize("first", CACHES)
