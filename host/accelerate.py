@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from math import isfinite
 from typing import Any, Literal
 
 import torch
@@ -77,7 +78,7 @@ PRESETS: dict[str, tuple[Setting, Setting, Setting]] = {  # quality, balanced, f
         gate(0.25, GUESS, 6),
         gate(0.36, f"{CG}, 50 steps, 4.1 x", 6),
     ),
-    "HunyuanVideo": (every(3, GUESS), every(5, f"{TAYLOR}, 50 steps, 5 x", first=1), every(6, GUESS)),
+    "HunyuanVideo": (every(3, GUESS), every(4, GUESS), every(5, f"{TAYLOR}, 50 steps, 5 x", first=1)),
     "QwenImage": (every(3, GUESS), every(4, GUESS), every(5, GUESS)),
     "SD3": (every(2, GUESS), every(3, GUESS), every(4, GUESS)),
     "HiDream": (every(2, GUESS), every(3, GUESS), every(4, f"{TAYLOR}, order 2, 4 x", order=2, first=1)),
@@ -175,14 +176,21 @@ def tune(
     """
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}.")
+    if not isfinite(floor_db):
+        raise ValueError(f"floor must be a finite number of dB, got {floor_db}.")
     watch = Report("calibration")
     if blocks_of(model) is None:
         reference, errors = sample(model), []
     else:
         probe = cache_for(model, gate(CLOSED, "", first=2), watch)
         reference = sample(attach(model, probe))
-        errors = watch.runs[-1].errors
+        errors = watch.runs[-1].errors if watch.runs else []
     tell(1)
+    if not torch.isfinite(reference).all():
+        raise ValueError(
+            "Autotune cannot compare anything: the picture without a cache has pixels that are no numbers. "
+            "Check model, VAE and their precision."
+        )
 
     found: list[Trial] = []
     for number, setting in enumerate(candidates(errors)[:trials]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
+from math import isfinite, isnan
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ def trade_off(points: Sequence[tuple[float, float, str]], floor: float, chosen: 
     draw.text((WIDTH - RIGHT, HEIGHT - 30), "evaluations per computed one", fill=INK, font=font, anchor="ra")
 
     for number, (speed, db, _) in enumerate(points):
+        if isnan(db):
+            continue
         x, y = place(speed, db)
         size = 11 if number == chosen else 7
         draw.ellipse((x - size, y - size, x + size, y + size), fill=GOOD if db >= floor else BAD, outline=INK)

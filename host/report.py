@@ -53,8 +53,8 @@ class RunReport:
     def speedup(self) -> float | None:
         """Time that all evaluations would have taken, over the time they took. None before there is a computed one.
 
-        The first evaluation is left out of the median, as it warms up. On a GPU evaluations overlap with what follows
-        them; the gate, previews and the end of the run wait for it.
+        The first evaluation is left out of the median, as it warms up. An evaluation lasts until the next one begins:
+        the sampler's own work and previews are part of it.
         """
         full = [entry.seconds for entry in self.entries if entry.computed]
         spent = sum(entry.seconds for entry in self.entries)
@@ -100,6 +100,7 @@ class Report:
     method: str
     settings: str = ""
     node: str | None = None  # its id in the workflow
+    off: bool = False  # the node gave its model back as it came
     runs: list[RunReport] = field(default_factory=list)
     kept = 8
 
@@ -124,6 +125,8 @@ class Report:
 
     def text(self) -> str:
         """Settings, and the latest run if there was one."""
+        if self.off:
+            return f"{self.method} is off: the model is as it came."
         lines = [self.settings] if self.settings else []
         lines.append(self.runs[-1].text() if self.runs else "No sampler has run with this model yet.")
         return "\n".join(lines)

@@ -54,6 +54,7 @@ class Condition:
     window: tuple[int, ...] | None  # frames of the context window, where there is one
     hooks: Hashable  # ComfyUI's HookGroup, or None
     device: torch.device
+    patched: tuple[Hashable, ...] = ()  # blocks that somebody replaced for this pass alone, as SkipLayerGuidance does
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Run:
         self.sigmas = tuple(sigmas)
         self.sampler = sampler
         self.evaluation = -1
+        self.replaced: dict[Hashable, Any] = {}  # patches_replace["dit"] as it stands for most passes
         self._closing: list[Callable[[bool], None]] = []
         self._lanes: dict[tuple[int, Condition], Any] = {}
         self._seen: Counter[Hashable] = Counter()
@@ -106,11 +108,13 @@ class Run:
         uuids = uuids or [None] * len(indices)
         window = options.get("context_window")
         frames = None if window is None else tuple(window.index_list)
+        blocks = options.get("patches_replace", {}).get("dit", {})
+        patched = tuple(sorted((key for key, call in blocks.items() if self.replaced.get(key) is not call), key=str))
         conditions = []
         with self._lock:
             for uuid, index in zip(uuids, indices, strict=True):
-                same = (uuid, index, frames, hooks, x.device)
-                conditions.append(Condition(uuid, index, self._seen[same], frames, hooks, x.device))
+                same = (uuid, index, frames, hooks, x.device, patched)
+                conditions.append(Condition(uuid, index, self._seen[same], frames, hooks, x.device, patched))
                 self._seen[same] += 1
         return Chunk(tuple(conditions), x.shape[0] // len(conditions))
 
@@ -176,6 +180,7 @@ def sampler_run(executor, *args, **kwargs):
         descriptions = options["transformer_options"].get(KEY, ())
         for description in sorted(descriptions, key=lambda each: not getattr(each, "outermost", False)):
             description.bind(run, options)
+        run.replaced = dict(options["transformer_options"].get("patches_replace", {}).get("dit", {}))
         result = executor(*args, **kwargs)
         completed = True
         return result
@@ -187,4 +192,4 @@ def sampler_run(executor, *args, **kwargs):
 def schedule_of(noise=None, latent_image=None, sampler=None, sigmas=None, *args, **kwargs) -> tuple[list[float], str]:
     """The sigmas and the name of the sampler function, from the arguments of OUTER_SAMPLE."""
     function = getattr(sampler, "sampler_function", None)
-    return ([] if sigmas is None else [float(s) for s in sigmas]), getattr(function, "__name__", "")
+    return ([] if sigmas is None else sigmas.tolist()), getattr(function, "__name__", "")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,12 @@ class History:
         self.values: list[Tensors] = []
 
     def add(self, point: Point, values: Tensors) -> None:
-        """The newest point. It replaces its predecessor where the two are at the same place."""
+        """The newest point. It replaces its predecessor where the two are at the same place.
+
+        Points of other shapes are dropped: Flux KV Cache takes the reference tokens out after the first evaluation.
+        """
+        if self.values and [x.shape for x in values] != [x.shape for x in self.values[0]]:
+            self.points, self.values = [], []
         if self.points and self.forecaster.same_place(point, self.points[0]):
             self.points, self.values = self.points[1:], self.values[1:]
         keep = self.forecaster.order
@@ -100,6 +105,7 @@ class Visit:
     captured: dict[str, Tensors] = field(default_factory=dict)  # for the whole batch, owned by nobody else
     entry: dict[str, Tensor] = field(default_factory=dict)  # streams at the door of the span
     injected: bool = False
+    misfit: bool = False  # what is stored has another shape than what it should take the place of
 
     def forecast(self, name: str) -> Tensors:
         """The forecast for the whole batch of the chunk."""
@@ -140,7 +146,7 @@ class StepCacheRun:
         self.start = inf if settings.start <= 0 else self.edge(settings.start)
         self.end = -inf if settings.end >= 1 else self.edge(settings.end)
         self.steps = steps_of(run.sigmas)
-        self.total = evaluations_of(self.steps, run.sampler)
+        self.total = evaluations_of(self.steps, run.sampler, ends=bool(run.sigmas) and run.sigmas[-1] == 0)
         self.report: RunReport = settings.report.start(self.total)
         self.lock = threading.RLock()  # with several GPUs, chunks of one evaluation run in threads
         self.index = -1  # evaluations since the start or the last reset
@@ -150,6 +156,7 @@ class StepCacheRun:
         self.choice, self.reason = COMPUTE, ""
         self.error: float | None = None
         self.computed = self.forecast = 0  # chunks of this evaluation
+        self.began = time.perf_counter()  # the evaluation
         self.short = self.steps is not None and len(self.steps) <= settings.policy.first + 1
         if self.steps is None:
             self.report.notes.append("The schedule does not fall evenly to its end, so the last steps are not guarded.")
@@ -163,7 +170,7 @@ class StepCacheRun:
             (WrappersMP.APPLY_MODEL, self.apply_model),
         ):
             add_wrapper_with_key(kind, KEY, wrapper, model_options, is_model_options=True)
-        self.run.on_close(lambda completed: self.settings.report.end(self.report, completed))
+        self.run.on_close(self.close)
 
     def forecaster_of(self, name: str) -> Forecaster:
         policy = self.settings.policy
@@ -183,11 +190,24 @@ class StepCacheRun:
 
     def predict_noise(self, executor, x: Tensor, timestep: Tensor, *args, **kwargs) -> Tensor:
         """PREDICT_NOISE: one evaluation by the sampler."""
-        self.begin(float(timestep.flatten()[0]))
-        began = time.perf_counter()
+        self.begin(float(timestep.flatten()[0]))  # waits for a GPU, so the clock is read at the same place each time
+        self.tick()
         result = executor(x, timestep, *args, **kwargs)
-        self.finish(time.perf_counter() - began)
+        self.finish(time.perf_counter() - self.began)
         return result
+
+    def tick(self) -> None:
+        """An evaluation lasts until the next begins: what a GPU has still to do when the call returns is its own."""
+        now = time.perf_counter()
+        if self.report.entries:
+            self.report.entries[-1] = replace(self.report.entries[-1], seconds=now - self.began)
+        self.began = now
+
+    def close(self, completed: bool) -> None:
+        if completed and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.tick()
+        self.settings.report.end(self.report, completed)
 
     def begin(self, sigma: float) -> None:
         if sigma > self.sigma * 1.01:
@@ -251,6 +271,7 @@ class StepCacheRun:
         reason = "new" if full and self.choice is FORECAST else self.reason  # a lane had nothing to forecast from
         error = self.error if self.error is not None and isfinite(self.error) else None
         threshold = getattr(self.settings.policy, "threshold", None)
+        threshold = threshold if threshold is not None and isfinite(threshold) else None
         entry = Entry(self.run.evaluation, self.sigma, full, reason, error, threshold, seconds)
         self.settings.report.add(self.report, entry)
 
@@ -327,11 +348,15 @@ PER_STEP = {  # evaluations of the samplers that need more than one, and one for
 IRREGULAR = ("sample_heunpp2", "dpm_adaptive_function")
 
 
-def evaluations_of(steps: Sequence[float] | None, sampler: str) -> int | None:
-    """How often a sampler calls the model; None where the schedule does not tell."""
+def evaluations_of(steps: Sequence[float] | None, sampler: str, ends: bool = True) -> int | None:
+    """How often a sampler calls the model; None where the schedule does not tell.
+
+    ends: the schedule goes down to 0, and its last step needs one evaluation whatever the sampler.
+    """
     if steps is None or sampler in IRREGULAR:
         return None
-    return PER_STEP.get(sampler, 1) * (len(steps) - 1) + 1
+    each = PER_STEP.get(sampler, 1)
+    return each * (len(steps) - 1) + (1 if ends else each)
 
 
 def place_in(sigmas: Sequence[float], sigma: float) -> float:

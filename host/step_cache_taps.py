@@ -174,8 +174,10 @@ class BlockTap:
         value = img if before is None else img - before
         if visit.choice is PROBE:
             if all("first" in lane.histories for lane in visit.lanes):
-                errors = relative_error(visit.forecast("first")[0], value)
-                visit.settle(reduced(errors, rows_of_positive(visit), gate.reduce))
+                guess = visit.forecast("first")[0]
+                same = guess.shape == value.shape
+                errors = relative_error(guess, value) if same else torch.full((value.shape[0],), inf)
+                visit.settle(reduced(errors, rows_of_positive(visit).to(errors.device), gate.reduce))
             else:
                 visit.settle(inf)
         if visit.choice is not FORECAST:
@@ -191,12 +193,14 @@ class BlockTap:
         if self.payload == "residual":
             start, _ = self.span(visit.run)
             here = self.family.joined(visit.entry, self.keys[start][0], kind)
+        rows = slice(None) if position < len(self.keys) - 1 else self.family.picture(args, {"img": here["img"]})
+        if [x.shape for x in stored] != [here[name][:, rows].shape for name in names][: len(stored)]:
+            return self.unchanged(position, args)  # not injected: the call is made again, and computed
         visit.injected = True
         if position < len(self.keys) - 1:
             if self.payload == "residual":
                 return {name: here[name] + value for name, value in zip(names, stored, strict=True)}
             return dict(zip(names, stored, strict=True))
-        rows = self.family.picture(args, {"img": here["img"]})
         img = here["img"].clone()
         img[:, rows] = img[:, rows] + stored[0] if self.payload == "residual" else stored[0]
         return {**{name: args.get(name) for name in names}, "img": img}
@@ -283,6 +287,9 @@ class ModuleTap:
 
     def run(self, visit: Visit, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:
         denoised = call()
+        if visit.misfit:
+            visit.choice = COMPUTE
+            denoised = call()
         if visit.choice is COMPUTE:
             self.refuse_if_too_large(visit, base)
         return denoised
@@ -298,7 +305,9 @@ class ModuleTap:
                 return run_block(args)
             block = flux.block(visit.transformer, *key)
             if visit.choice is FORECAST:
-                return flux.block_from_outputs(block, args, visit.forecast(part))
+                outputs = visit.forecast(part)
+                visit.misfit = visit.misfit or outputs[0].shape[1] != args["img"].shape[1]
+                return flux.block_from_outputs(block, args, outputs) if not visit.misfit else args
             with flux.recorded_outputs(block) as outputs:
                 out = run_block(args)
             visit.captured[part] = tuple(outputs)

@@ -44,6 +44,8 @@ class FirstBlockGate:
     def __post_init__(self):
         if not self.threshold >= 0:
             raise ValueError(f"threshold must be 0 or more, got {self.threshold}.")
+        if self.order < 0:
+            raise ValueError(f"first_order must be 0 or more, got {self.order}.")
         if self.warm_up < 1:
             raise ValueError(f"warm_up must be at least 1, got {self.warm_up}: a forecast needs a computed evaluation.")
 

@@ -49,12 +49,13 @@ class AccelerateDiT(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, quality: Quality) -> io.NodeOutput:
-        report = Report("Accelerate DiT", "off", cls.hidden.unique_id)
+        report = Report("Accelerate DiT", "", cls.hidden.unique_id, off=True)
         if quality == "off":  # pyright: ignore[reportUnnecessaryComparison]
             return io.NodeOutput(model, report, "off")
         setting = preset(model, quality)
         picked = f"{setting.words}, for {family_name(model)}, {quality}. Source: {setting.source}."
-        report.method, report.settings = setting.method, f"Accelerate DiT picked {picked}"
+        if setting.method != "none":
+            report = Report(setting.method, f"Accelerate DiT picked {picked}", cls.hidden.unique_id)
         return io.NodeOutput(accelerated(model, setting, report), report, picked)
 
 
@@ -133,7 +134,9 @@ class Autotune(io.ComfyNode):
         scheduler: str,
         vae: Any = None,
     ) -> io.NodeOutput:
-        samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+        samples = comfy.sample.fix_empty_latent_channels(
+            model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
+        )
         noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
         mask = latent.get("noise_mask")
 
@@ -147,7 +150,8 @@ class Autotune(io.ComfyNode):
 
         progress = comfy.utils.ProgressBar(trials + 1)
         setting, found = tune(model, sample, floor, trials, tell=progress.update_absolute)
-        report = Report(setting.method, f"Autotune picked {setting.words}", cls.hidden.unique_id)
+        words, off = f"Autotune picked {setting.words}", setting.method == "none"
+        report = Report("Autotune" if off else setting.method, words, cls.hidden.unique_id, off=off)
         lines = [f"{setting.words}. Floor {floor:g} dB, {steps} steps, {sampler_name}."]
         lines += [
             f"{number}. {trial.setting.words}: {trial.computed:.0%} computed, {trial.psnr_db:.1f} dB"

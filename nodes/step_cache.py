@@ -6,6 +6,8 @@ Papers: TaylorSeer, arXiv:2503.06923; CG-Taylor, arXiv:2508.02240; Delta-DiT, ar
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import inf
 from typing import Any
 
 from comfy_api.latest import io
@@ -167,6 +169,8 @@ class TaylorSeer(io.ComfyNode):
         listed = bool(schedule.strip())
         policy = Listed.parse(schedule) if listed else Interval(interval, first_full, SPACINGS[spacing])
         form, coordinate = FORECASTS[forecast]
+        if not 0 <= max_memory < inf:
+            raise ValueError(f"max_memory must be 0 or a number of GiB, got {max_memory}.")
         chosen = tap_for(model, tap, "Apply TaylorSeer", int(max_memory * 2**30) or None)
         report = Report(
             "TaylorSeer", f"TaylorSeer at the {chosen.name}, order {order}, {forecast}", cls.hidden.unique_id
@@ -183,7 +187,7 @@ class TaylorSeer(io.ComfyNode):
             report,
         )
         if isinstance(policy, Interval) and policy.every == 1:
-            return io.NodeOutput(model, report)
+            return io.NodeOutput(model, replace(report, off=True))
         return io.NodeOutput(attach(model, cache), report)
 
 
@@ -258,7 +262,8 @@ class ConfidenceGatedTaylor(io.ComfyNode):
                     default="max",
                     advanced=True,
                     tooltip="Which pictures and prompts of a batch decide: the worst, those of the positive prompt, "
-                    "or all on average.",
+                    "or all on average. Where ComfyUI runs the prompts one by one, the first to come decides, "
+                    "which is mostly the negative one. Not read with 'input change'.",
                 ),
                 *range_inputs(),
                 offload_input(),
@@ -295,7 +300,7 @@ class ConfidenceGatedTaylor(io.ComfyNode):
         else:
             policy = FirstBlockGate(threshold, warm_up, first_order, compare, gate_rows)
             if threshold == 0:
-                return io.NodeOutput(model, report)
+                return io.NodeOutput(model, replace(report, off=True))
             blocks = require_blocks(model, "Apply Confidence-Gated Taylor", "compare 'input change'")
             tap = LastBlockTap(*blocks, gated=True, residual=compare == "residual")
         cache = StepCache(
@@ -310,7 +315,7 @@ class ConfidenceGatedTaylor(io.ComfyNode):
             report,
         )
         if threshold == 0:
-            return io.NodeOutput(model, report)
+            return io.NodeOutput(model, replace(report, off=True))
         return io.NodeOutput(attach(model, cache), report)
 
 
@@ -384,7 +389,7 @@ class DeltaDiT(io.ComfyNode):
         offload: bool,
     ) -> io.NodeOutput:
         if interval == 1 or share == 0:
-            return io.NodeOutput(model, Report("Delta-DiT", "Delta-DiT, off", cls.hidden.unique_id))
+            return io.NodeOutput(model, Report("Delta-DiT", "", cls.hidden.unique_id, off=True))
         family, keys = require_blocks(model, "Apply Delta-DiT", "Apply TaylorSeer with tap 'prediction'")
         stages, schedule = Stages(share, boundary), Interval(interval, first_full)
         skipped = round(share * len(keys))
@@ -402,7 +407,7 @@ class DeltaDiT(io.ComfyNode):
             report,
         )
         if not skipped:
-            return io.NodeOutput(model, report)
+            return io.NodeOutput(model, replace(report, off=True))
         return io.NodeOutput(attach(model, cache), report)
 
 

@@ -9,6 +9,7 @@ from dit_toolkit.host import accelerate, embedded
 from dit_toolkit.host.accelerate import PRESETS, QUALITIES, Setting, accelerated, candidates, family_name, preset, tune
 from dit_toolkit.host.report import Report
 from dit_toolkit.host.run import attached
+from dit_toolkit.models.taylorseer import Interval
 from dit_toolkit.tests.host import families, tiny
 
 pytestmark = pytest.mark.comfy
@@ -47,10 +48,25 @@ def test_every_family_of_the_presets_is_one_that_a_model_is_known_by():
     assert set(PRESETS) - known == beyond
 
 
-def test_faster_presets_compute_less():
-    for table in [*PRESETS.values(), accelerate.OTHERS, accelerate.EMBEDDED]:
-        amounts = [(setting.method == "none", setting.amount) for setting in table]
-        assert [a for none, a in amounts if not none] == sorted(a for none, a in amounts if not none)
+@pytest.mark.parametrize("steps", [20, 28, 50])
+def test_faster_presets_compute_less(steps):
+    for name, table in {**PRESETS, "others": accelerate.OTHERS, "embedded": accelerate.EMBEDDED}.items():
+        if {setting.method for setting in table} == {"TaylorSeer"}:
+            computed = [len(Interval(int(s.amount), s.first, s.to_end).spread(steps)) for s in table]
+            assert computed == sorted(computed, reverse=True), name
+            assert len(set(computed)) == 3, name
+        elif {setting.method for setting in table} == {"Confidence-Gated Taylor"}:
+            thresholds = [setting.amount for setting in table]
+            assert thresholds == sorted(set(thresholds)), name
+
+
+def test_a_picture_without_numbers_is_said_at_once(shown):
+    runs = []
+    with pytest.raises(ValueError, match="pixels that are no numbers"):
+        tune(shown[0], lambda model: torch.full((1, 4), float("nan")) if runs.append(model) is None else None, 40.0, 3)
+    assert len(runs) == 1
+    with pytest.raises(ValueError, match="floor must be a finite number of dB, got nan"):
+        tune(*shown, float("nan"), 3)
 
 
 def test_the_embedded_model_has_presets_that_were_measured_on_it(shown, tiny_flux):

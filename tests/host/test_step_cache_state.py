@@ -542,3 +542,27 @@ def test_thinning_leaves_something_of_every_size():
         assert thin.shape[-2] >= min(height, 16)
         assert thin.shape[-1] >= min(2 * height, 16)
     assert step_cache_run.thinned(torch.zeros(1, 4, 128, 128)).shape[-2:] == (16, 16)
+
+
+@pytest.mark.parametrize(("sampler", "name"), [("heun", "sample_heun"), ("euler", "sample_euler")])
+def test_the_last_evaluation_is_known_where_noise_is_left_over(tiny_flux, sampler, name):
+    """As in the first of two stages: the schedule stops above 0, and heun evaluates twice in its last step, too."""
+    model = cached(tiny_flux, Interval(3, 2, to_end=True))
+    noise = latent(7, (8, 8))
+    comfy.sample.sample(
+        model, noise, 12, 1.0, sampler, "simple", prompt(), prompt(4), torch.zeros_like(noise), start_step=0,
+        last_step=7, force_full_denoise=False, disable_pbar=True, seed=0,
+    )  # fmt: skip
+    run = last_run(model)
+    assert run.planned == len(run.entries)
+    assert run.entries[-1].computed
+
+
+def test_an_evaluation_lasts_until_the_next_one_begins(tiny_flux, monkeypatch):
+    """The seconds of all evaluations are those of the run, wherever a GPU is waited for."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(step_cache_run.time, "perf_counter", lambda: float(next(clock)))
+    model = cached(tiny_flux, Interval(2, 1))
+    sample(model, 5)
+    run = last_run(model)
+    assert [entry.seconds for entry in run.entries] == [2.0] * 5  # read when each begins, and when its result is there

@@ -9,6 +9,7 @@ import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+from comfy_extras.nodes_flux import FluxKVCache
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
@@ -19,6 +20,7 @@ from dit_toolkit.models.cg_taylor import FirstBlockGate
 from dit_toolkit.models.input_change import InputChange
 from dit_toolkit.models.step_cache import Listed
 from dit_toolkit.models.taylorseer import Interval
+from dit_toolkit.tests.host import families
 from dit_toolkit.tests.host.caching import TAPS, cached, calls, last_run, strip
 from dit_toolkit.tests.host.tiny import (
     HIDDEN,
@@ -466,3 +468,49 @@ def test_input_change_keeps_conditions_apart(tiny_flux, room):
     assert "." in marks
     sample(model, 10, cfg=2.0, positive=prompt(), negative=prompt(4, length=9))
     assert strip(model) == marks
+
+
+def test_two_skip_layer_guidances_in_turn_do_not_share_a_history(tiny_flux, monkeypatch):
+    """Where one ends and the other begins, the second is the only extra pass. It must not take the first's place."""
+
+    def skipping(model, start, end, layers):
+        return SkipLayerGuidanceDiT.execute(model, 2.0, start, end, double_layers=layers, single_layers="").args[0]
+
+    both = skipping(skipping(tiny_flux, 0.0, 0.5, "0"), 0.5, 1.0, "1")
+    seen: dict[tuple, set] = {}
+    visit = StepCacheRun.visit
+
+    def watched(self, base, x, text, chunk):
+        result = visit(self, base, x, text, chunk)
+        for condition, lane in zip(chunk.conditions, result.lanes, strict=True):
+            seen.setdefault(condition.patched, set()).add(id(lane))
+        return result
+
+    monkeypatch.setattr(StepCacheRun, "visit", watched)
+    sample(cached(both, Interval(4, 1), order=1), 8, cfg=2.0)
+    first, second = seen[(("double_block", 0),)], seen[(("double_block", 1),)]
+    assert not first & second
+    assert len(first) == len(second) == 1
+
+
+@pytest.mark.parametrize("tap", TAPS)
+@pytest.mark.parametrize("name", ["kontext", "flux2"])
+def test_reference_tokens_that_leave_the_stream_are_no_surprise(name, tap):
+    """Flux KV Cache takes them out after the first evaluation; what was stored with them has another length."""
+    family = families.FAMILIES.get(name) or families.RELATIVES[name]
+    if tap == "every module" and name == "flux2":
+        pytest.skip("FLUX.1 only")
+    model, values = family.load(), {}
+    if name == "flux2":
+        reference = torch.randn(1, 128, 6, 4, generator=torch.Generator().manual_seed(1))
+        values["positive"] = family.prompt(3, reference_latents=[reference])
+    model = FluxKVCache.execute(model).args[0]
+    plain = families.sample(family, model, 6, **values)
+    policy = FirstBlockGate(0.0, 1) if tap.startswith("gated") else Interval(1, 1)
+    assert torch.equal(families.sample(family, cached(model, policy, tap, order=2), 6, **values), plain)
+    policy = FirstBlockGate(1e9, 1, order=0) if tap.startswith("gated") else Interval(3, 1)
+    skipping = cached(model, policy, tap, order=1)
+    assert torch.isfinite(families.sample(family, skipping, 6, **values)).all()
+    assert "." in strip(skipping)
+    if not tap.startswith("gated") and tap != "prediction":
+        assert strip(skipping).startswith("##")  # the second one could not be forecast from the first

@@ -284,3 +284,27 @@ def test_a_report_before_the_sampler_says_so(tiny_flux):
     assert text.endswith("No sampler has run with this model yet.")
     assert json.loads(values)["evaluations"] == []
     assert after == 5
+
+
+@pytest.mark.parametrize(
+    ("node", "values"),
+    [(TaylorSeer, {"interval": 1}), (ConfidenceGatedTaylor, {"threshold": 0}), (DeltaDiT, {"share": 0})],
+)
+def test_the_report_of_a_node_that_is_off_says_so(tiny_flux, node, values):
+    model, report = apply(node, tiny_flux, **values)
+    sample(model, 2)
+    assert AccelerationReport.execute(report, 5).args[0].endswith(" is off: the model is as it came.")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_limit_of_memory_that_is_no_number_is_refused(tiny_flux, value):
+    with pytest.raises(ValueError, match="max_memory must be 0 or a number of GiB, got"):
+        apply(TaylorSeer, tiny_flux, max_memory=value)
+
+
+def test_a_threshold_without_end_is_no_number_on_the_page(tiny_flux):
+    """JSON has no infinity, and the page would not read on."""
+    model, report = apply(ConfidenceGatedTaylor, tiny_flux, threshold=float("inf"), warm_up=2)
+    sample(model, 5)
+    assert {entry.threshold for entry in report.runs[-1].entries} == {None}
+    assert report.runs[-1].computed < 5
