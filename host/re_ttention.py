@@ -6,6 +6,7 @@ Hooks and state are in `re_ttention_run.py`, the method in `models/re_ttention.p
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ class Report:
     """What the latest run did. It is filled while a sampler runs, so its text is worth reading after the sampler."""
 
     settings: str = ""
+    off: bool = False  # the node gave its model back as it came
     ran: bool = False
     kinds: dict[int, set[Kind]] = field(default_factory=dict)  # by evaluation
     patterns: dict[Grid, Pattern] = field(default_factory=dict)
@@ -42,7 +44,8 @@ class Report:
     backends: Counter[str] = field(default_factory=Counter)  # calls, by what computed the kept pairs
     pairs: int = 0  # query-key pairs computed where attention is ours
     pairs_in_full: int = 0  # what full attention would have computed there
-    planned: tuple[int, int] = (0, 0)  # bytes to be kept between evaluations: on the device, in host memory
+    failed: dict[str, str] = field(default_factory=dict)  # why FlexAttention was given up, by what it was for
+    planned: tuple[int, int] = (0, 0)  # most bytes to be kept between evaluations: on the device, in host memory
     held: int = 0  # bytes kept at the end of the run, on both
 
     def start(self) -> None:
@@ -65,6 +68,8 @@ class Report:
 
     def text(self) -> str:
         """Several lines: what was kept, when, at which cost."""
+        if self.off:
+            return "Re-ttention is off: the model is as it came."
         lines = [f"Re-ttention: {self.settings}"]
         if not self.ran:
             return "\n".join([*lines, "No sampler has run with this model yet."])
@@ -74,8 +79,10 @@ class Report:
             lines.append(f"evaluations: {self.evaluations}  (# full, R full and remembered, . sparse)")
             lines.append(f"attention: {self.pairs / self.pairs_in_full:.0%} of full attention's pairs computed")
             lines += [f"kept pairs: {count} calls by {name}" for name, count in self.backends.items()]
+            lines += [f"FlexAttention failed for {part}: {why}" for part, why in self.failed.items()]
             device, host = (size / 2**20 for size in self.planned)
-            lines.append(f"memory held: {device:.1f} MiB" + (f", and {host:.1f} MiB of host memory" if host else ""))
+            more = f", and {host:.1f} MiB of host memory" if host else ""
+            lines.append(f"memory held: {device:.1f} MiB{more} at most")
         lines += [f"left full: {count} calls, {reason}" for reason, count in self.left_full.items()]
         if not self.kinds and not self.left_full:
             lines.append("This model does not let nodes reach its attention: nothing was changed.")
@@ -122,8 +129,8 @@ class ReTtention:
     def __post_init__(self):
         if not 0 < self.keep < 1:
             raise ValueError(f"keep must be above 0 and below 1, got {self.keep}.")
-        if self.drift < 0:
-            raise ValueError(f"drift must be at least 0, got {self.drift}.")
+        if not 0 <= self.drift < math.inf:
+            raise ValueError(f"drift must be a finite number and at least 0, got {self.drift}.")
         if self.min_tokens < 0:
             raise ValueError(f"min_tokens must be at least 0, got {self.min_tokens}.")
 

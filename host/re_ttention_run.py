@@ -5,6 +5,9 @@ as `sparse_attention.py` reads it. State: for each condition (`run.lane`) and la
 computed evaluations. A step cache that skips a layer does not call it, so only what is computed counts. Where blocks
 could be skipped and ComfyUI does not number them (SD3, LTX), they are numbered here. All of it goes with the run.
 
+Forgotten before: rho and R of a condition when the strength of a scheduled LoRA changes, and when more than two
+evaluations of the model went by without it, as prompts that are over and context windows that have moved on do.
+
 A call of the model is computed in one way: full while all its conditions start, sparse if all may be, else it is a
 refresh. PixArt and others that do not let attention be reached are left as they are, and the report says so.
 """
@@ -12,8 +15,9 @@ refresh. PixArt and others that do not let attention be reached are left as they
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import comfy.model_management
@@ -37,18 +41,19 @@ from ..models.re_ttention import (
     window,
 )
 from ..models.sparse_attention import Pattern, covers, kept_pairs
-from ..models.sparse_attention_flex import compiled
+from ..models.sparse_attention_flex import flex_dense
 from . import token_grid
 from .blocks import Key, block_family, transformer_of, wrap_block
 from .compiled import untraced
 from .run import KEY, Chunk, Condition, Run, chunk_of
-from .sparse_attention import OVERRIDE, Backend, OwnAttention, own_attention
+from .sparse_attention import OVERRIDE, Backend, OwnAttention, has_flex, own_attention
 
 if TYPE_CHECKING:
     from .re_ttention import ReTtention
 
 logger = logging.getLogger(__name__)
 
+UNUSED = 2  # evaluations that a condition may be away, as in a step cache
 SIGMA = "dit_toolkit.re_ttention.sigma"  # in transformer_options: the noise level of the call, a float
 UNNUMBERED = ("SD3", "LTX video")  # families that run blocks without telling attention which
 
@@ -70,7 +75,28 @@ class Layer:
     def forget_unless(self, shape: tuple[int, ...], device: torch.device) -> None:
         """Drop what belongs to other pictures than these."""
         if self.rho is not None and (self.rho.shape != shape or self.rho.device != device):
-            self.refreshed, self.rho, self.rest = None, None, None
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop the statistics; the next evaluation takes new ones."""
+        self.refreshed, self.rho, self.rest = None, None, None
+
+
+@dataclass(eq=False)
+class Lane:
+    """One condition."""
+
+    layers: dict[Hashable, Layer] = field(default_factory=dict)
+    weights: tuple = ()  # scheduled LoRAs and their strength
+    used: int = -1  # the evaluation it was last in, as `ReTtentionRun.passes` counts them
+
+    def forget(self) -> None:
+        for layer in self.layers.values():
+            layer.forget()
+
+    @property
+    def bytes(self) -> int:
+        return sum(layer.bytes for layer in self.layers.values())
 
 
 class Call(NamedTuple):
@@ -106,11 +132,15 @@ class ReTtentionRun:
         self.planned: dict[tuple[Condition, Hashable], tuple[int, int]] = {}  # bytes, by condition and layer
         self.allowed = -1  # bytes that were found to fit
         self.alone = True  # nobody else changes attention
+        self.dense_failed = ""  # why full attention is not computed by FlexAttention any more
+        self.lock = threading.Lock()  # with several GPUs, conditions run in threads
+        self.evaluation = -1  # of the run, the last one that reached the model
+        self.passes = -1  # evaluations that did: those that a step cache answers do not make a condition older
 
     def install(self, model_options: dict) -> None:
         self.report.start()
         token_grid.install(model_options)
-        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, tell_sigma, model_options, is_model_options=True)
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.apply_model, model_options, is_model_options=True)
         if self.run.model is not None:
             number_blocks(self.run.model, model_options)
         self.run.on_close(self.close)
@@ -133,6 +163,37 @@ class ReTtentionRun:
 
         options[OVERRIDE] = override
 
+    def apply_model(
+        self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds
+    ):
+        """APPLY_MODEL: the noise level of the call, read once from the device for all layers, and whose turn it is."""
+        options = {**(transformer_options or {}), SIGMA: float(t.flatten()[0])}
+        hooks = getattr(getattr(executor.class_obj.current_patcher, "current_hooks", None), "hooks", ())
+        self.visit(chunk_of(options), tuple((hook.hook_ref, hook.strength) for hook in hooks))
+        return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+
+    def visit(self, chunk: Chunk, weights: tuple) -> None:
+        """Let go of conditions that stay away, and of what was taken with LoRAs of another strength."""
+        with self.lock:
+            if self.evaluation != self.run.evaluation:
+                self.evaluation, self.passes = self.run.evaluation, self.passes + 1
+                self._let_go()
+            for condition in chunk.conditions:
+                lane = self._lane(condition)
+                if lane.weights != weights:
+                    lane.forget()
+                lane.weights, lane.used = weights, self.passes
+
+    def _lane(self, condition: Condition) -> Lane:
+        return self.run.lane(self, condition, Lane)
+
+    def _let_go(self) -> None:
+        """Forget the conditions that were in none of the last `UNUSED` + 1 evaluations of the model."""
+        gone = {each for each, _ in self.planned if self.passes - 1 - self._lane(each).used > UNUSED}
+        for condition in gone:
+            self._lane(condition).forget()
+        self.planned = {key: size for key, size in self.planned.items() if key[0] not in gone}
+
     def call_of(self, own: OwnAttention | str | None, without_us: Callable[[], Tensor], by_head: bool) -> Call | None:
         """What to compute ourselves, or None where attention stays as it is."""
         if own is None or isinstance(own, str):
@@ -151,9 +212,7 @@ class ReTtentionRun:
             out = without_us()
             return out if by_head else out.unflatten(2, (own.q.shape[1], -1)).transpose(1, 2)
 
-        layers = [
-            self.run.lane(self, each, dict[Hashable, Layer]).setdefault(own.layer, Layer()) for each in chunk.conditions
-        ]
+        layers = [self._lane(each).layers.setdefault(own.layer, Layer()) for each in chunk.conditions]
         return Call(own, pattern, chunk, layers, full)
 
     def _leave(self, reason: str | None) -> None:
@@ -202,29 +261,27 @@ class ReTtentionRun:
     def _full_and_log_sum_exp(self, call: Call) -> tuple[Tensor, Tensor]:
         """In one pass where a kernel returns both and nobody else changes attention, else in two."""
         own = call.own
-        together = None
-        if self.alone and own.bias is None:
-            if own.q.device.type == "cuda":
-                together = self._flex(own)
-            else:
-                together = full_attention(own.q, own.k, own.v, own.scale)
-        if together is not None:
-            return together
+        if self.alone:
+            together = self._flex(own) if own.bias is None and has_flex(own.q.device) else None
+            if together is None:
+                together = full_attention(own.q, own.k, own.v, own.scale, own.bias)
+            if together is not None:
+                return together
         self.report.pairs += call.pairs // 2  # queries times keys once more
         return call.full(), full_log_sum_exp(own.q, own.k, own.bias, scale=own.scale)
 
     def _flex(self, own: OwnAttention) -> tuple[Tensor, Tensor] | None:
-        if self.backend.failed:
+        """Both by FlexAttention, or None. Its failure here is none of the sparse evaluations' business."""
+        if self.dense_failed:
             return None
         try:
-            out, lse = compiled()(own.q, own.k, own.v, scale=own.scale, return_lse=True)
+            return flex_dense(own.q, own.k, own.v, scale=own.scale)
         except comfy.model_management.OOM_EXCEPTION:
             raise
-        except Exception as error:  # compilers fail in many ways; two passes give the same result
-            self.backend.failed = f"{type(error).__name__}: {error}".splitlines()[0]
-            logger.warning("FlexAttention failed (%s). Re-ttention goes on without it, slower.", self.backend.failed)
+        except Exception as error:  # compilers fail in many ways; other ways give the same result
+            self.dense_failed = f"{type(error).__name__}: {error}".splitlines()[0]
+            logger.warning("FlexAttention failed (%s). Re-ttention refreshes without it, slower.", self.dense_failed)
             return None
-        return out, lse.float()
 
     def _sparse(self, call: Call) -> Tensor:
         """The kept keys, scaled by what they weighed among all, and what all others contributed."""
@@ -249,7 +306,7 @@ class ReTtentionRun:
         if not known and kind == "full":
             return
         device, host = (sum(sizes) for sizes in zip(*self.planned.values(), strict=True))
-        self.report.planned = device, host
+        self.report.planned = max(self.report.planned, (device, host), key=sum)
         if device + host <= self.allowed:
             return
         limit = self.settings.max_bytes
@@ -271,9 +328,10 @@ class ReTtentionRun:
 
     def close(self, completed: bool) -> None:
         """At the end of the run: what was held, one line for the log, and nothing stays."""
-        lanes = self.run.lanes_of(self)
-        self.report.held = sum(layer.bytes for layers in lanes for layer in layers.values())
+        self.report.held = sum(lane.bytes for lane in self.run.lanes_of(self))
         self.report.backends = self.backend.used
+        failed = {"refreshes": self.dense_failed, "kept pairs": self.backend.failed}
+        self.report.failed = {part: why for part, why in failed.items() if why}
         self.backend.plans.drop_large()
         logger.info("%s", self.report.summary)
 
@@ -282,12 +340,6 @@ def _joined(parts: list[Tensor | None]) -> Tensor | None:
     """The rows of all conditions, `[B, ...]`; None where there are none."""
     found = [part for part in parts if part is not None]
     return torch.cat(found) if len(found) > 1 else next(iter(found), None)
-
-
-def tell_sigma(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
-    """APPLY_MODEL: the noise level of the call, read once from the device for all layers."""
-    options = {**(transformer_options or {}), SIGMA: float(t.flatten()[0])}
-    return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
 
 def number_blocks(model: ModelPatcher, model_options: dict) -> None:

@@ -101,6 +101,9 @@ def take_over(model_options: dict, attend: Attend, passed_on: Callable[[str], No
     options[OVERRIDE] = override
 
 
+OTHER_LENGTH = "self-attention of another length than the picture's"
+
+
 def own_attention(args: tuple, kwargs: dict) -> OwnAttention | str | None:
     """The arguments of ComfyUI's attention in one layout; a reason in words, or None for attention of other tokens."""
     options = kwargs.get("transformer_options") or {}
@@ -113,8 +116,10 @@ def own_attention(args: tuple, kwargs: dict) -> OwnAttention | str | None:
 
     length, keys = q.shape[2], k.shape[2]
     grid = tokens.grid(length)
-    if grid is None or keys < length:
+    if keys < length:
         return None
+    if grid is None:  # Flux KV Cache takes the references out after the first evaluation
+        return OTHER_LENGTH if length >= min(each.picture for each in tokens.grids) else None
     layer = tokens.layer(options)
     if keys - length != extra_keys(options):
         # Cross-attention to a text longer than the picture looks the same, so no reason is given.

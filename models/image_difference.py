@@ -12,6 +12,7 @@ Limits: neither number knows what a person looks at. A picture with a side below
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,8 +67,8 @@ def difference(first: Tensor, second: Tensor) -> Tensor:
 
 def heat(amount: Tensor, full: float) -> Tensor:
     """`[..., H, W]` -> colours `[..., H, W, 3]`, from black at 0 to pale yellow at `full` and above."""
-    if full <= 0:
-        raise ValueError(f"full must be above 0, got {full}")
+    if not 0 < full < math.inf:
+        raise ValueError(f"full must be a finite number above 0, got {full}")
     stops = torch.tensor(HEAT, dtype=amount.dtype, device=amount.device)
     place = (amount / full).clamp(0, 1) * (len(HEAT) - 1)
     below = place.long().clamp(max=len(HEAT) - 2)

@@ -25,10 +25,12 @@ Their code computes all scores and masks them. Here any way to compute attention
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .sparse_attention import Band, Disc, FrameBand, Grid, Pattern
 
@@ -77,6 +79,7 @@ def drifted(rho: Tensor, drift: float = DRIFT, *, clamp: bool = True) -> Tensor:
     return moved.clamp(max=1.0) if clamp else moved
 
 
+@lru_cache(maxsize=64)  # every attention call asks again, and a large disc is searched for in tens of milliseconds
 def window(kind: Window, grid: Grid, keep: float) -> Pattern:
     """Which keys are kept, as near to the share `keep` of all as the pattern can.
 
@@ -209,34 +212,75 @@ def memory(rows: int, tokens: int, heads: int, head_dim: int, storage: Storage, 
     return (rho, held) if storage == "cpu" else (rho + held, 0)
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor] | None:
-    """Full attention `[B, H, L, d]` and its log-sum-exp `[B, H, L]` at the cost of one, from torch's own CPU kernel.
+def full_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Full attention `[B, H, L, d]` and its log-sum-exp `[B, H, L]` at the cost of one, from torch's own kernels.
 
-    torch has no public function that returns both. None where this one is missing or does not take such tensors; then
-    `full_log_sum_exp` does it at the cost of a second attention.
+    torch has no public function that returns both. None where its kernel is missing or does not take such tensors; then
+    `full_log_sum_exp` does it at the cost of a second attention. The kernel of CUDA was not tried on a GPU yet.
+
+    Args:
+        bias: added to the scores, broadcastable to `[B, H, L, Lk]`. None on a CPU, whose kernel takes none here.
     """
+    if q.device.type == "cuda":
+        return _memory_efficient(q, k, v, scale, bias)
     kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    if kernel is None or q.device.type != "cpu" or q.shape[-1] != v.shape[-1]:
+    if kernel is None or q.device.type != "cpu" or q.shape[-1] != v.shape[-1] or bias is not None:
         return None
     out, lse = kernel(q, k, v, scale=scale)
     return out, lse.float()
 
 
+ALIGNED = 16  # numbers: rows of a bias must begin at multiples of it in memory; torch's own attention does the same
+
+
+def _memory_efficient(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Both by the memory-efficient kernel of CUDA, or None where it refuses."""
+    kernel = getattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", None)
+    if kernel is None:
+        return None
+    if bias is not None:
+        bias = aligned(bias.to(q.dtype)).expand(*q.shape[:3], k.shape[2])
+    try:
+        out, lse, *_ = kernel(q, k, v, bias, True, scale=scale)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # a head size, a dtype or a card that it does not take
+        return None
+    return out, lse[:, :, : q.shape[2]].float()  # its rows are filled up to a multiple of 32
+
+
+def aligned(bias: Tensor) -> Tensor:
+    """The same numbers, with rows that lie at a multiple of `ALIGNED` numbers in memory."""
+    keys = bias.shape[-1]
+    return F.pad(bias, (0, -keys % ALIGNED))[..., :keys]
+
+
 def full_log_sum_exp(
-    q: Tensor, k: Tensor, bias: Tensor | None = None, *, scale: float | None = None, scores: int = 1 << 21
+    q: Tensor, k: Tensor, bias: Tensor | None = None, *, scale: float | None = None, scores: int | None = None
 ) -> Tensor:
-    """Log-sum-exp of all scores, `[B, H, L]` in float32, without a kernel that returns it.
+    """Log-sum-exp of all scores, `[B, H, L]` in float32, where attention itself is computed elsewhere.
 
     A plain product of queries and keys, a slice of queries at a time. Half the arithmetic of an attention, but in
-    float32 and through memory: on a CPU it takes as long as a fused attention.
+    float32 and through memory: on a CPU it takes as long as a fused attention. On CUDA it is a fused attention whose
+    result is not used, where the kernel takes such tensors.
 
     Args:
         q: `[B, H, L, d]`. k: `[B, H, Lk, d]`.
         bias: added to the scores, broadcastable to `[B, H, L, Lk]`; -inf hides a key.
         scale: on the scores; by default `d ** -0.5`.
-        scores: how many scores are held at a time, in float32. Few enough to stay in a CPU's cache are fastest.
+        scores: how many scores are held at a time, in float32. By default few enough to stay in a CPU's cache, which
+            is fastest there; elsewhere 1 GiB, as every slice reads all keys again.
     """
     batch, heads, tokens, width = q.shape
+    if q.device.type == "cuda":
+        together = full_attention(q, k, k, scale, bias)
+        if together is not None:
+            return together[1]
+    scores = scores or scores_at_once(q.device)
     q = q.float() * (width**-0.5 if scale is None else scale)  # scores of 1e4 times sqrt(d) do not fit into float16
     keys = k.float().mT
     rows = max(1, scores // (batch * heads * k.shape[2]))
@@ -247,3 +291,8 @@ def full_log_sum_exp(
             z = z + (bias if bias.shape[-2] == 1 else bias[..., start : start + rows, :])
         parts.append(z.logsumexp(-1))
     return torch.cat(parts, -1)
+
+
+def scores_at_once(device: torch.device) -> int:
+    """How many scores `full_log_sum_exp` holds at a time."""
+    return 1 << 21 if device.type == "cpu" else 1 << 28

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -182,6 +183,7 @@ def pooled_grid(pattern: Pattern, grid: Grid) -> tuple[int, int, int]:
     return (grid.frames, -(-grid.height // f), -(-grid.width // f)) if f else (0, 0, 0)
 
 
+@lru_cache(maxsize=64)  # every attention call asks again
 def kept_pairs(pattern: Pattern, grid: Grid, extra: int = 0) -> int:
     """How many query-key pairs are computed, windows clipped at the edges counted exactly.
 

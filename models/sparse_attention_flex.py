@@ -5,13 +5,18 @@ few blocks touch a window: of 2048 x 2048 pixels and radius 16, 15 % instead of 
 rows). Global, extra and pooled tokens follow. Rotary positions are applied before, so the order is free; the result is
 put back. Which blocks are needed follows from the rectangles the blocks lie in, never from a mask of all pairs.
 
-Limits: compiles for every new shape, for some 10 to 60 s. Uncompiled it is exact as well, and holds all scores.
+Queries and keys are filled up to whole blocks with copies of one token that nobody sees, so that texts of nearly the
+same length share what is compiled.
+
+Limits: compiles for every new number of blocks, for some 10 to 60 s; torch's limit of 8 shapes per process is raised
+for these calls. Uncompiled it is exact as well, and holds all scores. On a GPU it was not tried yet.
 Shapes as in `sparse_attention.masked`.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .sparse_attention import Attended, Grid, Pattern, check, places, pooled_grid, with_pooled
 
@@ -27,15 +33,16 @@ if TYPE_CHECKING:
 
 BLOCK = 128
 PATCH = (8, 16)  # rows and columns of one block's tokens
-PICTURE, GLOBAL, POOLED = 0, 1, 2
+PICTURE, GLOBAL, POOLED, PADDING = 0, 1, 2, 3
+MOST_SHAPES = {"recompile_limit": 256, "accumulated_recompile_limit": 1024}  # torch allows 8 and 256
 
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """All that depends on pattern, grid, extra keys and device alone: make it once for many calls.
 
-    queries: order of the queries, `[L]`. keys: order of the keys, `[L + extra + pooled]`. back: order that undoes
-    `queries`. mask: what FlexAttention takes.
+    queries: order of the queries, `[L + padding]`. keys: order of the keys, `[L + padding + extra + pooled + padding]`.
+    back: order that undoes `queries`, `[L]`. mask: what FlexAttention takes.
     """
 
     pattern: Pattern
@@ -61,12 +68,14 @@ def blocks(pattern: Pattern, grid: Grid, extra: int = 0, device: torch.device | 
     pooled = math.prod(pooled_grid(pattern, grid))
     patches = _patch_order(pattern, grid)
     own, more = grid.global_indices(), torch.arange(grid.length, grid.length + extra + pooled)
-    queries = torch.cat([patches + grid.before, own])
-    keys = torch.cat([queries, more])
+    queries = _whole_blocks(torch.cat([patches + grid.before, own]))
+    keys = _whole_blocks(torch.cat([queries, more]))
 
-    kinds = torch.full((len(keys),), GLOBAL)
+    kinds = torch.full((len(keys),), PADDING)
+    kinds[: grid.length] = GLOBAL
     kinds[: grid.picture] = PICTURE
-    kinds[len(keys) - pooled :] = POOLED
+    kinds[len(queries) : len(queries) + extra] = GLOBAL
+    kinds[len(queries) + extra : len(queries) + extra + pooled] = POOLED
     key_y, key_x = torch.zeros(2, len(keys), dtype=torch.int64)
     key_y[: grid.picture], key_x[: grid.picture] = y[patches], x[patches]
 
@@ -76,7 +85,8 @@ def blocks(pattern: Pattern, grid: Grid, extra: int = 0, device: torch.device | 
     def kept(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         near = pattern.keeps(at_y[q] - at_y[k], at_x[q] - at_x[k])
         of_picture = (key_kind[k] != PICTURE) | near
-        return torch.where(key_kind[q] == PICTURE, of_picture, key_kind[k] != POOLED)
+        seen = torch.where(key_kind[q] == PICTURE, of_picture, key_kind[k] != POOLED)
+        return seen & (key_kind[k] != PADDING)
 
     mask = BlockMask.from_kv_blocks(
         *_rows_of_blocks(needed & ~full, device),
@@ -86,7 +96,7 @@ def blocks(pattern: Pattern, grid: Grid, extra: int = 0, device: torch.device | 
         seq_lengths=(len(queries), len(keys)),
         compute_q_blocks=False,
     )
-    back = torch.argsort(queries)
+    back = torch.argsort(queries[: grid.length])
     return Blocks(pattern, grid, extra, queries.to(device), keys.to(device), back.to(device), mask)
 
 
@@ -122,9 +132,22 @@ def flex(
     result = run(q, k, v, score_mod=score, block_mask=plan.mask, scale=scale, **asked)
     if not with_lse:
         return Attended(result[:, :, plan.back], None)
+    out, lse = _out_and_lse(result)
+    return Attended(out[:, :, plan.back], lse[:, :, plan.back])
+
+
+def flex_dense(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, run: Callable[..., Any] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query to every key and its log-sum-exp, in one pass. Shapes as of `flex`."""
+    return _out_and_lse((run or compiled())(q, k, v, scale=scale, **_asks_for_lse()))
+
+
+def _out_and_lse(result: tuple[Tensor, Any]) -> tuple[Tensor, Tensor]:
+    """What FlexAttention returns when asked for both; the logarithm is natural."""
     out, rest = result
-    lse = rest if isinstance(rest, Tensor) else rest.lse  # natural logarithm
-    return Attended(out[:, :, plan.back], lse[:, :, plan.back].float())
+    lse = rest if isinstance(rest, Tensor) else rest.lse
+    return out, lse.float()
 
 
 def _asks_for_lse() -> dict[str, Any]:
@@ -137,10 +160,26 @@ def _asks_for_lse() -> dict[str, Any]:
 
 @cache
 def compiled() -> Callable[..., Any]:
-    """FlexAttention, compiled. `fullgraph`: past torch's limit of shapes it raises, and does not run uncompiled."""
+    """FlexAttention, compiled. `fullgraph`: past the limit of shapes it raises, and does not run uncompiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return for_many_shapes(torch.compile(flex_attention, dynamic=False, fullgraph=True))
+
+
+def for_many_shapes(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled`, called with room for `MOST_SHAPES`: the limit is one for all that a process compiles of a function.
+
+    The setting belongs to the process, and conditions may run in threads, so only one call has it at a time.
+    """
+    import torch._dynamo
+
+    lock = threading.Lock()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with lock, torch._dynamo.config.patch(MOST_SHAPES):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def computed_pairs(plan: Blocks) -> int:
@@ -160,6 +199,11 @@ def _patch_order(pattern: Pattern, grid: Grid) -> Tensor:
     return torch.cat(order)
 
 
+def _whole_blocks(order: Tensor) -> Tensor:
+    """The order, filled up with the first token; as `PADDING` nobody sees it, and what it sees is thrown away."""
+    return F.pad(order, (0, -len(order) % BLOCK))
+
+
 def _needed(pattern: Pattern, keys: tuple[Tensor, Tensor, Tensor], queries: int) -> tuple[Tensor, Tensor]:
     """Blocks with a pair that may be kept, and those whose pairs all are; `[query blocks, key blocks]` each.
 
@@ -177,20 +221,18 @@ def _needed(pattern: Pattern, keys: tuple[Tensor, Tensor, Tensor], queries: int)
     some, every = pattern.keeps(gap_y, gap_x), pattern.keeps(far_y, far_x)
 
     q_picture, q_global = has_q[..., PICTURE], has_q[..., GLOBAL]
-    k_picture, k_global, k_pooled = has_k[..., PICTURE], has_k[..., GLOBAL], has_k[..., POOLED]
+    k_picture, k_global, k_pooled, k_padding = has_k.unbind(-1)
     needed = (q_picture & (k_global | k_pooled | (k_picture & some))) | (q_global & (k_picture | k_global))
-    full = (~q_picture | ~k_picture | every) & (~q_global | ~k_pooled) & needed
-    if len(keys[0]) % BLOCK:
-        full[:, -1] = False
+    full = (~q_picture | ~k_picture | every) & (~q_global | ~k_pooled) & ~k_padding & needed
     return needed, full
 
 
 def _rectangles(kinds: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """Per block: which kinds it has, `[blocks, 3]`, and top, bottom, left and right of its picture tokens."""
+    """Per block: which kinds it has, `[blocks, 4]`, and top, bottom, left and right of its picture tokens."""
     has, sides = [], []
     for kind, row, column in zip(kinds.split(BLOCK), y.split(BLOCK), x.split(BLOCK), strict=True):
         picture = kind == PICTURE
-        has.append(torch.stack([(kind == each).any() for each in (PICTURE, GLOBAL, POOLED)]))
+        has.append(torch.stack([(kind == each).any() for each in (PICTURE, GLOBAL, POOLED, PADDING)]))
         rows, columns = (row[picture], column[picture]) if picture.any() else (row[:1], column[:1])
         sides.append(torch.stack([rows.min(), rows.max(), columns.min(), columns.max()]))
     return torch.stack(has), *torch.stack(sides).unbind(1)

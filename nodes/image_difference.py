@@ -106,6 +106,9 @@ class ImageDifference(io.ComfyNode):
         merge_gap: int,
         min_pixels: int,
     ) -> io.NodeOutput:
+        for name, value in (("threshold", threshold), ("heat_range", heat_range)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"Image Difference: '{name}' must be a finite number and at least 0, got {value}.")
         first, second = matched(reference, image, resize)
         pairs = [compare(a, b, threshold, merge_gap, min_pixels) for a, b in zip(first, second, strict=True)]
         numbers, *places = report(pairs, psnr(first, second), threshold)

@@ -5,6 +5,7 @@ Paper: Re-ttention, arXiv:2505.22918. The method is in `models/re_ttention.py`, 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from comfy_api.latest import io
@@ -151,7 +152,9 @@ class ApplyReTtention(io.ComfyNode):
         words = (
             f"keep {keep:.4g}, full at the first {first_full} evaluations and every {interval} then, storage {storage}"
         )
-        report = Report("off" if off else words)
+        report = Report("off" if off else words, off=off)
+        if not 0 <= max_memory < math.inf:
+            raise ValueError(f"max_memory must be a finite number of GiB and at least 0, got {max_memory}.")
         if off:
             return io.NodeOutput(model, report)
         settings = ReTtention(

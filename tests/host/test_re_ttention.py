@@ -8,16 +8,20 @@ import weakref
 from functools import cache
 from types import SimpleNamespace
 
+import comfy.hooks
 import comfy.sample
 import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+from comfy_extras.nodes_flux import FluxKVCache
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from dit_toolkit.host.re_ttention import Report, ReTtention, attach
-from dit_toolkit.host.re_ttention_run import SIGMA, Call, Layer, ReTtentionRun
-from dit_toolkit.host.run import Chunk, Run
+from dit_toolkit.host.re_ttention_run import SIGMA, Call, Lane, Layer, ReTtentionRun
+from dit_toolkit.host.run import Chunk, Condition, Run
 from dit_toolkit.host.sparse_attention import SparseAttention
 from dit_toolkit.host.sparse_attention import attach as attach_sparse
 from dit_toolkit.models.re_ttention import Schedule
@@ -25,7 +29,7 @@ from dit_toolkit.models.sparse_attention import Disc, Grid, mask
 from dit_toolkit.models.taylorseer import Interval
 from dit_toolkit.tests.host import tiny
 from dit_toolkit.tests.host.caching import cached
-from dit_toolkit.tests.host.families import FAMILIES, sample
+from dit_toolkit.tests.host.families import FAMILIES, RELATIVES, sample
 
 pytestmark = pytest.mark.comfy
 
@@ -345,6 +349,20 @@ def test_another_size_is_a_fresh_start():
     assert torch.equal(tiny.sample(model, steps=4, size=(10, 6), batch=2), expected)
 
 
+def test_a_lora_that_is_scheduled_asks_for_a_refresh_where_its_strength_changes():
+    """What is remembered is of other weights."""
+    shape, generator = (3 * tiny.HIDDEN, tiny.HIDDEN), torch.Generator().manual_seed(0)
+    name = "diffusion_model.double_blocks.0.img_attn.qkv.diff"
+    hooks = comfy.hooks.create_hook_lora({name: torch.randn(shape, generator=generator) * 0.05}, 1.0, 0.0)
+    frames = comfy.hooks.HookKeyframeGroup()
+    frames.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.0))
+    frames.add(comfy.hooks.HookKeyframe(strength=0.2, start_percent=0.5))
+    hooks.set_keyframes_on_hooks(frames)
+    model, report = sparse(FAMILIES["flux"].load(), period=50)
+    sample(FAMILIES["flux"], model, steps=12, positive=tiny.prompt(hooks=hooks))
+    assert report.evaluations == "#R....R....."
+
+
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [
@@ -424,7 +442,144 @@ def test_without_a_limit_a_quarter_of_free_memory_is_allowed(monkeypatch):
         sample(FAMILIES["flux"], model, steps=4)
 
 
+class Watched(ReTtentionRun):
+    """Keeps, for each evaluation, whose turn it is and what is held when it begins."""
+
+    turns: list[set[Condition]]
+    held: list[tuple[int, int]]  # bytes, and how many conditions they are of
+
+    def visit(self, chunk, weights):
+        super().visit(chunk, weights)
+        self.turns[-1].update(chunk.conditions)
+
+    def _let_go(self):
+        super()._let_go()
+        sizes = [lane.bytes for lane in self.run.lanes_of(self)]
+        self.held.append((sum(sizes), sum(size > 0 for size in sizes)))
+        self.turns.append(set())
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    Watched.turns, Watched.held = [], []
+    monkeypatch.setattr("dit_toolkit.host.re_ttention.ReTtentionRun", Watched)
+    return Watched
+
+
+def scheduled_prompts(count=4):
+    """Texts that take turns."""
+    return [
+        part for i in range(count) for part in tiny.prompt(3 + i, start_percent=i / count, end_percent=(i + 1) / count)
+    ]
+
+
+def test_prompts_that_are_over_are_let_go_of(watched):
+    """Four prompts of five evaluations each: two are held at most, and the limit is not for those that are over."""
+    model, report = sparse(FAMILIES["flux"].load(), first=0)
+    sample(FAMILIES["flux"], model, steps=2)
+    one = sum(report.planned)
+    model, report = sparse(FAMILIES["flux"].load(), first=0, max_bytes=2 * one)
+    watched.held = []
+    sample(FAMILIES["flux"], model, steps=20, positive=scheduled_prompts())
+    assert len(watched.held) == 20
+    assert max(watched.held) == (2 * one, 2)
+    assert (sum(report.planned), report.held) == (2 * one, one)
+
+
+def test_windows_that_have_moved_on_are_let_go_of(watched):
+    """Windows of 4 of 10 pictures, which move from evaluation to evaluation and come back."""
+    schedule = {"context_schedule": "looped_uniform", "context_stride": 1, "closed_loop": False, "fuse_method": "flat"}
+    flux = FAMILIES["flux"].load()
+    (windows,) = ContextWindowsManualNode.execute(flux, 4, 1, **schedule, dim=0, freenoise=False).args
+    model, _ = sparse(windows, first=0)
+    tiny.sample(model, 12, noise=tiny.latent(7, (8, 8), 10))
+    recent = [set().union(*watched.turns[max(0, i - 3) : i]) for i in range(12)]
+    assert [count for _, count in watched.held] == [len(conditions) for conditions in recent]
+    assert max(map(len, recent)) < len(set().union(*watched.turns)) == 10
+
+
+def test_what_a_step_cache_answers_makes_no_condition_older():
+    """Four of five evaluations are forecast, and the next one that is computed is still sparse."""
+    family = FAMILIES["flux"]
+    model, report = sparse(cached(family.load(), Interval(5, 1), "prediction"), period=50)
+    sample(family, model, steps=17)
+    assert report.evaluations == "#----R----.----."
+
+
+def test_a_condition_that_comes_back_after_long_is_refreshed():
+    run, chunk = Run(), Chunk((condition(),), rows=1)
+    state = ReTtentionRun(ReTtention(0.3, Schedule(1, 50)), run)
+    other = Chunk((condition(index=1),), rows=1)
+    layer = Layer(computed=3, refreshed=2, rho=torch.ones(1, 2, 5))
+    for away, expected in ((2, 2), (3, None)):
+        run.begin_evaluation()
+        state.visit(chunk, ())
+        run.lane(state, chunk.conditions[0], Lane).layers["first"] = layer
+        state.planned[chunk.conditions[0], "first"] = (8, 0)
+        for _ in range(away):
+            run.begin_evaluation()
+            state.visit(other, ())
+            state.visit(other, ())
+        run.begin_evaluation()
+        state.visit(chunk, ())
+        assert layer.refreshed == expected
+        assert bool(state.planned) == (layer.rho is not None) == (expected is not None)
+    assert layer.computed == 3  # so it is not new: it takes statistics at once
+
+
+def condition(index=0):
+    return Condition("text", index, 0, None, None, torch.device("cpu"))
+
+
 # ---- others
+
+
+def test_references_that_somebody_takes_out_are_named():
+    """Flux KV Cache: after the first evaluation the model has no tokens of the reference any more."""
+    flux2 = RELATIVES["flux2"]
+    (without,) = FluxKVCache.execute(flux2.load()).result
+    model, report = sparse(without)
+    positive = flux2.prompt(3, reference_latents=[torch.randn(1, 128, 6, 4)])
+    sample(flux2, model, steps=4, positive=positive)
+    assert report.evaluations == "#"
+    assert "calls, self-attention of another length than the picture's" in report.text()
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """The route of CUDA on a CPU, uncompiled; for tests that put something in its place."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr("dit_toolkit.models.sparse_attention_flex.compiled", lambda: flex_attention)
+    for place in ("sparse_attention", "re_ttention_run"):
+        monkeypatch.setattr(f"dit_toolkit.host.{place}.has_flex", lambda device: True)
+    return monkeypatch
+
+
+def test_the_route_of_cuda_gives_the_same_picture(on_cuda):
+    with pytest.MonkeyPatch.context() as plain_again:
+        for place in ("sparse_attention", "re_ttention_run"):
+            plain_again.setattr(f"dit_toolkit.host.{place}.has_flex", lambda device: False)
+        expected = sample(FAMILIES["flux"], sparse(FAMILIES["flux"].load())[0], steps=4, cfg=2.0)
+    model, report = sparse(FAMILIES["flux"].load())
+    near(sample(FAMILIES["flux"], model, steps=4, cfg=2.0), expected)
+    assert list(report.backends) == ["FlexAttention"]
+    assert "failed" not in report.text()
+
+
+def test_a_dense_call_that_fails_leaves_flex_attention_to_the_sparse_ones(on_cuda):
+    expected = sample(FAMILIES["flux"], sparse(FAMILIES["flux"].load())[0], steps=4)
+    tried = []
+
+    def broken(*args, **kwargs):
+        tried.append(1)
+        raise RuntimeError("no shared memory\nlong trace")
+
+    on_cuda.setattr("dit_toolkit.host.re_ttention_run.flex_dense", broken)
+    model, report = sparse(FAMILIES["flux"].load())
+    near(sample(FAMILIES["flux"], model, steps=4), expected)
+    assert len(tried) == 1
+    assert list(report.backends) == ["FlexAttention"]
+    assert "FlexAttention failed for refreshes: RuntimeError: no shared memory\n" in report.text()
 
 
 def test_short_attention_stays_full():
@@ -472,7 +627,13 @@ def test_two_sparse_attentions_are_refused_in_the_other_order():
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [({"keep": 1.0}, "keep must"), ({"drift": -1.0}, "drift must"), ({"min_tokens": -1}, "min_tok")],
+    [
+        ({"keep": 1.0}, "keep must"),
+        ({"keep": float("nan")}, "keep must"),
+        ({"drift": -1.0}, "drift must"),
+        ({"drift": float("nan")}, "drift must be a finite number and at least 0, got nan"),
+        ({"min_tokens": -1}, "min_tok"),
+    ],
 )
 def test_settings_that_mean_nothing_are_refused(values, words):
     with pytest.raises(ValueError, match=words):

@@ -12,6 +12,7 @@ import torch
 pytestmark = pytest.mark.comfy
 
 import comfy.model_management  # noqa: E402
+from comfy_extras.nodes_flux import FluxKVCache  # noqa: E402
 
 from dit_toolkit.host import sparse_attention as host  # noqa: E402
 from dit_toolkit.host import token_grid  # noqa: E402
@@ -21,7 +22,7 @@ from dit_toolkit.models import sparse_attention as core  # noqa: E402
 from dit_toolkit.models.sparse_attention import Band, Disc, FrameBand, Grid, PooledDisc  # noqa: E402
 from dit_toolkit.models.sparse_attention_tiles import tile  # noqa: E402
 from dit_toolkit.tests.host import tiny  # noqa: E402
-from dit_toolkit.tests.host.families import FAMILIES, sample  # noqa: E402
+from dit_toolkit.tests.host.families import FAMILIES, RELATIVES, sample  # noqa: E402
 
 KNOWN = [name for name in FAMILIES if name != "pixart"]
 
@@ -185,6 +186,16 @@ def test_start_and_end_in_percent_of_the_run(tiny_flux):
         tiny.sample(sparse(model, Disc(2), **part), **options)
         counted[name] = 16 - len(used)
     assert counted == {"first": 8, "second": 8, "all": 16}
+
+
+def test_references_that_somebody_takes_out_are_named(caplog):
+    """Flux KV Cache: after the first evaluation the model has no tokens of the reference any more."""
+    flux2 = RELATIVES["flux2"]
+    (cached,) = FluxKVCache.execute(flux2.load()).result
+    positive = flux2.prompt(3, reference_latents=[torch.randn(1, 128, 6, 4)])
+    with caplog.at_level(logging.INFO, host.__name__):
+        sample(flux2, sparse(cached, Disc(2)), 3, positive=positive)
+    assert caplog.messages[0].endswith("stayed dense: self-attention of another length than the picture's")
 
 
 def test_no_override_and_no_plan_is_left_behind(tiny_flux):

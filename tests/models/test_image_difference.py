@@ -189,5 +189,6 @@ def test_heat_gets_lighter_all_the_way_and_ends_at_full():
 
 
 def test_heat_needs_a_range():
-    with pytest.raises(ValueError, match="full must be above 0, got 0"):
-        heat(torch.zeros(2, 2), 0)
+    for full in (0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"full must be a finite number above 0, got {full}"):
+            heat(torch.zeros(2, 2), full)

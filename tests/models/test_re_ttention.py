@@ -7,6 +7,8 @@ import torch
 
 from dit_toolkit.models.re_ttention import (
     Schedule,
+    _memory_efficient,
+    aligned,
     drifted,
     full_attention,
     full_log_sum_exp,
@@ -15,6 +17,7 @@ from dit_toolkit.models.re_ttention import (
     reshaped,
     residual,
     restore,
+    scores_at_once,
     store,
     window,
 )
@@ -228,8 +231,57 @@ def test_the_kernel_that_returns_both_is_attention_and_its_log_sum_exp(dtype, at
     close(scaled_lse, full_log_sum_exp(q, k, scale=1.0), 1e-4)
 
 
+@pytest.mark.parametrize("bias", [None, random(1, 1, 1, 50), random(2, 3, 37, 50)], ids=["none", "keys", "four axes"])
+def test_the_kernel_of_cuda_takes_such_tensors(bias):
+    """As far as shapes go: there are no numbers on this device. Its own rows of sums are longer."""
+    q, k, v, bias = (None if x is None else x.to("meta", torch.float16) for x in (*cuda_shapes(), bias))
+    whole = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    assert whole[1].shape == (2, 3, 64)
+    out, lse = _memory_efficient(q, k, v, None, bias)
+    assert (out.shape, out.dtype) == (q.shape, torch.float16)
+    assert (lse.shape, lse.dtype) == ((2, 3, 37), torch.float32)
+
+
+def cuda_shapes():
+    return [random(2, 3, n, D, seed=n) for n in (37, 50, 50)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no kernel for this card"), NotImplementedError("no backend")])
+def test_a_kernel_of_cuda_that_refuses_is_done_without(monkeypatch, error):
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", refuse)
+    assert _memory_efficient(*cuda_shapes(), None, None) is None
+
+
+def test_memory_that_runs_out_in_a_kernel_is_no_refusal(monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        _memory_efficient(*cuda_shapes(), None, None)
+
+
+def test_rows_of_a_bias_begin_where_kernels_want_them():
+    bias = random(2, 1, 3, 50)
+    found = aligned(bias)
+    assert torch.equal(found, bias)
+    assert all(stride % 16 == 0 for stride in found.stride()[:-1])
+
+
+def test_slices_are_small_for_a_cpu_s_cache_and_large_where_each_reads_all_keys():
+    assert scores_at_once(torch.device("cpu")) == 1 << 21
+    assert scores_at_once(torch.device("cuda")) == 1 << 28
+
+
 def test_there_is_no_such_kernel_for_values_of_another_width():
     assert full_attention(random(1, 1, 4, 8), random(1, 1, 4, 8), random(1, 1, 4, 6)) is None
+
+
+def test_the_kernel_of_a_cpu_takes_no_bias():
+    assert full_attention(*qkv(), bias=random(1, 1, 1, L)) is None
 
 
 # ---- which keys
@@ -277,7 +329,13 @@ def test_the_disc_is_the_largest_within_the_share():
     assert sum(place < (disc.radius + 1) ** 2 for place in places) > 0.05 * 32 * 48
 
 
-@pytest.mark.parametrize("keep", [0.0, 1.0, -0.1])
+def test_a_window_is_searched_for_once():
+    window.cache_clear()
+    assert [window("disc", Grid(32, 48), 0.05) for _ in range(3)] == [window("disc", Grid(32, 48), 0.05)] * 3
+    assert window.cache_info().misses == 1
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.0, -0.1, float("nan")])
 def test_shares_that_are_no_window_are_refused(keep):
     with pytest.raises(ValueError, match="keep must be"):
         window("auto", Grid(4, 4), keep)

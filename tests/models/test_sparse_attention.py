@@ -7,11 +7,22 @@ from functools import cache
 
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
 from dit_toolkit.models import sparse_attention as core
 from dit_toolkit.models.sparse_attention import Band, Disc, FrameBand, Grid, PooledDisc
-from dit_toolkit.models.sparse_attention_flex import BLOCK, blocks, computed_pairs, flex
+from dit_toolkit.models.sparse_attention_flex import (
+    BLOCK,
+    MOST_SHAPES,
+    blocks,
+    compiled,
+    computed_pairs,
+    flex,
+    flex_dense,
+    for_many_shapes,
+)
 from dit_toolkit.models.sparse_attention_tiles import tile, tiled
 
 GRIDS = [
@@ -116,6 +127,13 @@ def test_kept_pairs_are_those_of_the_mask(pattern, grid):
         assert core.kept_pairs(pattern, grid, extra) == int(mask_by_definition(pattern, grid, extra).sum())
 
 
+def test_pairs_are_counted_once_for_a_grid():
+    core.kept_pairs.cache_clear()
+    for _ in range(3):
+        core.kept_pairs(Disc(4), Grid(12, 10, before=7), 3)
+    assert core.kept_pairs.cache_info().misses == 1
+
+
 def test_a_distance_of_exactly_the_radius_is_too_far():
     grid = Grid(12, 10, before=7)
     seen = core.mask(Disc(4), grid)
@@ -214,6 +232,62 @@ def test_flex_attention_is_softmax_over_the_kept_pairs(pattern, grid, uncompiled
         torch.testing.assert_close(found.lse, expected.lse, rtol=0, atol=5e-6)
 
 
+@pytest.fixture
+def traced():
+    """FlexAttention as `compiled` has it, without code being generated for it."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield torch.compile(flex_attention, dynamic=False, fullgraph=True, backend="eager")
+    torch._dynamo.reset()
+
+
+def test_texts_of_nearly_one_length_share_what_is_compiled(traced):
+    for text in (2, 9, 27):
+        grid = Grid(10, 12, before=text)
+        q, k, v = random(grid, d=16)
+        found = flex(q, k, v, blocks(Disc(4), grid), run=traced)
+        expected = core.masked(q, k, v, Disc(4), grid)
+        torch.testing.assert_close(found.out, expected.out, rtol=0, atol=5e-6)
+        assert counters["stats"]["unique_graphs"] == (1 if text < 9 else 2)  # 122 tokens are one block, 129 are two
+
+
+def test_compiling_goes_on_past_the_limit_of_shapes(traced):
+    x = [torch.randn(1, 1, 16 * n, 16) for n in range(1, 5)]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for each in x:
+            for_many_shapes(traced)(each, each, each)
+        assert counters["stats"]["unique_graphs"] == 4
+        assert torch._dynamo.config.recompile_limit == 2
+        torch._dynamo.reset()
+        for each in x[:2]:
+            traced(each, each, each)
+        with pytest.raises(FailOnRecompileLimitHit):
+            traced(x[2], x[2], x[2])
+
+
+def test_flex_attention_is_compiled_with_room_for_many_shapes(monkeypatch):
+    names = list(MOST_SHAPES)
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **kwargs: lambda: [getattr(torch._dynamo.config, name) for name in names]
+    )
+    before = [getattr(torch._dynamo.config, name) for name in names]
+    inside = compiled.__wrapped__()()
+    assert inside == list(MOST_SHAPES.values())
+    assert all(a < b for a, b in zip(before, inside, strict=True))
+    assert [getattr(torch._dynamo.config, name) for name in names] == before
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_dense_attention_by_flex_and_its_log_sum_exp(uncompiled, recwarn):
+    q, k, v = random(Grid(5, 7), 6, d=16)
+    everything = torch.ones(35, 41, dtype=torch.bool)
+    expected = core.dense(q, k, v, scale=0.4, with_lse=True, allowed=everything)
+    out, lse = flex_dense(q, k, v, scale=0.4, run=uncompiled)
+    torch.testing.assert_close(out, expected.out, rtol=0, atol=5e-6)
+    torch.testing.assert_close(lse, expected.lse, rtol=0, atol=5e-6)
+    assert not [warning for warning in recwarn if "return_lse" in str(warning.message)]
+
+
 LARGE = [
     (Disc(9), Grid(40, 52, before=3, after=5)),
     (PooledDisc(6, 4), Grid(40, 52, before=130)),
@@ -227,12 +301,17 @@ def test_flex_blocks_leave_out_no_kept_pair_and_call_full_only_what_is(pattern, 
     extra = 6
     plan = blocks(pattern, grid, extra)
     seen = core.mask(pattern, grid, extra)[plan.queries][:, plan.keys]
+    real_queries = torch.arange(len(plan.queries)) < grid.length  # the rest fills up the last block
+    real_keys = real_queries.tolist() + [True] * (core.mask(pattern, grid, extra).shape[1] - grid.length)
+    seen[:, ~torch.tensor(real_keys + [False] * (len(plan.keys) - len(real_keys)))] = False
+    assert len(plan.queries) % BLOCK == len(plan.keys) % BLOCK == 0
     for row in range(-(-seen.shape[0] // BLOCK)):
         partial = chosen(plan.mask.kv_num_blocks, plan.mask.kv_indices, row)
         full = chosen(plan.mask.full_kv_num_blocks, plan.mask.full_kv_indices, row)
         assert not partial & full
         for column in range(-(-seen.shape[1] // BLOCK)):
-            block = seen[row * BLOCK : (row + 1) * BLOCK, column * BLOCK : (column + 1) * BLOCK]
+            rows = slice(row * BLOCK, (row + 1) * BLOCK)
+            block = seen[rows, column * BLOCK : (column + 1) * BLOCK][real_queries[rows]]
             assert column in partial | full or not block.any()
             assert column not in full or block.all()
 

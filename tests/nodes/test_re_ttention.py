@@ -28,7 +28,15 @@ def apply(model, **values):
 def test_neutral_values_give_the_model_back(tiny_flux, neutral):
     patched, report = apply(tiny_flux, **neutral, min_tokens=0)
     assert patched is tiny_flux
-    assert "off" in report.text()
+    assert report.text() == "Re-ttention is off: the model is as it came."
+    assert json.loads(report.json())["settings"] == "off"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("name", ["drift", "max_memory"])
+def test_numbers_that_mean_nothing_are_answered_with_a_sentence(tiny_flux, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number .*at least 0, got {value}"):
+        apply(tiny_flux, **{name: value})
 
 
 def test_settings_reach_the_model(tiny_flux):
