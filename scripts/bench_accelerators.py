@@ -28,9 +28,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument(
-        "--pictures", type=int, default=16, help="with the first sampler; a quarter of them with others"
+        "--pictures", type=int, default=8, help="with the first sampler; a quarter of them with others"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each setting")
+    parser.add_argument("--rounds", type=int, default=2, help="timed runs of each setting")
     parser.add_argument("--samplers", nargs="+", default=SAMPLERS, metavar="NAME")
     parser.add_argument("--only", nargs="+", default=(), metavar="METHOD", help="names, or how they begin")
     parser.add_argument("--part", choices=["quality", "cost"], help="the embedded model, or FLUX.1's shape; else both")

@@ -193,11 +193,18 @@ def dbcache(order: int | None) -> Callable[[Task, Any], Entry]:
                 enable_separate_cfg=False,
             )
             taylor = None if order is None else cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order)
+            attributes, children = dict(vars(transformer)), dict(transformer._modules)
             cache_dit.enable_cache(transformer, cache_config=config, calibrator_config=taylor)
             try:
                 yield
             finally:
                 cache_dit.disable_cache(transformer)
+                # It leaves a forward of its own behind, and the lists of blocks in another order: First Block Cache
+                # would take the last block for the first.
+                transformer._modules.clear()
+                transformer._modules.update(children)
+                vars(transformer).clear()
+                vars(transformer).update(attributes)
 
         return cached(task.arena.twin, enabled), task.steps
 
