@@ -171,6 +171,7 @@ def _check_half(half: int) -> None:
         raise ValueError(f"half must be at least 0 tokens, got {half}: a token sees itself")
 
 
+@lru_cache(maxsize=64)
 def covers(pattern: Pattern, grid: Grid) -> bool:
     """Whether the window keeps every pair of picture tokens: dense attention by another name."""
     plane = pattern.plane(grid)

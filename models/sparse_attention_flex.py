@@ -19,7 +19,7 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,7 +140,34 @@ def flex_dense(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, run: Callable[..., Any] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query to every key and its log-sum-exp, in one pass. Shapes as of `flex`."""
-    return _out_and_lse((run or compiled())(q, k, v, scale=scale, **_asks_for_lse()))
+    length, keys = q.shape[2], k.shape[2]
+    mask = all_but_padding(length, keys, q.device)
+    q, k, v = (F.pad(x, (0, 0, 0, -x.shape[2] % BLOCK)) for x in (q, k, v))
+    out, lse = _out_and_lse((run or compiled())(q, k, v, block_mask=mask, scale=scale, **_asks_for_lse()))
+    return out[:, :, :length], lse[:, :, :length]
+
+
+@lru_cache(maxsize=4)
+def all_but_padding(queries: int, keys: int, device: torch.device) -> BlockMask:
+    """Every query sees every key, and what fills up the last block is seen by nobody."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    rows, columns = -(-queries // BLOCK), -(-keys // BLOCK)
+    real = torch.arange(columns * BLOCK, device=device) < keys
+    full = torch.ones(rows, columns, dtype=torch.bool)
+    full[:, -1] = keys % BLOCK == 0
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return real[k]
+
+    return BlockMask.from_kv_blocks(
+        *_rows_of_blocks(~full, device),
+        *_rows_of_blocks(full, device),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=seen,
+        seq_lengths=(rows * BLOCK, columns * BLOCK),
+        compute_q_blocks=False,
+    )
 
 
 def _out_and_lse(result: tuple[Tensor, Any]) -> tuple[Tensor, Tensor]:

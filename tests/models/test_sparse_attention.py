@@ -16,6 +16,7 @@ from dit_toolkit.models.sparse_attention import Band, Disc, FrameBand, Grid, Poo
 from dit_toolkit.models.sparse_attention_flex import (
     BLOCK,
     MOST_SHAPES,
+    all_but_padding,
     blocks,
     compiled,
     computed_pairs,
@@ -249,6 +250,25 @@ def test_texts_of_nearly_one_length_share_what_is_compiled(traced):
         expected = core.masked(q, k, v, Disc(4), grid)
         torch.testing.assert_close(found.out, expected.out, rtol=0, atol=5e-6)
         assert counters["stats"]["unique_graphs"] == (1 if text < 9 else 2)  # 122 tokens are one block, 129 are two
+
+
+def test_dense_attention_shares_it_too(traced):
+    for length in (20, 90, 128):
+        q, k, v = random(Grid(1, length), 6, d=16)
+        expected = core.dense(q, k, v, with_lse=True)
+        out, lse = flex_dense(q, k, v, run=traced)
+        torch.testing.assert_close(out, expected.out, rtol=0, atol=5e-6)
+        torch.testing.assert_close(lse, expected.lse, rtol=0, atol=5e-6)
+        assert counters["stats"]["unique_graphs"] == (1 if length < 128 else 2)  # of 134 keys, two blocks
+
+
+@pytest.mark.parametrize(("keys", "partial"), [(300, {2}), (384, set())])
+def test_of_dense_attention_only_a_block_that_is_filled_up_is_masked(keys, partial):
+    mask = all_but_padding(200, keys, torch.device("cpu"))
+    for row in range(2):
+        assert chosen(mask.kv_num_blocks, mask.kv_indices, row) == partial
+        assert chosen(mask.full_kv_num_blocks, mask.full_kv_indices, row) == {0, 1, 2} - partial
+    assert mask.mask_mod(0, 0, 0, torch.arange(384)).tolist() == [True] * keys + [False] * (384 - keys)
 
 
 def test_compiling_goes_on_past_the_limit_of_shapes(traced):
