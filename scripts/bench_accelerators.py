@@ -27,9 +27,7 @@ SAMPLERS = ("euler", "dpmpp_2m")  # the second is of second order, and asks the 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument(
-        "--pictures", type=int, default=8, help="with the first sampler; a quarter of them with others"
-    )
+    parser.add_argument("--pictures", type=int, default=8, help="with the first sampler; a quarter of them with others")
     parser.add_argument("--rounds", type=int, default=2, help="timed runs of each setting")
     parser.add_argument("--samplers", nargs="+", default=SAMPLERS, metavar="NAME")
     parser.add_argument("--only", nargs="+", default=(), metavar="METHOD", help="names, or how they begin")
