@@ -107,7 +107,7 @@ def test_passes_that_reuse_a_condition_have_lanes_of_their_own(watch):
     by_evaluation = [[c for _, chunk, e in calls if e == i for c in chunk.conditions] for i in range(2)]
     assert set(by_evaluation[0]) == set(by_evaluation[1])
     assert len(by_evaluation[0]) == len(set(by_evaluation[0])) == 3
-    assert sorted(c.occurrence for c in by_evaluation[0]) == [0, 0, 1]
+    assert sorted(c.patched for c in by_evaluation[0]) == [(), (), (("double_block", 0),)]
 
 
 def test_context_windows_have_lanes_of_their_own(watch):
