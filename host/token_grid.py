@@ -38,7 +38,7 @@ from comfy.ldm.wan.model import CameraWanModel, VaceWanModel, WanModel
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ..models.sparse_attention import Grid
+from ..models.accelerate.sparse_attention import Grid
 from .run import KEY
 
 TOKENS = "dit_toolkit.tokens"  # in transformer_options: the Tokens of the call

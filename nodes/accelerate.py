@@ -1,6 +1,6 @@
 """One front door to the step caches: pick by model and quality, or by trying.
 
-Methods and their papers: `nodes/step_cache.py`. Presets and where they come from: `host/accelerate.py`.
+Methods and their papers: `nodes/step_cache.py`. Presets and where they come from: `host/accelerate/accelerate.py`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..host.accelerate import QUALITIES, Quality, accelerated, family_name, preset, tune
-from ..host.charts import trade_off
-from ..host.report import Report
+from ..host.accelerate.accelerate import QUALITIES, Quality, accelerated, family_name, preset, tune
+from ..host.accelerate.charts import trade_off
+from ..host.accelerate.report import Report
 from .step_cache import CATEGORY, model_input, outputs
 
 

@@ -1,6 +1,7 @@
 """EasyControl: steer FLUX.1 with condition images, several at once, at little more than the plain model's cost.
 
-Paper: EasyControl, arXiv:2503.07027. The method is in `models/easycontrol.py`, its hooks in `host/easycontrol.py`.
+Paper: EasyControl, arXiv:2503.07027. The method is in `models/control/easycontrol.py`, its hooks
+are in `host/control/easycontrol.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..host.easycontrol import PATCH, Cache, Kind, Padding, attach, check_numbers, prepare_image
-from ..host.easycontrol_files import EasyControlFile, file_names, load
+from ..host import model_files
+from ..host.control.easycontrol import PATCH, Cache, Kind, Padding, attach, check_numbers, prepare_image
+from ..host.control.easycontrol_files import FOLDER, EasyControlFile, load
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ class LoadEasyControl(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=file_names(),
+                    options=model_files.names(FOLDER),
                     tooltip="A file in models/easycontrol or models/loras, or one that ships with the pack.",
                 ),
             ],

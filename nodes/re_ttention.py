@@ -1,6 +1,7 @@
 """Re-ttention: attend to a few percent of the keys, with what the last full attention knew about the others.
 
-Paper: Re-ttention, arXiv:2505.22918. The method is in `models/re_ttention.py`, its hooks in `host/re_ttention.py`.
+Paper: Re-ttention, arXiv:2505.22918. The method is in `models/accelerate/re_ttention.py`, its
+hooks are in `host/accelerate/re_ttention.py`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.re_ttention import STORAGE, Report, ReTtention, attach
-from ..models.re_ttention import DRIFT, Schedule, Window
+from ..host.accelerate.re_ttention import STORAGE, Report, ReTtention, attach
+from ..models.accelerate.re_ttention import DRIFT, Schedule, Window
 
 ReportType = io.Custom("DIT_REPORT")
 

@@ -1,7 +1,7 @@
 """Sparse attention: CLEAR, which lets a picture's tokens attend to their surroundings only.
 
-Paper: CLEAR, arXiv:2412.16112. The method is in `models/clear.py` and `models/sparse_attention.py`, its hooks in
-`host/sparse_attention.py`, its files in `host/clear_files.py`.
+Paper: CLEAR, arXiv:2412.16112. The method is in `clear.py` and `sparse_attention.py` of `models/accelerate/`, its hooks
+are in `sparse_attention.py` of `host/accelerate/`, its files in `clear_files.py` there.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import logging
 
 from comfy_api.latest import io
 
-from ..host.clear_files import file_names, load, with_weights
-from ..host.sparse_attention import Scale, SparseAttention, attach, report, require_known_tokens
-from ..models.clear import Variant
+from ..host import model_files
+from ..host.accelerate.clear_files import FOLDER, load, with_weights
+from ..host.accelerate.sparse_attention import Scale, SparseAttention, attach, report, require_known_tokens
+from ..models.accelerate.clear import Variant
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class ApplyClear(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "file",
-                    options=[MASK_ONLY, *file_names()],
+                    options=[MASK_ONLY, *model_files.names(FOLDER)],
                     default=MASK_ONLY,
                     tooltip="A CLEAR file in models/clear or models/loras. Without one the model is not adapted.",
                 ),

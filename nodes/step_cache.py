@@ -1,7 +1,7 @@
 """Step caches: compute some evaluations of the model, and forecast the others.
 
 Papers: TaylorSeer, arXiv:2503.06923; CG-Taylor, arXiv:2508.02240; Delta-DiT, arXiv:2406.01125. Their maths is in
-`models/` under the names of the methods, the common core in `host/step_cache.py`.
+`models/` under the names of the methods, the common core in `host/accelerate/step_cache.py`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,22 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.report import Report
-from ..host.step_cache import StepCache, attach
-from ..host.step_cache_taps import LastBlockTap, PredictionTap, SpanTap, Tap, TapName, require_blocks, tap_for
-from ..models.cg_taylor import FirstBlockGate, Reduce
-from ..models.delta_dit import Stages
-from ..models.input_change import InputChange
-from ..models.step_cache import Guard, Listed, Policy
-from ..models.taylorseer import FORECASTS, Forecaster, Interval
+from ..host.accelerate.report import Report
+from ..host.accelerate.step_cache import StepCache, attach
+from ..host.accelerate.step_cache_taps import (
+    LastBlockTap,
+    PredictionTap,
+    SpanTap,
+    Tap,
+    TapName,
+    require_blocks,
+    tap_for,
+)
+from ..models.accelerate.cg_taylor import FirstBlockGate, Reduce
+from ..models.accelerate.delta_dit import Stages
+from ..models.accelerate.input_change import InputChange
+from ..models.accelerate.step_cache import Guard, Listed, Policy
+from ..models.accelerate.taylorseer import FORECASTS, Forecaster, Interval
 
 ReportType = io.Custom("DIT_REPORT")
 CATEGORY = "DiT Toolkit/model/patch"

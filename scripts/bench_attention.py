@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_toolkit.models import sparse_attention as core
-from dit_toolkit.models.re_ttention import full_attention, kept_share, reshaped, residual, window
-from dit_toolkit.models.sparse_attention import Disc, Grid, PooledDisc
-from dit_toolkit.models.sparse_attention_tiles import tile, tiled
+from dit_toolkit.models.accelerate import sparse_attention as core
+from dit_toolkit.models.accelerate.re_ttention import full_attention, kept_share, reshaped, residual, window
+from dit_toolkit.models.accelerate.sparse_attention import Disc, Grid, PooledDisc
+from dit_toolkit.models.accelerate.sparse_attention_tiles import tile, tiled
 
 from . import places
 

@@ -92,8 +92,8 @@ def build(size: Size, dtype: torch.dtype, device: torch.device):
 
 
 def random_lora(size: Size, dtype: torch.dtype, seed: int):
-    from dit_toolkit.host.easycontrol_files import from_state
-    from dit_toolkit.models.easycontrol import ConditionLora, published_state
+    from dit_toolkit.host.control.easycontrol_files import from_state
+    from dit_toolkit.models.control.easycontrol import ConditionLora, published_state
 
     lora = ConditionLora(size.hidden, size.double, size.single, size.rank, operations=torch.nn, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -115,7 +115,7 @@ class Joint:
 
     def __call__(self, executor, x, timestep, context, y=None, guidance=None, *args, **kwargs) -> Tensor:
         from dit_toolkit.host import flux
-        from dit_toolkit.models.easycontrol import spatial_ids
+        from dit_toolkit.models.control.easycontrol import spatial_ids
 
         model = executor.class_obj
         img, ids = model.process_img(x)
@@ -264,7 +264,7 @@ def forms(model, size: Size, dtype: torch.dtype):
     """(name, number of conditions, MODEL): the joint form comes before those that are held to it."""
     from comfy.patcher_extension import WrappersMP
 
-    from dit_toolkit.host.easycontrol import attach
+    from dit_toolkit.host.control.easycontrol import attach
 
     files = [random_lora(size, dtype, seed) for seed in (1, 2)]
     shape = (1, 16, side(size.condition), side(size.condition))

@@ -19,7 +19,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_easycache
 
-from dit_toolkit.host.accelerate import QUALITIES
+from dit_toolkit.host.accelerate.accelerate import QUALITIES
 from dit_toolkit.nodes import step_cache
 from dit_toolkit.nodes.accelerate import AccelerateDiT
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dit_toolkit.models.easycontrol import ConditionLora
-from dit_toolkit.models.easycontrol_keys import parse
+from dit_toolkit.models.control.easycontrol import ConditionLora
+from dit_toolkit.models.control.easycontrol_keys import parse
 
 from . import data, train, world
 from .adapters import KINDS, caption_for, condition_keys, condition_picture

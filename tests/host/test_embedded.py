@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dit_toolkit.host import embedded
-from dit_toolkit.host.easycontrol_files import load as load_lora
+from dit_toolkit.host.control.easycontrol_files import load as load_lora
 from dit_toolkit.models.tiny_text import SLOTS
 from dit_toolkit.models.tiny_vae import SCALE, SHIFT
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl

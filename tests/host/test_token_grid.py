@@ -9,10 +9,10 @@ pytestmark = pytest.mark.comfy
 
 import comfy.sample  # noqa: E402
 
+from dit_toolkit.host.accelerate.sparse_attention import OwnAttention, take_over  # noqa: E402
 from dit_toolkit.host.run import attach  # noqa: E402
-from dit_toolkit.host.sparse_attention import OwnAttention, take_over  # noqa: E402
 from dit_toolkit.host.token_grid import tokens  # noqa: E402
-from dit_toolkit.models.sparse_attention import Grid  # noqa: E402
+from dit_toolkit.models.accelerate.sparse_attention import Grid  # noqa: E402
 from dit_toolkit.tests.host.families import FAMILIES, RELATIVES, Family  # noqa: E402
 
 KNOWN = {name: family for name, family in (FAMILIES | RELATIVES).items() if name != "pixart"}

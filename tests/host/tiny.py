@@ -8,8 +8,8 @@ import comfy.sample
 import comfy.sd
 import torch
 
-from dit_toolkit.host import easycontrol, easycontrol_files
-from dit_toolkit.models.easycontrol import ConditionLora, published_state
+from dit_toolkit.host.control import easycontrol, easycontrol_files
+from dit_toolkit.models.control.easycontrol import ConditionLora, published_state
 
 HIDDEN, DOUBLE, SINGLE = 256, 2, 2
 TEXT, POOLED, RANK = 48, 32, 8

@@ -10,7 +10,7 @@ import torch
 from comfy import supported_models
 from safetensors.torch import save_file
 
-from dit_toolkit.host import easycontrol_files
+from dit_toolkit.host import model_files
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl, LoadEasyControl
 from dit_toolkit.tests.host import tiny
 
@@ -90,9 +90,9 @@ def test_folders_that_the_user_set_up_stay(folders, tmp_path):
     own.mkdir()
     (own / "mine.safetensors").touch()
     folder_paths.add_model_folder_path("easycontrol", str(own))
-    assert "mine.safetensors" in easycontrol_files.file_names()
+    assert "mine.safetensors" in model_files.names("easycontrol")
     before = folder_paths.folder_names_and_paths["easycontrol"]
-    easycontrol_files.register_folder()
+    model_files.register("easycontrol")
     assert folder_paths.folder_names_and_paths["easycontrol"] == before
 
 

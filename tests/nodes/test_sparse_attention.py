@@ -9,11 +9,11 @@ pytestmark = pytest.mark.comfy
 import folder_paths  # noqa: E402
 
 from dit_toolkit.host.run import attached  # noqa: E402
-from dit_toolkit.models.sparse_attention import Disc, PooledDisc  # noqa: E402
+from dit_toolkit.models.accelerate.sparse_attention import Disc, PooledDisc  # noqa: E402
 from dit_toolkit.nodes.sparse_attention import MASK_ONLY, ApplyClear  # noqa: E402
 from dit_toolkit.tests.host import tiny  # noqa: E402
 from dit_toolkit.tests.host.families import FAMILIES  # noqa: E402
-from dit_toolkit.tests.models.test_clear_keys import published  # noqa: E402
+from dit_toolkit.tests.models.accelerate.test_clear_keys import published  # noqa: E402
 
 DEFAULTS = {
     "file": MASK_ONLY,

@@ -12,11 +12,11 @@ pytestmark = pytest.mark.comfy
 from comfy_api.latest import io  # noqa: E402
 from comfy_extras.nodes_easycache import EasyCacheNode  # noqa: E402
 
-from dit_toolkit.host.step_cache_taps import LastBlockTap, ModuleTap, PredictionTap, SpanTap  # noqa: E402
-from dit_toolkit.models.cg_taylor import FirstBlockGate  # noqa: E402
-from dit_toolkit.models.delta_dit import Stages  # noqa: E402
-from dit_toolkit.models.step_cache import Guard, Listed  # noqa: E402
-from dit_toolkit.models.taylorseer import FORECASTS, Forecaster, Interval  # noqa: E402
+from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, ModuleTap, PredictionTap, SpanTap  # noqa: E402
+from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate  # noqa: E402
+from dit_toolkit.models.accelerate.delta_dit import Stages  # noqa: E402
+from dit_toolkit.models.accelerate.step_cache import Guard, Listed  # noqa: E402
+from dit_toolkit.models.accelerate.taylorseer import FORECASTS, Forecaster, Interval  # noqa: E402
 from dit_toolkit.nodes.step_cache import (  # noqa: E402
     AccelerationReport,
     ConfidenceGatedTaylor,
@@ -24,7 +24,7 @@ from dit_toolkit.nodes.step_cache import (  # noqa: E402
     TaylorSeer,
 )
 from dit_toolkit.tests.host import families  # noqa: E402
-from dit_toolkit.tests.host.caching import settings_of, strip  # noqa: E402
+from dit_toolkit.tests.host.accelerate.caching import settings_of, strip  # noqa: E402
 from dit_toolkit.tests.host.families import FAMILIES  # noqa: E402
 from dit_toolkit.tests.host.tiny import sample  # noqa: E402
 

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dit_toolkit.models.easycontrol_keys import parse
+from dit_toolkit.models.control.easycontrol_keys import parse
 from dit_toolkit.models.tiny_text import PAD, VOCABULARY
 from dit_toolkit.models.tiny_vae import CHANNELS, SCALE, SHIFT, TinyVAE, fit_components
 from dit_toolkit.scripts.tiny import adapters, data, optim, train

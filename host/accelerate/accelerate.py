@@ -1,0 +1,233 @@
+"""Pick a step cache for a model: from a table of presets, or by trying.
+
+Every number in the table says where it comes from. Thresholds and intervals of papers hold for the number of steps they
+name; shorter runs move more from step to step, and want gentler settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from math import isfinite
+from typing import Any, Literal
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...models.accelerate.cg_taylor import FirstBlockGate
+from ...models.accelerate.delta_dit import Stages
+from ...models.accelerate.step_cache import Guard, Policy
+from ...models.accelerate.taylorseer import FORECASTS, Forecaster, Interval
+from .report import Report
+from .step_cache import StepCache, attach
+from .step_cache_taps import LastBlockTap, SpanTap, Tap, blocks_of, require_blocks, tap_for
+
+Quality = Literal["quality", "balanced", "fast"]
+QUALITIES: tuple[Quality, ...] = ("quality", "balanced", "fast")
+Method = Literal["none", "TaylorSeer", "Confidence-Gated Taylor", "Delta-DiT"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A step cache in the numbers of its node."""
+
+    method: Method
+    amount: float = 1.0  # interval, or the threshold of the gate
+    order: int = 1
+    forecast: str = "Taylor (paper)"
+    first: int = 3
+    last: int = 0
+    to_end: bool = True  # spacing to the last step
+    source: str = ""
+
+    @property
+    def words(self) -> str:
+        """As a person would type it into the method's own node."""
+        if self.method == "none":
+            return "nothing"
+        if self.method == "Confidence-Gated Taylor":
+            return f"{self.method}, threshold {self.amount:.3g}, warm_up {self.first}, {self.forecast} {self.order}"
+        return f"{self.method}, interval {self.amount:.0f}, first_full {self.first}, {self.forecast} {self.order}"
+
+
+def gate(threshold: float, source: str, first: int = 5) -> Setting:
+    return Setting("Confidence-Gated Taylor", threshold, first=first, last=1, source=source)
+
+
+def every(interval: int, source: str, order: int = 1, first: int = 3) -> Setting:
+    return Setting("TaylorSeer", interval, order, first=first, source=source)
+
+
+GUESS = "a guess, nobody has measured it"
+CG, TAYLOR = "CG-Taylor, arXiv:2508.02240", "TaylorSeer, arXiv:2503.06923"
+PRESETS: dict[str, tuple[Setting, Setting, Setting]] = {  # quality, balanced, fast
+    "FLUX.1": (
+        gate(0.03, f"{CG}, 50 steps"),
+        gate(0.07, f"{CG}, as run by PaddleMIX: 2.03 x, SSIM 0.917"),
+        gate(0.13, f"{CG}, 50 steps, 3.2 x"),
+    ),
+    "FLUX.1 schnell": (
+        Setting("none", source="4 steps leave nothing to forecast from"),
+        Setting("Delta-DiT", 2, 0, first=1, to_end=False, source=GUESS),
+        Setting("Delta-DiT", 2, 0, first=1, to_end=False, source=GUESS),
+    ),
+    "Wan": (
+        gate(0.18, f"{CG}, 50 steps", 6),
+        gate(0.25, GUESS, 6),
+        gate(0.36, f"{CG}, 50 steps, 4.1 x", 6),
+    ),
+    "HunyuanVideo": (every(3, GUESS), every(4, GUESS), every(5, f"{TAYLOR}, 50 steps, 5 x", first=1)),
+    "QwenImage": (every(3, GUESS), every(4, GUESS), every(5, GUESS)),
+    "SD3": (every(2, GUESS), every(3, GUESS), every(4, GUESS)),
+    "HiDream": (every(2, GUESS), every(3, GUESS), every(4, f"{TAYLOR}, order 2, 4 x", order=2, first=1)),
+}
+OTHERS = (every(2, GUESS), every(3, GUESS), every(4, GUESS))
+HERE = "measured here, on the embedded model with 28 steps"
+EMBEDDED = tuple(  # order 2 loses where gaps are wide and guidance amplifies what is wrong
+    replace(every(n, HERE, order, first=1), forecast="Newton, steps") for n, order in ((2, 2), (3, 2), (4, 1))
+)
+
+
+def family_name(model: ModelPatcher) -> str:
+    """The name under which `PRESETS` knows a model, or what ComfyUI calls it."""
+    config = type(model.model.model_config).__name__
+    if config == "FluxSchnell":
+        return "FLUX.1 schnell"
+    if config == "HiDream":
+        return "HiDream"
+    blocks = blocks_of(model)
+    if blocks is None:
+        return config
+    return "Wan" if blocks[0].name.startswith("Wan") else blocks[0].name
+
+
+def is_embedded(model: ModelPatcher) -> bool:
+    """The tiny FLUX.1 that ships with the pack: its one attention head gives it away."""
+    transformer: Any = model.get_model_object("diffusion_model")
+    transformer = getattr(transformer, "_orig_mod", transformer)
+    return family_name(model).startswith("FLUX.1") and transformer.params.num_heads == 1
+
+
+def preset(model: ModelPatcher, quality: Quality) -> Setting:
+    """The setting for a model of this family."""
+    table = EMBEDDED if is_embedded(model) else PRESETS.get(family_name(model), OTHERS)
+    return table[QUALITIES.index(quality)]
+
+
+def cache_for(model: ModelPatcher, setting: Setting, report: Report, node: str = "Accelerate DiT") -> StepCache:
+    """The step cache of a setting. `node` is the display name of who asks, for errors."""
+    form, coordinate = FORECASTS[setting.forecast]
+    forecaster = Forecaster(setting.order, form, coordinate)
+    policy: Policy
+    tap: Tap
+    if setting.method == "Confidence-Gated Taylor":
+        policy, tap = (
+            FirstBlockGate(setting.amount, setting.first),
+            LastBlockTap(*require_blocks(model, node), gated=True),
+        )
+    elif setting.method == "Delta-DiT":
+        policy = Interval(int(setting.amount), setting.first, setting.to_end)
+        tap = SpanTap(*require_blocks(model, node), stages=Stages())
+    else:
+        policy, tap = Interval(int(setting.amount), setting.first, setting.to_end), tap_for(model, "auto", node)
+    return StepCache(setting.method, policy, tap, forecaster, Guard(setting.last), report=report)
+
+
+def accelerated(model: ModelPatcher, setting: Setting, report: Report, node: str = "Accelerate DiT") -> ModelPatcher:
+    """A clone of `model` with the step cache of a setting; the model itself for the method "none"."""
+    if setting.method == "none":
+        return model
+    return attach(model, cache_for(model, setting, report, node))
+
+
+# By trying
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one setting came to. `psnr_db` is infinite where nothing differs."""
+
+    setting: Setting
+    computed: float  # fraction of the evaluations
+    speedup: float | None  # measured, of the evaluations
+    psnr_db: float
+
+
+Sample = Callable[[ModelPatcher], Tensor]  # samples a MODEL and gives what is compared, [B, ...]
+
+
+def tune(
+    model: ModelPatcher, sample: Sample, floor_db: float, trials: int, tell: Callable[[int], None] = lambda done: None
+) -> tuple[Setting, list[Trial]]:
+    """Try settings, and take the one that computes least and keeps the floor.
+
+    The first run computes everything. Where the model has block hooks, it also measures the errors of the gate, and
+    the thresholds that are tried are quantiles of those.
+
+    Args:
+        floor_db: PSNR that must be kept, in dB, averaged over the pictures.
+        trials: how many settings to try.
+        tell: called with the number of runs done.
+
+    Returns:
+        The setting (method "none" if nothing keeps the floor), and every trial, in the order they ran.
+    """
+    if trials < 1:
+        raise ValueError(f"trials must be at least 1, got {trials}.")
+    if not isfinite(floor_db):
+        raise ValueError(f"floor must be a finite number of dB, got {floor_db}.")
+    watch = Report("calibration")
+    if blocks_of(model) is None:
+        reference, errors = sample(model), []
+    else:
+        probe = cache_for(model, gate(CLOSED, "", first=2), watch)
+        reference = sample(attach(model, probe))
+        errors = watch.runs[-1].errors if watch.runs else []
+    tell(1)
+    if not torch.isfinite(reference).all():
+        raise ValueError(
+            "Autotune cannot compare anything: the picture without a cache has pixels that are no numbers. "
+            "Check model, VAE and their precision."
+        )
+
+    found: list[Trial] = []
+    for number, setting in enumerate(candidates(errors)[:trials]):
+        report = Report(setting.method)
+        result = sample(accelerated(model, setting, report))
+        run = report.runs[-1]
+        fraction = run.computed / max(len(run.entries), 1)
+        found.append(Trial(setting, fraction, run.speedup, psnr_db(result, reference)))
+        tell(number + 2)
+    good = [trial for trial in found if trial.psnr_db >= floor_db and trial.computed < 1]
+    best = min(good, key=lambda trial: (trial.computed, -trial.psnr_db), default=None)
+    if best is None:
+        return Setting("none", source="no setting that was tried keeps the floor"), found
+    return replace(best.setting, source="tried here"), found
+
+
+CLOSED = 1e-12  # a threshold above 0 under which no error falls: the gate measures and never opens
+
+
+def candidates(errors: Sequence[float]) -> list[Setting]:
+    """What to try, the most promising first: intervals, and gates at quantiles of the errors that were measured."""
+    tried = "tried here"
+    early = [
+        replace(every(n, tried, order, first=1), forecast="Newton, steps")
+        for n, order in ((3, 2), (5, 1), (2, 2), (4, 1))
+    ]
+    settings = [every(3, tried), every(5, tried), every(2, tried), every(4, tried)]
+    if errors:
+        quantiles = torch.tensor(sorted(errors)).quantile(torch.tensor([0.9, 0.7, 0.5]), interpolation="higher")
+        gates = [gate(float(q) * 1.01, tried, first=3) for q in quantiles]
+        settings = [settings[0], gates[1], settings[1], gates[0], settings[2], gates[2], settings[3]]
+    mixed = [setting for pair in zip_longest(settings, early) for setting in pair if setting is not None]
+    return [*mixed, every(7, tried), every(10, tried)]
+
+
+def psnr_db(a: Tensor, b: Tensor) -> float:
+    """Mean over the pictures of the peak signal-to-noise ratio; the peak is the range of `b`."""
+    peak = float(b.max() - b.min()) or 1.0
+    errors = (a.float() - b.float()).square().flatten(1).mean(1)
+    return float((20 * torch.log10(torch.tensor(peak)) - 10 * torch.log10(errors)).mean())

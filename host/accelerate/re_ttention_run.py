@@ -1,0 +1,362 @@
+"""Re-ttention during one run: which evaluation is full, what each layer remembers of it, and what is refused.
+
+Hook: `optimized_attention_override`, behind whatever was there before, for the attention of the picture's own tokens
+as `sparse_attention.py` reads it. State: for each condition (`run.lane`) and layer its rho, its R and the number of its
+computed evaluations. A step cache that skips a layer does not call it, so only what is computed counts. Where blocks
+could be skipped and ComfyUI does not number them (SD3, LTX), they are numbered here. All of it goes with the run.
+
+Forgotten before: rho and R of a condition when the strength of a scheduled LoRA changes, and when more than two
+evaluations of the model went by without it, as prompts that are over and context windows that have moved on do.
+
+A call of the model is computed in one way: full while all its conditions start, sparse if all may be, else it is a
+refresh. PixArt and others that do not let attention be reached are left as they are, and the report says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from torch import Tensor
+
+from ...models.accelerate.re_ttention import (
+    Kind,
+    Stored,
+    drifted,
+    full_attention,
+    full_log_sum_exp,
+    kept_share,
+    memory,
+    reshaped,
+    residual,
+    restore,
+    store,
+    window,
+)
+from ...models.accelerate.sparse_attention import Pattern, covers, kept_pairs
+from ...models.accelerate.sparse_attention_flex import flex_dense
+from .. import token_grid
+from ..blocks import Key, block_family, transformer_of, wrap_block
+from ..compiled import untraced
+from ..run import KEY, Chunk, Condition, Run, chunk_of
+from .sparse_attention import OVERRIDE, Backend, OwnAttention, has_flex, own_attention
+
+if TYPE_CHECKING:
+    from .re_ttention import ReTtention
+
+logger = logging.getLogger(__name__)
+
+UNUSED = 2  # evaluations that a condition may be away, as in a step cache
+SIGMA = "dit_toolkit.re_ttention.sigma"  # in transformer_options: the noise level of the call, a float
+UNNUMBERED = ("SD3", "LTX video")  # families that run blocks without telling attention which
+
+
+@dataclass
+class Layer:
+    """What one layer remembers of one condition. rho `[rows, H, L]`; R as it is stored."""
+
+    computed: int = 0  # evaluations
+    refreshed: int | None = None  # `computed` at the last refresh
+    sigma: float = 0.0  # at the last refresh
+    rho: Tensor | None = None
+    rest: Stored | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.nbytes for x in (self.rho,) if x is not None) + (0 if self.rest is None else self.rest.bytes)
+
+    def forget_unless(self, shape: tuple[int, ...], device: torch.device) -> None:
+        """Drop what belongs to other pictures than these."""
+        if self.rho is not None and (self.rho.shape != shape or self.rho.device != device):
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop the statistics; the next evaluation takes new ones."""
+        self.refreshed, self.rho, self.rest = None, None, None
+
+
+@dataclass(eq=False)
+class Lane:
+    """One condition."""
+
+    layers: dict[Hashable, Layer] = field(default_factory=dict)
+    weights: tuple = ()  # scheduled LoRAs and their strength
+    used: int = -1  # the evaluation it was last in, as `ReTtentionRun.passes` counts them
+
+    def forget(self) -> None:
+        for layer in self.layers.values():
+            layer.forget()
+
+    @property
+    def bytes(self) -> int:
+        return sum(layer.bytes for layer in self.layers.values())
+
+
+class Call(NamedTuple):
+    """One attention call, and what belongs to it in this run."""
+
+    own: OwnAttention
+    pattern: Pattern
+    chunk: Chunk
+    layers: list[Layer]  # one for each condition of the chunk
+    full: Callable[[], Tensor]  # attention as it is without us, `[B, H, L, d]`
+
+    @property
+    def sigma(self) -> float:
+        return self.own.options[SIGMA]
+
+    @property
+    def pairs(self) -> int:
+        return self.own.q.shape[0] * self.own.q.shape[2] * self.own.k.shape[2]
+
+    @property
+    def kept_pairs(self) -> int:
+        return self.own.q.shape[0] * kept_pairs(self.pattern, self.own.grid, self.own.extra)
+
+
+class ReTtentionRun:
+    """One run of one sampler."""
+
+    def __init__(self, settings: ReTtention, run: Run):
+        self.settings = settings
+        self.report = settings.report
+        self.run = run
+        self.backend = Backend()
+        self.planned: dict[tuple[Condition, Hashable], tuple[int, int]] = {}  # bytes, by condition and layer
+        self.allowed = -1  # bytes that were found to fit
+        self.alone = True  # nobody else changes attention
+        self.dense_failed = ""  # why full attention is not computed by FlexAttention any more
+        self.lock = threading.Lock()  # with several GPUs, conditions run in threads
+        self.evaluation = -1  # of the run, the last one that reached the model
+        self.passes = -1  # evaluations that did: those that a step cache answers do not make a condition older
+
+    def install(self, model_options: dict) -> None:
+        self.report.start()
+        token_grid.install(model_options)
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.apply_model, model_options, is_model_options=True)
+        if self.run.model is not None:
+            number_blocks(self.run.model, model_options)
+        self.run.on_close(self.close)
+
+        options = model_options["transformer_options"]
+        earlier = options.get(OVERRIDE)
+        self.alone = earlier is None
+
+        @untraced  # what it finds in the options changes from call to call
+        def override(func: Callable, *args: Any, **kwargs: Any) -> Tensor:
+            def without_us() -> Tensor:
+                return func(*args, **kwargs) if earlier is None else earlier(func, *args, **kwargs)
+
+            own = own_attention(args, kwargs)
+            call = self.call_of(own, without_us, kwargs.get("skip_output_reshape", False))
+            if call is None:
+                return without_us()
+            out = self.attend(call)
+            return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
+
+        options[OVERRIDE] = override
+
+    def apply_model(
+        self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds
+    ):
+        """APPLY_MODEL: the noise level of the call, read once from the device for all layers, and whose turn it is."""
+        options = {**(transformer_options or {}), SIGMA: float(t.flatten()[0])}
+        hooks = getattr(getattr(executor.class_obj.current_patcher, "current_hooks", None), "hooks", ())
+        self.visit(chunk_of(options), tuple((hook.hook_ref, hook.strength) for hook in hooks))
+        return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+
+    def visit(self, chunk: Chunk, weights: tuple) -> None:
+        """Let go of conditions that stay away, and of what was taken with LoRAs of another strength."""
+        with self.lock:
+            if self.evaluation != self.run.evaluation:
+                self.evaluation, self.passes = self.run.evaluation, self.passes + 1
+                self._let_go()
+            for condition in chunk.conditions:
+                lane = self._lane(condition)
+                if lane.weights != weights:
+                    lane.forget()
+                lane.weights, lane.used = weights, self.passes
+
+    def _lane(self, condition: Condition) -> Lane:
+        return self.run.lane(self, condition, Lane)
+
+    def _let_go(self) -> None:
+        """Forget the conditions that were in none of the last `UNUSED` + 1 evaluations of the model."""
+        gone = {each for each, _ in self.planned if self.passes - 1 - self._lane(each).used > UNUSED}
+        for condition in gone:
+            self._lane(condition).forget()
+        self.planned = {key: size for key, size in self.planned.items() if key[0] not in gone}
+
+    def call_of(self, own: OwnAttention | str | None, without_us: Callable[[], Tensor], by_head: bool) -> Call | None:
+        """What to compute ourselves, or None where attention stays as it is."""
+        if own is None or isinstance(own, str):
+            return self._leave(own)
+        chunk, grid = chunk_of(own.options), own.grid
+        if own.q.shape[0] != chunk.rows * len(chunk.conditions):
+            return self._leave("its batch is not that of the pictures")
+        if grid.length < self.settings.min_tokens:
+            return self._leave(f"{grid.length} tokens are fewer than min_tokens")
+        pattern = window(self.settings.pattern, grid, self.settings.keep)
+        if covers(pattern, grid):
+            return self._leave("the window covers the whole picture")
+        self.report.patterns[grid] = pattern
+
+        def full() -> Tensor:
+            out = without_us()
+            return out if by_head else out.unflatten(2, (own.q.shape[1], -1)).transpose(1, 2)
+
+        layers = [self._lane(each).layers.setdefault(own.layer, Layer()) for each in chunk.conditions]
+        return Call(own, pattern, chunk, layers, full)
+
+    def _leave(self, reason: str | None) -> None:
+        if reason:
+            self.report.left_full[reason] += 1
+
+    def attend(self, call: Call) -> Tensor:
+        """Attention of the picture's own tokens, `[B, H, L, d]`: full, or as good as."""
+        kind = self._kind(call)
+        self._plan(call, kind)
+        compute = {"full": self._full, "refresh": self._refresh, "sparse": self._sparse}[kind]
+        out = compute(call)
+        for layer in call.layers:
+            layer.computed += 1
+        self.report.kinds.setdefault(self.run.evaluation, set()).add(kind)
+        self.report.pairs_in_full += call.pairs
+        return out
+
+    def _kind(self, call: Call) -> Kind:
+        shape, device = (call.chunk.rows, *call.own.q.shape[1:3]), call.own.q.device
+        kinds: set[Kind] = set()
+        for layer in call.layers:
+            layer.forget_unless(shape, device)
+            kinds.add(self.settings.schedule.kind(layer.computed, layer.refreshed, call.sigma, layer.sigma))
+        return kinds.pop() if len(kinds) == 1 else "refresh"
+
+    def _full(self, call: Call) -> Tensor:
+        self.report.pairs += call.pairs
+        return call.full()
+
+    def _refresh(self, call: Call) -> Tensor:
+        """Full attention, and what the layers need until the next time."""
+        own = call.own
+        full, full_lse = self._full_and_log_sum_exp(call)
+        sparse, sparse_lse = self.backend.attend(own, call.pattern, with_lse=True)
+        assert sparse_lse is not None
+        rho = kept_share(sparse_lse, full_lse)
+        rest = residual(full, sparse, rho)
+        for i, layer in enumerate(call.layers):
+            part = call.chunk.part(i)
+            layer.refreshed, layer.sigma = layer.computed, call.sigma
+            layer.rho, layer.rest = rho[part], store(rest[part], self.settings.storage)
+        self.report.pairs += call.pairs + call.kept_pairs
+        return full
+
+    def _full_and_log_sum_exp(self, call: Call) -> tuple[Tensor, Tensor]:
+        """In one pass where a kernel returns both and nobody else changes attention, else in two."""
+        own = call.own
+        if self.alone:
+            together = self._flex(own) if own.bias is None and has_flex(own.q.device) else None
+            if together is None:
+                together = full_attention(own.q, own.k, own.v, own.scale, own.bias)
+            if together is not None:
+                return together
+        self.report.pairs += call.pairs // 2  # queries times keys once more
+        return call.full(), full_log_sum_exp(own.q, own.k, own.bias, scale=own.scale)
+
+    def _flex(self, own: OwnAttention) -> tuple[Tensor, Tensor] | None:
+        """Both by FlexAttention, or None. Its failure here is none of the sparse evaluations' business."""
+        if self.dense_failed:
+            return None
+        try:
+            return flex_dense(own.q, own.k, own.v, scale=own.scale)
+        except comfy.model_management.OOM_EXCEPTION:
+            raise
+        except Exception as error:  # compilers fail in many ways; other ways give the same result
+            self.dense_failed = f"{type(error).__name__}: {error}".splitlines()[0]
+            logger.warning("FlexAttention failed (%s). Re-ttention refreshes without it, slower.", self.dense_failed)
+            return None
+
+    def _sparse(self, call: Call) -> Tensor:
+        """The kept keys, scaled by what they weighed among all, and what all others contributed."""
+        sparse = self.backend.attend(call.own, call.pattern).out
+        rho = _joined([layer.rho for layer in call.layers])
+        rest = _joined([restore(layer.rest, sparse) for layer in call.layers])
+        if rho is None:
+            raise RuntimeError("a sparse evaluation came before a full one")
+        out = reshaped(sparse, rho, rest)
+        for layer in call.layers:
+            if layer.rho is not None:
+                layer.rho = drifted(layer.rho, self.settings.drift, clamp=self.settings.clamp)
+        self.report.pairs += call.kept_pairs
+        return out
+
+    def _plan(self, call: Call, kind: Kind) -> None:
+        """Add up what will be kept, and refuse it as soon as all is known: in the second evaluation, or a refresh."""
+        _, heads, tokens, head_dim = call.own.q.shape
+        size = memory(call.chunk.rows, tokens, heads, head_dim, self.settings.storage, call.own.q.element_size())
+        known = all((each, call.own.layer) in self.planned for each in call.chunk.conditions)
+        self.planned |= {(each, call.own.layer): size for each in call.chunk.conditions}
+        if not known and kind == "full":
+            return
+        device, host = (sum(sizes) for sizes in zip(*self.planned.values(), strict=True))
+        self.report.planned = max(self.report.planned, (device, host), key=sum)
+        if device + host <= self.allowed:
+            return
+        limit = self.settings.max_bytes
+        if limit is None:
+            limit = self._free(call.own.q.device if device >= host else torch.device("cpu")) // 4
+        if device + host > limit:
+            raise ValueError(
+                f"Apply Re-ttention would keep {(device + host) / 2**20:.0f} MiB for this size, "
+                f"{limit / 2**20:.0f} MiB are allowed. "
+                f"Set 'storage' to '8 bits', 'offload to CPU' or 'share only', or raise 'max_memory'."
+            )
+        self.allowed = device + host
+
+    def _free(self, where: torch.device) -> int:
+        """Bytes free on a device, those that ComfyUI would give back included."""
+        if where.type == "cpu" or self.run.model is None:
+            return int(comfy.model_management.get_free_memory(where))  # pyright: ignore[reportArgumentType]
+        return int(self.run.model.get_free_memory(where))
+
+    def close(self, completed: bool) -> None:
+        """At the end of the run: what was held, one line for the log, and nothing stays."""
+        self.report.held = sum(lane.bytes for lane in self.run.lanes_of(self))
+        self.report.backends = self.backend.used
+        failed = {"refreshes": self.dense_failed, "kept pairs": self.backend.failed}
+        self.report.failed = {part: why for part, why in failed.items() if why}
+        self.backend.plans.drop_large()
+        logger.info("%s", self.report.summary)
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """The rows of all conditions, `[B, ...]`; None where there are none."""
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if len(found) > 1 else next(iter(found), None)
+
+
+def number_blocks(model: ModelPatcher, model_options: dict) -> None:
+    """Tell attention the block it is in, for families that do not. Who skips blocks then confuses nobody."""
+    family = block_family(model)
+    if family is None or family.name not in UNNUMBERED:
+        return
+    for key in family.keys(transformer_of(model)):
+        wrap_block(model_options, key, numbered(key))
+
+
+def numbered(key: Key) -> Callable[[dict, Callable[[dict], dict]], dict]:
+    """A block wrap that puts type and number into transformer_options."""
+    kind, index = key
+
+    def wrap(args: dict, run_block: Callable[[dict], dict]) -> dict:
+        block = {"block_type": kind.removesuffix("_block"), "block_index": index}
+        return run_block({**args, "transformer_options": {**args["transformer_options"], **block}})
+
+    return wrap

@@ -1,0 +1,372 @@
+"""A step cache during a run: what is computed, what is kept for each condition, and when it is thrown away.
+
+One decision holds for all conditions of an evaluation. A chunk is forecast only if every lane in it can be; otherwise
+all of it is computed, and recorded. Lanes are per condition, so positive and negative prompts, areas, context windows
+and the extra passes of guidance nodes never mix.
+
+Thrown away: everything at the end of the run, and when sigma rises by more than 1 % (a restart); a lane when the shape,
+dtype or device of its input or the strength of a scheduled LoRA changes, or when it went unused for more than two
+evaluations.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from math import inf, isfinite
+from typing import TYPE_CHECKING, Any
+
+import torch
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from torch import Tensor
+
+from ...models.accelerate.cg_taylor import FirstBlockGate
+from ...models.accelerate.input_change import Change, InputChange
+from ...models.accelerate.step_cache import COMPUTE, FORECAST, PROBE, Choice, Moment, weighted_sum
+from ...models.accelerate.taylorseer import Forecaster, Point
+from ..run import KEY, Chunk, Run, chunk_of
+from .report import Entry, RunReport
+from .step_cache_taps import VISIT
+
+if TYPE_CHECKING:
+    from .step_cache import StepCache
+
+Tensors = tuple[Tensor, ...]
+
+
+class History:
+    """What was computed at one tap for one condition: the newest points, as many as the forecast reads."""
+
+    def __init__(self, forecaster: Forecaster):
+        self.forecaster = forecaster
+        self.points: list[Point] = []
+        self.values: list[Tensors] = []
+
+    def add(self, point: Point, values: Tensors) -> None:
+        """The newest point. It replaces its predecessor where the two are at the same place.
+
+        Points of other shapes are dropped: Flux KV Cache takes the reference tokens out after the first evaluation.
+        """
+        if self.values and [x.shape for x in values] != [x.shape for x in self.values[0]]:
+            self.points, self.values = [], []
+        if self.points and self.forecaster.same_place(point, self.points[0]):
+            self.points, self.values = self.points[1:], self.values[1:]
+        keep = self.forecaster.order
+        self.points, self.values = [point, *self.points[:keep]], [values, *self.values[:keep]]
+
+    def forecast(self, at: Point, device: torch.device) -> Tensors:
+        weights = self.forecaster.weights(self.points, at)
+        moved = [[x.to(device) for x in values] for values in self.values]
+        return tuple(weighted_sum(streams, weights) for streams in zip(*moved, strict=True))
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.nbytes for values in self.values for x in values)
+
+
+@dataclass(eq=False)
+class Lane:
+    """One condition. `histories` by the name of the tap's point of capture."""
+
+    signature: tuple = ()
+    used: int = -1  # evaluation
+    full: int = 0  # evaluations computed
+    histories: dict[str, History] = field(default_factory=dict)
+    change: Change = field(default_factory=Change)
+
+    def clear(self) -> None:
+        self.full, self.histories, self.change = 0, {}, Change()
+
+    @property
+    def bytes(self) -> int:
+        return sum(history.bytes for history in self.histories.values())
+
+    @property
+    def newest_bytes(self) -> int:
+        """Of the newest point of each history."""
+        return sum(x.nbytes for history in self.histories.values() for x in history.values[0])
+
+
+@dataclass(eq=False)
+class Visit:
+    """One call of the model under a step cache."""
+
+    run: StepCacheRun
+    chunk: Chunk
+    lanes: list[Lane]
+    point: Point
+    choice: Choice
+    device: torch.device
+    parts: tuple[str, ...] = ()  # names of the histories that the tap forecasts from
+    transformer: Any = None
+    captured: dict[str, Tensors] = field(default_factory=dict)  # for the whole batch, owned by nobody else
+    entry: dict[str, Tensor] = field(default_factory=dict)  # streams at the door of the span
+    injected: bool = False
+    misfit: bool = False  # what is stored has another shape than what it should take the place of
+
+    def forecast(self, name: str) -> Tensors:
+        """The forecast for the whole batch of the chunk."""
+        parts = [lane.histories[name].forecast(self.point, self.device) for lane in self.lanes]
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
+
+    def record(self) -> None:
+        """Keep what was captured, now that the call is over: an interrupt may come from inside any layer."""
+        offload = self.run.settings.offload
+        for name, tensors in self.captured.items():
+            for i, lane in enumerate(self.lanes):
+                rows = self.chunk.part(i)
+                kept = tuple(x[rows].to("cpu") if offload else x[rows] for x in tensors)
+                history = lane.histories.setdefault(name, History(self.run.forecaster_of(name)))
+                history.add(self.point, kept)
+        for lane in self.lanes:
+            lane.full += 1
+            for name in lane.histories.keys() - self.captured.keys():  # of another span, or of blocks taken from us
+                del lane.histories[name]
+
+    def settle(self, error: float) -> None:
+        """The probe's answer: it decides for this and all later chunks of the evaluation."""
+        self.choice = self.run.settle(error)
+        if self.choice is FORECAST and not self.ready():
+            self.choice = COMPUTE
+
+    def ready(self) -> bool:
+        """Whether every lane holds enough for a forecast."""
+        first = self.run.settings.policy.first
+        return all(lane.full >= first and all(part in lane.histories for part in self.parts) for lane in self.lanes)
+
+
+class StepCacheRun:
+    """All of one step cache in one run of a sampler."""
+
+    def __init__(self, settings: StepCache, run: Run):
+        self.settings, self.run = settings, run
+        self.start = inf if settings.start <= 0 else self.edge(settings.start)
+        self.end = -inf if settings.end >= 1 else self.edge(settings.end)
+        self.steps = steps_of(run.sigmas)
+        self.total = evaluations_of(self.steps, run.sampler, ends=bool(run.sigmas) and run.sigmas[-1] == 0)
+        self.report: RunReport = settings.report.start(self.total)
+        self.lock = threading.RLock()  # with several GPUs, chunks of one evaluation run in threads
+        self.index = -1  # evaluations since the start or the last reset
+        self.last_full: int | None = None
+        self.resets = 0
+        self.sigma = inf
+        self.choice, self.reason = COMPUTE, ""
+        self.error: float | None = None
+        self.computed = self.forecast = 0  # chunks of this evaluation
+        self.began = time.perf_counter()  # the evaluation
+        self.short = self.steps is not None and len(self.steps) <= settings.policy.first + 1
+        if self.steps is None:
+            self.report.notes.append("The schedule does not fall evenly to its end, so the last steps are not guarded.")
+        if self.short:
+            self.report.notes.append("Too few steps for a forecast: everything is computed.")
+
+    def install(self, model_options: dict) -> None:
+        self.settings.tap.install(self, model_options)
+        for kind, wrapper in (
+            (WrappersMP.PREDICT_NOISE, self.predict_noise),
+            (WrappersMP.APPLY_MODEL, self.apply_model),
+        ):
+            add_wrapper_with_key(kind, KEY, wrapper, model_options, is_model_options=True)
+        self.run.on_close(self.close)
+
+    def forecaster_of(self, name: str) -> Forecaster:
+        policy = self.settings.policy
+        if name == "first" and isinstance(policy, FirstBlockGate):
+            return Forecaster(0 if policy.compare == "residual" else policy.order)
+        return self.settings.forecaster
+
+    def edge(self, percent: float) -> float:
+        """The sigma at a part of the noise schedule, 0 to 1, a hair above it: a step that begins there is behind it.
+
+        Samplers round sigmas to float32. Compared exactly, a boundary at half of 12 steps would be left to chance.
+        """
+        sampling: Any = self.run.model.get_model_object("model_sampling") if self.run.model is not None else None
+        return float(sampling.percent_to_sigma(percent)) * (1 + 1e-5)
+
+    # evaluations
+
+    def predict_noise(self, executor, x: Tensor, timestep: Tensor, *args, **kwargs) -> Tensor:
+        """PREDICT_NOISE: one evaluation by the sampler."""
+        self.begin(float(timestep.flatten()[0]))  # waits for a GPU, so the clock is read at the same place each time
+        self.tick()
+        result = executor(x, timestep, *args, **kwargs)
+        self.finish(time.perf_counter() - self.began)
+        return result
+
+    def tick(self) -> None:
+        """An evaluation lasts until the next begins: what a GPU has still to do when the call returns is its own."""
+        now = time.perf_counter()
+        if self.report.entries:
+            self.report.entries[-1] = replace(self.report.entries[-1], seconds=now - self.began)
+        self.began = now
+
+    def close(self, completed: bool) -> None:
+        if completed and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.tick()
+        self.settings.report.end(self.report, completed)
+
+    def begin(self, sigma: float) -> None:
+        if sigma > self.sigma * 1.01:
+            self.reset("sigma rose")
+        self.sigma = sigma
+        self.index += 1
+        self.error = None
+        self.computed = self.forecast = 0
+        self.choice, self.reason = self.choose()
+
+    def reset(self, why: str) -> None:
+        """Forget everything, as at the start of a run."""
+        self.index, self.last_full, self.total = -1, None, None
+        for lane in self.run.lanes_of(self):
+            lane.clear()
+        self.resets += 1
+        if self.resets == 1:
+            self.report.notes.append(f"Started anew at evaluation {self.run.evaluation}: {why}.")
+        else:
+            again = f"Started anew {self.resets} times, last at evaluation {self.run.evaluation}: {why}."
+            self.report.notes = [again if note.startswith("Started anew") else note for note in self.report.notes]
+
+    def choose(self) -> tuple[Choice, str]:
+        since = 0 if self.last_full is None else self.index - self.last_full
+        moment = Moment(self.index, since, self.left(), self.total)
+        if self.short:
+            return COMPUTE, "short"
+        if not self.end < self.sigma <= self.start:
+            return COMPUTE, "range"
+        guarded = self.settings.guard.reason(moment)
+        if guarded:
+            return COMPUTE, guarded
+        return self.settings.policy.choose(moment)
+
+    def left(self) -> int | None:
+        """Steps of the schedule that begin below this sigma."""
+        if self.steps is None:
+            return None
+        return sum(step < self.sigma * (1 - 1e-5) for step in self.steps)
+
+    def settle(self, error: float) -> Choice:
+        """The answer to a probe: the first one holds for the whole evaluation."""
+        with self.lock:
+            if self.choice is PROBE:
+                policy: Any = self.settings.policy
+                self.error = error
+                opens = policy.opens(error) if isinstance(policy, FirstBlockGate) else error < policy.threshold
+                self.choice = FORECAST if opens else COMPUTE
+            return self.choice
+
+    def finish(self, seconds: float) -> None:
+        full = self.forecast == 0
+        if full:
+            self.last_full = self.index
+        lanes = self.run.lanes_of(self)
+        held = sum(lane.bytes for lane in lanes)
+        self.report.bytes_held = max(self.report.bytes_held, held)
+        for lane in lanes:
+            if self.run.evaluation - lane.used > 2:  # its prompt is over, or away for so long that it must start anew
+                lane.clear()
+        reason = "new" if full and self.choice is FORECAST else self.reason  # a lane had nothing to forecast from
+        error = self.error if self.error is not None and isfinite(self.error) else None
+        threshold = getattr(self.settings.policy, "threshold", None)
+        threshold = threshold if threshold is not None and isfinite(threshold) else None
+        entry = Entry(self.run.evaluation, self.sigma, full, reason, error, threshold, seconds)
+        self.settings.report.add(self.report, entry)
+
+    # calls of the model
+
+    def apply_model(
+        self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds
+    ):
+        """APPLY_MODEL: one chunk, forecast or computed and recorded."""
+        options = transformer_options or {}
+        visit = self.visit(executor.class_obj, x, c_crossattn, chunk_of(options))
+
+        def call() -> Tensor:
+            return executor(x, t, c_concat, c_crossattn, control, {**options, VISIT: visit}, **conds)
+
+        denoised = self.settings.tap.run(visit, call, executor.class_obj, x, t)
+        with self.lock:
+            if visit.choice is FORECAST:
+                self.forecast += 1
+            else:
+                self.computed += 1
+                visit.record()
+        if visit.choice is COMPUTE and isinstance(self.settings.policy, InputChange):
+            output = visit.captured["prediction"][0] if "prediction" in visit.captured else denoised
+            for i, lane in enumerate(visit.lanes):
+                rows = visit.chunk.part(i)
+                lane.change.computed(thinned(x[rows]), thinned(output[rows]))
+        return denoised
+
+    def visit(self, base: Any, x: Tensor, text: Tensor | None, chunk: Chunk) -> Visit:
+        """This chunk's lanes, cleared where they no longer fit, and what is to be done with it."""
+        lanes = [self.run.lane(self, condition, Lane) for condition in chunk.conditions]
+        hooks = getattr(getattr(base.current_patcher, "current_hooks", None), "hooks", ())
+        weights = tuple((hook.hook_ref, hook.strength) for hook in hooks)  # scheduled LoRAs change during a run
+        shape_of_text = None if text is None else tuple(text.shape[1:])
+        signature = (tuple(x.shape[1:]), chunk.rows, x.dtype, shape_of_text, weights)
+        for lane in lanes:
+            if lane.signature != signature:
+                lane.clear()
+            lane.signature, lane.used = signature, self.run.evaluation
+        point = Point(self.index, self.sigma, place_in(self.run.sigmas, self.sigma) if self.steps else None)
+        parts = self.settings.tap.parts(self)
+        visit = Visit(self, chunk, lanes, point, self.choice, x.device, parts, base.diffusion_model)
+        if isinstance(self.settings.policy, InputChange):
+            grown = [lane.change.grown(thinned(x[chunk.part(i)])) for i, lane in enumerate(lanes)]
+            if visit.choice is PROBE:
+                visit.settle(inf if grown[0] is None else grown[0])
+        if visit.choice is not COMPUTE and not visit.ready():
+            visit.choice = COMPUTE
+        return visit
+
+
+def steps_of(sigmas: Sequence[float]) -> list[float] | None:
+    """The sigmas at which steps begin, or None if they do not strictly fall."""
+    if len(sigmas) < 2 or any(b >= a for a, b in pairwise(sigmas)):
+        return None
+    return list(sigmas[:-1])
+
+
+PER_STEP = {  # evaluations of the samplers that need more than one, and one for the last step
+    "sample_heun": 2,
+    "sample_exp_heun_2_x0": 2,
+    "sample_exp_heun_2_x0_sde": 2,
+    "sample_dpm_2": 2,
+    "sample_dpm_2_ancestral": 2,
+    "sample_dpmpp_2s_ancestral": 2,
+    "sample_dpmpp_2s_ancestral_cfg_pp": 2,
+    "sample_dpmpp_sde": 2,
+    "sample_dpmpp_sde_gpu": 2,
+    "sample_sa_solver_pece": 2,
+    "sample_seeds_2": 2,
+    "sample_seeds_3": 3,
+}
+IRREGULAR = ("sample_heunpp2", "dpm_adaptive_function")
+
+
+def evaluations_of(steps: Sequence[float] | None, sampler: str, ends: bool = True) -> int | None:
+    """How often a sampler calls the model; None where the schedule does not tell.
+
+    ends: the schedule goes down to 0, and its last step needs one evaluation whatever the sampler.
+    """
+    if steps is None or sampler in IRREGULAR:
+        return None
+    each = PER_STEP.get(sampler, 1)
+    return each * (len(steps) - 1) + (1 if ends else each)
+
+
+def place_in(sigmas: Sequence[float], sigma: float) -> float:
+    """Where a sigma lies in a falling schedule: 2.5 is half-way from `sigmas[2]` to `sigmas[3]`."""
+    for i, (high, low) in enumerate(pairwise(sigmas)):
+        if sigma >= low:
+            return i + (high - sigma) / (high - low)
+    return float(len(sigmas) - 1)
+
+
+def thinned(x: Tensor) -> Tensor:
+    """Every eighth row and column, as EasyCache compares; fewer are left out where a side is short."""
+    return x[..., :: max(1, min(8, x.shape[-2] // 16)), :: max(1, min(8, x.shape[-1] // 16))]

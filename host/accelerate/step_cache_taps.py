@@ -1,0 +1,394 @@
+"""Where a step cache takes what it stores, and where it puts its forecast in.
+
+| tap | stores | a forecast evaluation still runs | models |
+|---|---|---|---|
+| `PredictionTap` | the model's output, in latent space | nothing | all |
+| `LastBlockTap` | the picture's tokens behind the last block | embeddings, head, the probed block | with block hooks |
+| `SpanTap` | what a span of blocks changed | the blocks outside the span | with block hooks |
+| `ModuleTap` | the output of every attention and MLP | modulation | FLUX.1 |
+
+Blocks are wrapped for one run. In a forecast, wrapped blocks hand their input on, and the last one of the span returns
+the forecast. Whatever was added between skipped blocks, as ControlNet does, is part of what was stored: it counts once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import inf
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...models.accelerate.cg_taylor import FirstBlockGate, reduced, relative_error
+from ...models.accelerate.delta_dit import Span, Stages
+from ...models.accelerate.step_cache import COMPUTE, FORECAST, PROBE
+from .. import flux
+from ..blocks import BlockFamily, Key, block_family, transformer_of, wrap_block
+from ..compiled import untraced
+
+if TYPE_CHECKING:
+    from .step_cache_run import StepCacheRun, Visit
+
+VISIT = "dit_toolkit.step_cache"  # in transformer_options: the Visit that is going on
+
+RunBlock = Callable[[dict], dict]
+Wrap = Callable[[dict, RunBlock], dict]
+
+
+TapName = Literal["auto", "last block", "prediction", "every module"]
+
+
+class Tap(Protocol):
+    name: str  # as people see it
+
+    def install(self, run: StepCacheRun, model_options: dict) -> None:
+        """Add hooks below APPLY_MODEL, for this run."""
+
+    def parts(self, run: StepCacheRun) -> tuple[str, ...]:
+        """The names of the histories that this evaluation would be forecast from."""
+        ...
+
+    def run(self, visit: Visit, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:
+        """The denoised latent of one chunk: forecast, or computed with `visit.captured` filled."""
+        ...
+
+
+@dataclass(frozen=True)
+class PredictionTap:
+    """The model's raw output m, from the denoised latent x0 = A * x - B * m.
+
+    A and B are read off the model's own sampling, so this holds for flow, EPS and v-prediction. Nothing is skipped
+    where B vanishes.
+    """
+
+    name = "prediction"
+
+    def install(self, run: StepCacheRun, model_options: dict) -> None:
+        pass
+
+    def parts(self, run: StepCacheRun) -> tuple[str, ...]:
+        return ("prediction",)
+
+    def run(self, visit: Visit, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:
+        skip, scale = input_and_output_weight(base.model_sampling, sigma, x)
+        usable = bool((scale.abs() > 1e-4).all())
+        if visit.choice is FORECAST and usable:
+            (raw,) = visit.forecast("prediction")
+            return skip * x - scale * raw
+        visit.choice = COMPUTE
+        denoised = call()
+        if usable:
+            visit.captured["prediction"] = (((skip * x - denoised) / scale).float(),)
+        return denoised
+
+
+def input_and_output_weight(sampling: Any, sigma: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of `denoised = A * x - B * output`, as tensors that broadcast over `x`."""
+    one = torch.ones((x.shape[0],) + (1,) * (x.ndim - 1), device=x.device, dtype=torch.float32)
+    zero = torch.zeros_like(one)
+    return sampling.calculate_denoised(sigma, zero, one), -sampling.calculate_denoised(sigma, one, zero)
+
+
+@dataclass(frozen=True)
+class BlockTap(ABC):
+    """A span of blocks, skipped in a forecast. The two taps below are its two uses."""
+
+    family: BlockFamily
+    keys: tuple[Key, ...]
+
+    @property
+    @abstractmethod
+    def payload(self) -> Literal["output", "residual"]:
+        """What is stored: what the span gave, or what it changed."""
+
+    @abstractmethod
+    def span(self, run: StepCacheRun) -> Span:
+        """First block skipped, and first block behind the span, in this evaluation."""
+
+    def parts(self, run: StepCacheRun) -> tuple[str, ...]:
+        start, stop = self.span(run)
+        return (f"{start}:{stop}",) if start < stop else ()
+
+    def install(self, run: StepCacheRun, model_options: dict) -> None:
+        for position, key in enumerate(self.keys):
+            wrap_block(model_options, key, self.wrapped(position))
+
+    def run(self, visit: Visit, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:
+        if not visit.parts:
+            visit.choice = COMPUTE
+        denoised = call()
+        if visit.choice is PROBE:  # another node took our place in block 0
+            visit.choice = COMPUTE
+        if visit.choice is FORECAST and not visit.injected:  # or in the block that would have received the forecast
+            visit.choice = COMPUTE
+            visit.captured.clear()
+            denoised = call()
+        return denoised
+
+    def wrapped(self, position: int) -> Wrap:
+        """What block number `position` does instead."""
+
+        @untraced  # what it finds in the options changes from call to call
+        def wrap(args: dict, run_block: RunBlock) -> dict:
+            visit: Visit | None = args["transformer_options"].get(VISIT)
+            if visit is None or not visit.parts:
+                return run_block(args)
+            start, stop = self.span(visit.run)
+            if position == start:
+                self.enter(visit, position, args)
+            probing = position == 0 and isinstance(visit.run.settings.policy, FirstBlockGate)
+            if probing and visit.choice is not FORECAST:
+                out = self.probe(visit, args, run_block)
+            elif visit.choice is FORECAST and start <= position < stop:
+                if position == stop - 1:
+                    return self.inject(visit, position, args)
+                return self.unchanged(position, args)
+            else:
+                out = run_block(args)
+            if visit.choice is not FORECAST and position == stop - 1:
+                self.capture(visit, position, args, out)
+            return out
+
+        return wrap
+
+    @torch.compiler.disable()
+    def enter(self, visit: Visit, position: int, args: dict) -> None:
+        if self.payload == "residual":  # cloned: blocks, and ControlNet after them, write in place
+            names = self.family.streams(self.keys[position][0])
+            visit.entry = {name: args[name].clone() for name in names}
+
+    @untraced
+    def probe(self, visit: Visit, args: dict, run_block: RunBlock) -> dict:
+        """Run block 0, and let it decide where it has to."""
+        gate: Any = visit.run.settings.policy
+        before = args["img"].clone() if gate.compare == "residual" else None
+        out = run_block(args)
+        self.judge(visit, gate, out["img"], before)
+        return out
+
+    @torch.compiler.disable()
+    def judge(self, visit: Visit, gate: FirstBlockGate, img: Tensor, before: Tensor | None) -> None:
+        value = img if before is None else img - before
+        if visit.choice is PROBE:
+            if all("first" in lane.histories for lane in visit.lanes):
+                guess = visit.forecast("first")[0]
+                same = guess.shape == value.shape
+                errors = relative_error(guess, value) if same else torch.full((value.shape[0],), inf)
+                visit.settle(reduced(errors, rows_of_positive(visit).to(errors.device), gate.reduce))
+            else:
+                visit.settle(inf)
+        if visit.choice is not FORECAST:
+            visit.captured["first"] = (value.clone() if value is img else value,)
+
+    @torch.compiler.disable()
+    def inject(self, visit: Visit, position: int, args: dict) -> dict:
+        """The forecast, as the result of the last block of the span."""
+        stored = visit.forecast(visit.parts[0])
+        kind = self.keys[position][0]
+        names = self.family.streams(kind)
+        here = {name: args[name] for name in names}
+        if self.payload == "residual":
+            start, _ = self.span(visit.run)
+            here = self.family.joined(visit.entry, self.keys[start][0], kind)
+        rows = slice(None) if position < len(self.keys) - 1 else self.family.picture(args, {"img": here["img"]})
+        if [x.shape for x in stored] != [here[name][:, rows].shape for name in names][: len(stored)]:
+            return self.unchanged(position, args)  # not injected: the call is made again, and computed
+        visit.injected = True
+        if position < len(self.keys) - 1:
+            if self.payload == "residual":
+                return {name: here[name] + value for name, value in zip(names, stored, strict=True)}
+            return dict(zip(names, stored, strict=True))
+        img = here["img"].clone()
+        img[:, rows] = img[:, rows] + stored[0] if self.payload == "residual" else stored[0]
+        return {**{name: args.get(name) for name in names}, "img": img}
+
+    @torch.compiler.disable()
+    def capture(self, visit: Visit, position: int, args: dict, out: dict) -> None:
+        kind = self.keys[position][0]
+        names = self.family.streams(kind)
+        if position == len(self.keys) - 1:
+            rows = self.family.picture(args, out)
+            values = {"img": out["img"][:, rows]}
+        else:
+            rows, values = slice(None), {name: out[name] for name in names}
+        if self.payload == "residual":
+            if not visit.entry:
+                return  # another node took our place at the door of the span
+            start, _ = self.span(visit.run)
+            entry = self.family.joined(visit.entry, self.keys[start][0], kind)
+            tensors = tuple(value - entry[name][:, rows] for name, value in values.items())
+        else:
+            tensors = tuple(value.clone() for value in values.values())
+        visit.captured[visit.parts[0]] = tensors
+        visit.entry = {}
+
+    def unchanged(self, position: int, args: dict) -> dict:
+        return {name: args[name] for name in self.family.streams(self.keys[position][0])}
+
+
+@dataclass(frozen=True)
+class LastBlockTap(BlockTap):
+    """The picture's tokens behind the last block, before the head. With a gate, block 0 always runs.
+
+    residual: store what the skipped blocks changed, instead of what they gave.
+    """
+
+    gated: bool = False
+    residual: bool = False
+    name = "last block"
+
+    @property
+    def payload(self) -> Literal["output", "residual"]:
+        return "residual" if self.residual else "output"
+
+    def span(self, run: StepCacheRun) -> Span:
+        return (1 if self.gated else 0), len(self.keys)
+
+
+@dataclass(frozen=True)
+class SpanTap(BlockTap):
+    """What a span of blocks changed; the span moves with the stage of sampling (Delta-DiT)."""
+
+    stages: Stages = field(default_factory=Stages)
+    name = "block span"
+
+    @property
+    def payload(self) -> Literal["output", "residual"]:
+        return "residual"
+
+    def span(self, run: StepCacheRun) -> Span:
+        return self.stages.span(len(self.keys), early=run.sigma > run.edge(self.stages.boundary))
+
+
+@dataclass(frozen=True)
+class ModuleTap:
+    """The output of every attention and MLP, before its gate, as TaylorSeer's authors store it. FLUX.1 only.
+
+    Modulation is computed in a forecast too, so gates are those of the current noise level. Memory is the price: two
+    points hold 4.3 GB for one 1024 px picture of FLUX.1.
+
+    max_bytes: refuse to hold more. None: a quarter of the memory that is free when sampling starts.
+    """
+
+    family: BlockFamily
+    keys: tuple[Key, ...]
+    max_bytes: int | None = None
+    name = "every module"
+
+    def install(self, run: StepCacheRun, model_options: dict) -> None:
+        for key in self.keys:
+            wrap_block(model_options, key, self.wrapped(key))
+
+    def parts(self, run: StepCacheRun) -> tuple[str, ...]:
+        return tuple(f"{kind} {index}" for kind, index in self.keys)
+
+    def run(self, visit: Visit, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:
+        denoised = call()
+        if visit.misfit:
+            visit.choice = COMPUTE
+            denoised = call()
+        if visit.choice is COMPUTE:
+            self.refuse_if_too_large(visit, base)
+        return denoised
+
+    def wrapped(self, key: Key) -> Wrap:
+        """What block `key` does instead."""
+        part = f"{key[0]} {key[1]}"
+
+        @untraced
+        def wrap(args: dict, run_block: RunBlock) -> dict:
+            visit: Visit | None = args["transformer_options"].get(VISIT)
+            if visit is None:
+                return run_block(args)
+            block = flux.block(visit.transformer, *key)
+            if visit.choice is FORECAST:
+                outputs = visit.forecast(part)
+                visit.misfit = visit.misfit or outputs[0].shape[1] != args["img"].shape[1]
+                return flux.block_from_outputs(block, args, outputs) if not visit.misfit else args
+            with flux.recorded_outputs(block) as outputs:
+                out = run_block(args)
+            visit.captured[part] = tuple(outputs)
+            return out
+
+        return wrap
+
+    def refuse_if_too_large(self, visit: Visit, base: Any) -> None:
+        """After the first computed call of these conditions, when the size of one point is known.
+
+        Conditions that were called apart count, too.
+        """
+        if any(lane.full for lane in visit.lanes):
+            return
+        one = sum(x.nbytes for tensors in visit.captured.values() for x in tensors)
+        one += sum(lane.newest_bytes for lane in visit.run.run.lanes_of(visit.run))
+        needed = one * (visit.run.settings.forecaster.order + 1)
+        limit = self.max_bytes
+        if limit is None:
+            where = torch.device("cpu") if visit.run.settings.offload else visit.device
+            limit = int(free_memory(base, where)) // 4
+        if needed > limit:
+            visit.captured.clear()
+            raise ValueError(
+                f"{visit.run.settings.method} on every module would hold {needed / 2**20:.0f} MiB for this size, "
+                f"{limit / 2**20:.0f} MiB are allowed. Set 'tap' to 'last block', or raise 'max_memory'."
+            )
+
+
+def free_memory(base: Any, where: torch.device) -> float:
+    """Bytes free on a device, those that ComfyUI would give back included."""
+    if where.type == "cpu" or base.current_patcher is None:
+        return float(comfy.model_management.get_free_memory(where))  # pyright: ignore[reportArgumentType]
+    return float(base.current_patcher.get_free_memory(where))
+
+
+def rows_of_positive(visit: Visit) -> Tensor:
+    """`[B]` bool: the batch rows of positive prompts."""
+    positive = [condition.index == 0 for condition in visit.chunk.conditions]
+    return torch.tensor(positive).repeat_interleave(visit.chunk.rows).to(visit.device)
+
+
+def blocks_of(model: ModelPatcher) -> tuple[BlockFamily, tuple[Key, ...]] | None:
+    """The block hooks of a MODEL, or None where ComfyUI offers none for its family."""
+    family = block_family(model)
+    if family is None:
+        return None
+    return family, family.keys(transformer_of(model))
+
+
+def require_blocks(
+    model: ModelPatcher, node: str, instead: str = "tap 'prediction'"
+) -> tuple[BlockFamily, tuple[Key, ...]]:
+    """The block hooks of a MODEL. `node` is the display name of who asks, `instead` what works on every model.
+
+    Raises:
+        ValueError: ComfyUI offers none for this family.
+    """
+    blocks = blocks_of(model)
+    if blocks is None:
+        family = type(model.model.model_config).__name__
+        raise ValueError(
+            f"{node} needs a model whose blocks can be patched, and ComfyUI offers no such hook for {family}. "
+            f"Use {instead}, which works on every model."
+        )
+    return blocks
+
+
+def tap_for(model: ModelPatcher, name: TapName, node: str, max_bytes: int | None = None) -> Tap:
+    """The tap that a user chose for this MODEL. `node` is the display name of who asks.
+
+    Raises:
+        ValueError: the model has no such tap.
+    """
+    if name == "prediction":
+        return PredictionTap()
+    if name == "every module":
+        flux.require_flux1(model, f"{node} with tap 'every module'")
+        return ModuleTap(*require_blocks(model, node), max_bytes)
+    if name == "auto" and blocks_of(model) is None:
+        return PredictionTap()
+    return LastBlockTap(*require_blocks(model, node))

@@ -1,0 +1,234 @@
+"""EasyControl during a run: one `Encoder` per condition, one `Lane` per prompt it is encoded for.
+
+A lane is per prompt, hook group and device, and per context window where pictures have texts or condition images of
+their own. Its keys and values are computed again when anything they were made from differs: pooled text, guidance, the
+picture's token grid, RoPE options, dtype or weight patches.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...models.control.easycontrol import ConditionLora, encode_condition, spatial_ids, subject_ids
+from .. import flux
+from ..attention import BlockKeys, ExtraKeys, with_keys
+from ..run import Chunk, Run, chunk_of
+
+if TYPE_CHECKING:
+    from .easycontrol import EasyControl
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of the model, as the encoder needs it."""
+
+    base: Any  # ComfyUI's BaseModel
+    lora: ConditionLora
+    chunk: Chunk
+    options: dict  # transformer_options
+    x: Tensor  # [conditions * rows, C, h, w]
+    channels: int  # of the latent as the transformer sees it, concatenated ones included
+    conds: dict  # what the conditioning carries: "y", "guidance"
+
+    @property
+    def transformer(self) -> Any:
+        return self.base.diffusion_model
+
+    @property
+    def picture(self) -> tuple[int, int]:
+        """Rows and columns of the picture's own tokens."""
+        return flux.token_grid(self.transformer, *self.x.shape[-2:])
+
+    @cached_property
+    def like(self) -> Tensor:
+        """An empty tensor with the dtype and device the transformer computes in."""
+        return torch.empty(0, dtype=self.base.get_dtype_inference(), device=self.x.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """All that a condition's keys and values depend on, beside the settings."""
+
+    latent: Tensor  # [N, C, h, w]
+    pooled: Tensor | None  # [1 or rows, P]
+    guidance: Tensor | None  # [1 or rows]
+    rest: tuple  # picture grid, RoPE options, channels, dtype, weight patches
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.latent, self.pooled, self.guidance
+
+    @property
+    def rows(self) -> int:
+        return max(x.shape[0] for x in self.tensors if x is not None)
+
+    def same_as(self, other: Source | None) -> bool:
+        if other is None or self.rest != other.rest:
+            return False
+        return all(_equal(a, b) for a, b in zip(self.tensors, other.tensors, strict=True))
+
+
+@dataclass
+class Lane:
+    """Keys and values for one prompt, and what they were made from."""
+
+    source: Source | None = None
+    keys: BlockKeys = field(default_factory=dict)
+
+
+class Encoder:
+    """One condition during one run: finds or computes its keys and values for each call of the model."""
+
+    def __init__(self, settings: EasyControl, run: Run):
+        self.settings = settings
+        self.run = run
+        self.reported = False
+
+    def reserve(self, executor, model: ModelPatcher, noise_shape, conds, *args, **kwargs):
+        """PREPARE_SAMPLING: ask for as much more memory as a larger latent would need, so that the keys find room."""
+        if not self.settings.offloaded:
+            latent = self.settings.latent
+            prompts = sum(len(prompt) for prompt in conds.values())
+            needed = size_of_keys(model.model, latent, latent.shape[0] * prompts)
+            share = needed / max(model.model.memory_required(list(noise_shape)), 1)
+            noise_shape = [*noise_shape[:-1], math.ceil(noise_shape[-1] * (1 + share))]
+        return executor(model, noise_shape, conds, *args, **kwargs)
+
+    def apply_model(
+        self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds
+    ):
+        """APPLY_MODEL: hand this condition's keys and values to the attention patch."""
+        base, options = executor.class_obj, transformer_options or {}
+        adapters = base.current_patcher.get_additional_models_with_key(self.settings.adapter)
+        # No adapter: the negative model of a guider with two models, which was not given this condition.
+        if adapters and self.settings.acts_at(float(t.flatten()[0]), base.model_sampling):
+            channels = x.shape[1] + (0 if c_concat is None else c_concat.shape[1])
+            call = Call(base, adapters[0].model, chunk_of(options), options, x, channels, conds)
+            keys = [self.keys(call, i) for i in range(len(call.chunk.conditions))]
+            options = with_keys(options, ExtraKeys(keys, math.log(self.settings.influence)))
+        return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+
+    def keys(self, call: Call, i: int) -> BlockKeys:
+        """Keys and values for condition `i` of the call, from its lane where they still hold."""
+        source = self.source(call, call.chunk.part(i))
+        if self.settings.cache == "off":
+            return self.encode(call, source)
+        condition = call.chunk.conditions[i]
+        if self.settings.latent.shape[0] == source.rows == 1:
+            condition = replace(condition, window=None)  # every window needs the same keys
+        lane = self.run.lane(self, condition, Lane)
+        if not source.same_as(lane.source):
+            lane.source, lane.keys = None, {}  # give the old ones back before making new ones
+            lane.keys = self.encode(call, source)
+            lane.source = source  # only now: an interrupt may come from inside any layer
+        return lane.keys
+
+    def source(self, call: Call, part: slice) -> Source:
+        """What the keys of these batch rows are made from; one row where all rows agree."""
+        given = (call.conds.get("y"), call.conds.get("guidance"))
+        pooled, guidance = (None if x is None else x[part].to(call.like) for x in given)
+        if not call.transformer.params.guidance_embed:
+            guidance = None
+        if all(x is None or bool((x == x[:1]).all()) for x in (pooled, guidance)):
+            pooled, guidance = (None if x is None else x[:1] for x in (pooled, guidance))
+        patcher = call.base.current_patcher
+        hooks = getattr(patcher.current_hooks, "hooks", ())
+        weights = (patcher.patches_uuid, *((hook.hook_ref, hook.strength) for hook in hooks))
+        rope = tuple(sorted((call.options.get("rope_options") or {}).items()))
+        rest = (call.picture, rope, call.channels, call.like.dtype, weights)
+        return Source(self.latent(call), pooled, guidance, rest)
+
+    def latent(self, call: Call) -> Tensor:
+        """The condition latents of this call's pictures: one for all, or one each."""
+        latent, rows = self.settings.latent, call.chunk.rows
+        window = call.options.get("context_window")
+        if window is not None and window.dim == 0 and latent.shape[0] == window.total_frames:
+            latent = window.get_tensor(latent, latent.device)  # a window of pictures, not of video frames
+        if latent.shape[0] not in (1, rows):
+            raise ValueError(
+                f"Apply EasyControl got {latent.shape[0]} condition images for a batch of {rows} pictures. "
+                "Give one image for all, or as many as the batch has."
+            )
+        return latent
+
+    def encode(self, call: Call, source: Source) -> BlockKeys:
+        """Run the condition through the model's image branch. The only place where that happens."""
+        settings, transformer = self.settings, call.transformer
+        self.refuse_if_too_large(call, source)
+        latent = source.latent.to(call.x.device)
+        grid = flux.token_grid(transformer, *latent.shape[-2:])
+        place = spatial_ids if settings.kind == "spatial" else subject_ids
+        keys = encode_condition(
+            transformer,
+            call.lora,
+            flux.tokens(call.base, latent, call.channels),
+            flux.modulation_vector(transformer, 0.0, source.guidance, source.pooled, call.like),
+            flux.rotations(transformer, place(grid, call.picture, latent.device), call.options),
+            attention=flux.attention,
+            apply_rope=flux.apply_rope,
+            strength=settings.strength,
+            keep=_to_cpu if settings.offloaded else None,
+        )
+        self.report(call, source, grid)
+        return flux.by_block(transformer, keys)
+
+    def refuse_if_too_large(self, call: Call, source: Source) -> None:
+        """Before anything is computed, with what to do about it."""
+        offloaded = self.settings.offloaded
+        needed = size_of_keys(call.base, source.latent, source.rows)
+        free: Any
+        if offloaded:
+            free = comfy.model_management.get_free_memory(torch.device("cpu"))
+        else:
+            free = call.base.current_patcher.get_free_memory(call.x.device)  # counts what core would give back
+        if needed > free:
+            remedy = "Lower condition_size" if offloaded else "Set kv_cache to 'offload to CPU' or lower condition_size"
+            raise ValueError(
+                f"The keys and values of EasyControl {self.settings.name} need {needed / 2**20:.1f} MiB, "
+                f"{free / 2**20:.1f} MiB are free. {remedy}."
+            )
+
+    def report(self, call: Call, source: Source, grid: tuple[int, int]) -> None:
+        """One line per run."""
+        if self.reported:
+            return
+        self.reported = True
+        has, takes = source.latent.shape[1], call.channels
+        logger.info(
+            "EasyControl %s: %s, %d tokens, %.1f MiB of keys and values per prompt%s",
+            self.settings.name,
+            self.settings.kind,
+            grid[0] * grid[1],
+            size_of_keys(call.base, source.latent, source.rows) / 2**20,
+            f"; the model takes {takes} channels, the condition has {has}: zeros for the rest" if takes > has else "",
+        )
+
+
+def size_of_keys(base: Any, latent: Tensor, rows: int) -> int:
+    """Bytes of all keys and values of `rows` conditions like `latent`."""
+    transformer = base.diffusion_model
+    tokens = math.prod(flux.token_grid(transformer, *latent.shape[-2:]))
+    blocks = len(transformer.double_blocks) + len(transformer.single_blocks)
+    item = comfy.model_management.dtype_size(base.get_dtype_inference())
+    return 2 * blocks * rows * tokens * transformer.hidden_size * item
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def _to_cpu(x: Tensor) -> Tensor:
+    """Off the device; pinned, so that the way back does not wait."""
+    moved = x.to("cpu")
+    return moved.pin_memory() if x.device.type == "cuda" else moved

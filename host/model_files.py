@@ -1,0 +1,49 @@
+"""Kinds of model files that the pack adds to ComfyUI's: where they lie, and what is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import cast
+
+import comfy.utils
+import folder_paths
+from torch import Tensor
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # what ships with the pack
+
+
+def register(kind: str) -> None:
+    """Make `kind` a folder of models: models/<kind>, every LoRA folder, and what ships with the pack."""
+    known, _ = folder_paths.folder_names_and_paths.get(kind, ([], set()))
+    paths = [os.path.join(folder_paths.models_dir, kind), *known, *folder_paths.get_folder_paths("loras")]
+    shipped = WEIGHTS / kind
+    paths += [str(shipped)] if shipped.is_dir() else []
+    # Set directly: add_model_folder_path would list files of every type.
+    folder_paths.folder_names_and_paths[kind] = (list(dict.fromkeys(paths)), {".safetensors", ".sft"})
+
+
+def names(kind: str) -> list[str]:
+    """What a loader offers, read anew each time."""
+    register(kind)
+    return folder_paths.get_filename_list(kind)
+
+
+def path_of(kind: str, name: str) -> str:
+    """Where a file of a kind lies.
+
+    Raises:
+        FileNotFoundError: no such file in any of the folders.
+    """
+    register(kind)
+    path = folder_paths.get_full_path(kind, name)
+    if path is None:
+        raise FileNotFoundError(
+            f"{name} is not in models/{kind} or models/loras. The help page links the downloads; then refresh the page."
+        )
+    return path
+
+
+def read(path: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
+    return cast("dict[str, Tensor]", comfy.utils.load_torch_file(path, safe_load=True))

@@ -1,0 +1,265 @@
+"""TaylorSeer's forecasts, judged by the authors' recursion over stored derivatives, and by polynomials."""
+
+from __future__ import annotations
+
+import random
+from math import factorial, log
+
+import pytest
+import torch
+
+from dit_toolkit.models.accelerate.step_cache import COMPUTE, FORECAST, Moment, weighted_sum
+from dit_toolkit.models.accelerate.taylorseer import (
+    FORECASTS,
+    Forecaster,
+    Interval,
+    Point,
+    newton_weights,
+    taylor_weights,
+)
+
+
+def derivatives_by_recursion(features: dict[int, torch.Tensor], order: int, first_enhance: int = 1) -> dict:
+    """The authors' loop: one dictionary of derivatives, updated at each full step from the one before.
+
+    A derivative is made only where the older dictionary has its lower one, and the step is above first_enhance - 2.
+    """
+    stored, last = {}, None
+    for step, feature in sorted(features.items()):
+        made = {0: feature}
+        for i in range(order):
+            if i not in stored or step <= first_enhance - 2:
+                break
+            made[i + 1] = (made[i] - stored[i]) / (step - last)
+        stored, last = made, step
+    return stored
+
+
+def forecast_by_recursion(features: dict[int, torch.Tensor], at: int, order: int, first_enhance: int = 1):
+    distance = at - max(features)
+    stored = derivatives_by_recursion(features, order, first_enhance)
+    return sum(derivative * distance**i / factorial(i) for i, derivative in stored.items())
+
+
+def newton_by_divided_differences(points: list[float], values: list[torch.Tensor], at: float):
+    """Y0 + f[c0,c1](c - c0) + f[c0,c1,c2](c - c0)(c - c1) + ..., newest first."""
+    if len(points) == 1:
+        return values[0]
+
+    def divided(low: int, high: int):
+        if low == high:
+            return values[low]
+        return (divided(low, high - 1) - divided(low + 1, high)) / (points[low] - points[high])
+
+    total, product = torch.zeros_like(values[0]), 1.0
+    for i in range(len(points)):
+        total = total + divided(0, i) * product
+        product *= at - points[i]
+    return total
+
+
+def features_at(steps, seed=0, dtype=torch.float64) -> dict[int, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {step: torch.randn(2, 3, 4, generator=generator, dtype=dtype) for step in steps}
+
+
+def full_evaluations(policy, evaluations: int) -> list[int]:
+    """Where a run of so many evaluations is computed."""
+    full: list[int] = []
+    for index in range(evaluations):
+        choice, _ = policy.choose(Moment(index, index - full[-1] if full else 0))
+        if choice is COMPUTE:
+            full.append(index)
+    return full
+
+
+@pytest.mark.parametrize("first_enhance", [1, 2, 3, 5])
+@pytest.mark.parametrize("order", range(5))
+def test_the_weights_are_the_recursion_of_the_authors(order, first_enhance):
+    """Also at uneven gaps, and from the newest `order + 1` features alone, though the recursion saw them all."""
+    chosen = random.Random(order)
+    steps = [0, *sorted(chosen.sample(range(1, 60), 14))]
+    features = features_at(steps)
+    for count in range(1, len(steps) + 1):
+        known = {step: features[step] for step in steps[:count]}
+        newest = steps[:count][::-1]
+        for at in (newest[0], newest[0] + 1, newest[0] + 7):
+            expected = forecast_by_recursion(known, at, order, first_enhance)
+            for points in (newest, newest[: order + 1]):
+                weights = taylor_weights(points, at, order, first_enhance - 1)
+                assert len(weights) == len(points)
+                got = weighted_sum([known[p] for p in points], weights)
+                torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_first_enhance_keeps_the_first_derivatives_from_being_made():
+    """taylorseer.md: with 3, steps 0 and 1 get no derivative, step 2 gets the first, step 8 the second."""
+    features = features_at([0, 1, 2, 8, 14])
+    orders = [len(derivatives_by_recursion({s: features[s] for s in features if s <= last}, 4, 3)) for last in features]
+    assert orders == [1, 1, 2, 3, 4]
+    assert taylor_weights([1, 0], 3, 4, derivatives_from=2) == [1.0, 0.0]
+    assert taylor_weights([2, 1, 0], 3, 4, derivatives_from=2) == [2.0, -1.0, 0.0]
+
+
+def test_a_derivative_less_or_more_is_noticed():
+    """The judge tells first_enhance 1 from 3, and gap of one from gap of the last."""
+    features = features_at([0, 1, 2, 8])
+    assert not torch.allclose(forecast_by_recursion(features, 9, 2, 1), forecast_by_recursion(features, 9, 3, 1))
+    assert not torch.allclose(forecast_by_recursion(features, 9, 3, 1), forecast_by_recursion(features, 9, 3, 3))
+
+
+@pytest.mark.parametrize("weights_of", [taylor_weights, newton_weights])
+@pytest.mark.parametrize("order", range(5))
+def test_weights_sum_to_one(weights_of, order):
+    chosen = random.Random(order)
+    for _ in range(20):
+        points = sorted(chosen.sample(range(50), chosen.randint(1, 6)), reverse=True)
+        assert sum(weights_of(points, points[0] + chosen.randint(1, 9), order)) == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("weights_of", [taylor_weights, newton_weights])
+def test_order_0_and_a_single_point_repeat_the_newest_feature(weights_of):
+    assert weights_of([14, 8, 2], 19, 0) == [1, 0, 0]
+    assert weights_of([14], 19, 4) == [1]
+    features = features_at([2, 8, 14], dtype=torch.float32)
+    newest = [features[s] for s in (14, 8, 2)]
+    assert torch.equal(weighted_sum(newest, weights_of([14, 8, 2], 19, 0)), features[14])
+
+
+@pytest.mark.parametrize("weights_of", [taylor_weights, newton_weights])
+@pytest.mark.parametrize("order", range(5))
+def test_the_forecast_of_a_computed_evaluation_is_what_was_computed(weights_of, order):
+    weights = weights_of([14, 11, 2, 1, 0], 14, order)
+    assert weights[0] == 1
+    assert not any(weights[1:])
+
+
+def polynomial(degree: int, at: float) -> float:
+    return [7.0, 2.0 - 3 * at, 0.25 * at**2 - at + 5, at**3 / 8 - at][degree]
+
+
+@pytest.mark.parametrize(("degree", "order"), [(d, o) for d in (0, 1) for o in range(d, 5)])
+def test_taylor_is_exact_for_straight_lines_at_even_gaps(degree, order):
+    for gap in (1, 3, 6):
+        points = [4 * gap, 3 * gap, 2 * gap, gap, 0]
+        for ahead in range(1, gap + 1):
+            weights = taylor_weights(points, points[0] + ahead, order)
+            got = sum(w * polynomial(degree, p) for w, p in zip(weights, points, strict=True))
+            assert got == pytest.approx(polynomial(degree, points[0] + ahead), abs=1e-9)
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+@pytest.mark.parametrize(("gap", "ahead"), [(1, 1), (4, 3), (6, 5)])
+def test_taylor_misses_parabolas_by_the_gap_times_the_distance(gap, ahead, order):
+    """For a * s^2 it is off by -a * gap * ahead: -12 a for 4 and 3. Higher orders do not mend it."""
+    a, points = 0.75, [4 * gap, 3 * gap, 2 * gap, gap, 0]
+    weights = taylor_weights(points, points[0] + ahead, order)
+    got = sum(w * a * p**2 for w, p in zip(weights, points, strict=True))
+    assert got - a * (points[0] + ahead) ** 2 == pytest.approx(-a * gap * ahead, rel=1e-9)
+
+
+@pytest.mark.parametrize("order", range(5))
+def test_newton_is_the_polynomial_of_divided_differences(order):
+    chosen = random.Random(order)
+    for _ in range(10):
+        points = sorted((chosen.uniform(0, 1) for _ in range(6)), reverse=True)
+        values = list(features_at(range(6), seed=order).values())
+        at = points[0] + chosen.uniform(-0.2, 0.3)
+        expected = newton_by_divided_differences(points[: order + 1], values, at)
+        got = weighted_sum(values, newton_weights(points, at, order))
+        torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("coordinate", ["index", "step", "sigma", "log sigma"])
+@pytest.mark.parametrize("degree", range(4))
+def test_newton_is_exact_up_to_its_degree_at_uneven_spacing(degree, coordinate):
+    """On a shifted flow schedule, whose sigmas are far from even; computed at 0, 1, 2, 5 and 9 of 14."""
+    sigmas = [3 * t / (1 + 2 * t) for t in (1 - i / 14 for i in range(14))]
+    forecaster = Forecaster(degree, "newton", coordinate)
+    points = [Point(i, sigmas[i], i / 2) for i in (9, 5, 2, 1, 0)]
+    for i in (10, 11, 13):
+        at = Point(i, sigmas[i], i / 2)
+        place = {"index": float(i), "step": i / 2, "sigma": sigmas[i], "log sigma": log(sigmas[i])}[coordinate]
+        assert forecaster.place(at) == place
+        weights = forecaster.weights(points, at)
+        got = sum(w * polynomial(degree, forecaster.place(p)) for w, p in zip(weights, points, strict=True))
+        assert got == pytest.approx(polynomial(degree, place), rel=1e-9, abs=1e-9)
+        if degree:
+            lower = Forecaster(degree - 1, "newton", coordinate).weights(points, at)
+            short = sum(w * polynomial(degree, forecaster.place(p)) for w, p in zip(lower, points, strict=True))
+            assert abs(short - got) > 1e-4
+
+
+def test_orders_fall_to_what_the_points_allow():
+    assert newton_weights([3, 1], 5, 4) == newton_weights([3, 1], 5, 1)
+    assert taylor_weights([3, 1], 5, 4) == taylor_weights([3, 1], 5, 1) == [2.0, -1.0]
+
+
+def test_taylor_counts_evaluations_whatever_coordinate_is_set():
+    points, at = [Point(5, 0.2), Point(2, 0.9)], Point(7, 0.1)
+    for coordinate in ("index", "sigma", "log sigma"):
+        assert Forecaster(1, "taylor", coordinate).weights(points, at) == taylor_weights([5, 2], 7, 1)
+
+
+def test_points_at_one_place_are_told_by_the_coordinate():
+    """heun evaluates twice at a sigma: one place in sigma, two places in evaluations."""
+    a, b = Point(3, 0.75), Point(4, 0.75)
+    assert not Forecaster(1).same_place(a, b)
+    assert not Forecaster(1, "newton", "index").same_place(a, b)
+    assert Forecaster(1, "newton", "sigma").same_place(a, b)
+    assert Forecaster(1, "newton", "log sigma").same_place(a, b)
+    assert not Forecaster(1, "newton", "sigma").same_place(a, Point(4, 0.7499))
+    assert not Forecaster(1, "newton", "step").same_place(a, b)  # without a schedule, evaluations
+    assert Forecaster(1, "newton", "step").same_place(Point(3, 0.75, 1.0), Point(4, 0.75, 1.0))
+    one = Point(0, 1.0), Point(1, 0.9999)  # as dpmpp_2s_ancestral begins; log 1 is 0
+    assert not Forecaster(1, "newton", "log sigma").same_place(*one)
+
+
+def test_what_users_choose_is_what_they_get():
+    assert set(FORECASTS) == {"Taylor (paper)", "Newton, steps", "Newton, sigma", "Newton, log sigma"}
+    for name, (form, coordinate) in FORECASTS.items():
+        assert name.lower().startswith(form)
+        assert form == "taylor" or name.endswith({"step": "steps"}.get(coordinate, coordinate))
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "every", "first", "full"),
+    [
+        (50, 6, 3, [0, 1, 2, 8, 14, 20, 26, 32, 38, 44]),  # FLUX.1
+        (50, 5, 1, [0, 5, 10, 15, 20, 25, 30, 35, 40, 45]),  # HunyuanVideo
+        (40, 5, 1, [0, 5, 10, 15, 20, 25, 30, 35]),  # Wan 2.1, image to video
+    ],
+)
+def test_the_published_schedules(evaluations, every, first, full):
+    assert full_evaluations(Interval(every, first), evaluations) == full
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "counts"), [(50, [26, 18, 14, 12, 10]), (28, [15, 11, 9, 8, 7]), (20, [11, 8, 7, 6, 5])]
+)
+def test_how_many_are_computed(evaluations, counts):
+    assert [len(full_evaluations(Interval(every, 3), evaluations)) for every in (2, 3, 4, 5, 6)] == counts
+
+
+def test_interval_1_computes_everything():
+    assert full_evaluations(Interval(1, 1), 20) == list(range(20))
+    assert Interval(1, 1).choose(Moment(7, 1))[0] is COMPUTE
+    assert Interval(2, 1).choose(Moment(7, 1))[0] is FORECAST
+
+
+def test_the_reason_is_said():
+    assert Interval(4, 3).choose(Moment(2, 1)) == (COMPUTE, "first")
+    assert Interval(4, 3).choose(Moment(6, 4)) == (COMPUTE, "interval")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Interval(0), r"interval must be at least 1, got 0\."),
+        (lambda: Interval(2, 0), r"first_full must be at least 1, got 0: a forecast needs a computed evaluation\."),
+        (lambda: Forecaster(-1), r"order must be 0 or more, got -1\."),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
