@@ -1,0 +1,322 @@
+"""File layout of try-on LoRAs after MC-VTON, one LoRA per branch: parse, check, write back.
+
+Source: MC-VTON, arXiv:2501.03630, trains low-rank weights on a FLUX.1 transformer that sees a masked person and a
+garment as tokens of its own. No code and no weights of it are public, so this layout is ours: diffusers' names of the
+image stream behind the name of a branch, `person` or `garment`. For block `i`, each followed by `.lora_A.weight`
+`[rank, in]`, `.lora_B.weight` `[out, rank]` and, where alpha is not the rank, `.alpha`, a single number:
+
+    {branch}.transformer_blocks.{i}.attn.{to_q,to_k,to_v,to_out.0}           D to D
+    {branch}.transformer_blocks.{i}.{ff.net.0.proj,ff.net.2,norm1.linear}    D to M, M to D, D to 6D
+    {branch}.single_transformer_blocks.{i}.attn.{to_q,to_k,to_v}             D to D
+    {branch}.single_transformer_blocks.{i}.{proj_mlp,proj_out,norm.linear}   D to M, D + M to D, D to 3D
+
+Which layers of which blocks are there, and their ranks, is up to the file; so is whether it has both branches. How it
+was trained stands in the safetensors metadata, a JSON text under "dit_toolkit": `{"mc_vton": {"position": "beside",
+"fill": "grey", "mask": "isolated", "steps": 20, "prompt": "a doll", "double_blocks": 19, "single_blocks": 38}}`. All of
+it may be left out.
+
+Inside the pack a layer is called `double_blocks.{i}.{part}` or `single_blocks.{i}.{part}`, as in `BranchLora`.
+Nothing is dropped in silence: a key or a setting that does not fit refuses the file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from typing import Literal, get_args
+
+from torch import Tensor
+
+Position = Literal["beside", "below"]  # where the garment's tokens lie: right of the picture, or EasyControl's subject
+Fill = Literal["grey", "black"]  # of the masked part of the person
+
+BRANCHES = ("person", "garment")
+METADATA = ("dit_toolkit", "mc_vton")  # key of the metadata, key of its JSON text
+PARTS = {
+    "double_blocks": {
+        "q": "attn.to_q",
+        "k": "attn.to_k",
+        "v": "attn.to_v",
+        "proj": "attn.to_out.0",
+        "mlp_in": "ff.net.0.proj",
+        "mlp_out": "ff.net.2",
+        "mod": "norm1.linear",
+    },
+    "single_blocks": {
+        "q": "attn.to_q",
+        "k": "attn.to_k",
+        "v": "attn.to_v",
+        "mlp": "proj_mlp",
+        "out": "proj_out",
+        "mod": "norm.linear",
+    },
+}
+FOLDERS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
+STREAMS = {folder: stream for stream, folder in FOLDERS.items()}
+LEAVES = {"lora_A.weight": "down.weight", "lora_B.weight": "up.weight"}
+KEY = re.compile(
+    r"(?P<branch>person|garment)\.(?P<folder>transformer_blocks|single_transformer_blocks)\.(?P<block>\d{1,4})\."
+    r"(?P<layer>[\w.]+?)\.(?P<leaf>lora_[AB]\.weight|alpha)"
+)
+TEXT_STREAM = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a file was trained, as far as it says so.
+
+    position: of the garment's tokens. fill: of the masked part of the person. mask: who sees whom; isolated conditions
+    see themselves only, text and picture see all. steps: of sampling. prompt: "" if it was trained with any.
+    """
+
+    position: Position = "beside"
+    fill: Fill = "grey"
+    mask: Literal["isolated"] = "isolated"
+    steps: int = 20
+    prompt: str = ""
+
+    def __post_init__(self):
+        for title, choices in (("position", Position), ("fill", Fill)):
+            if getattr(self, title) not in get_args(choices):
+                raise ValueError(f"{title} must be one of {', '.join(get_args(choices))}, got {getattr(self, title)!r}")
+        if self.mask != "isolated":
+            raise ValueError(
+                f"mask must be 'isolated', got {self.mask!r}: conditions that see the picture are not built"
+            )
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or not 1 <= self.steps <= 10_000:
+            raise ValueError(f"steps must be a whole number from 1 to 10000, got {self.steps!r}")
+        if not isinstance(self.prompt, str):
+            raise ValueError(f"prompt must be a text, got {self.prompt!r}")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The LoRA of one branch, under the pack's own names."""
+
+    weights: dict[str, Tensor]  # "double_blocks.0.q.down.weight", ...: the state_dict of `BranchLora`
+    alphas: dict[str, Tensor] = field(default_factory=dict)  # "double_blocks.0.q" -> alpha; others have alpha = rank
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of each layer that is there: `{"double_blocks.0.q": 8, ...}`."""
+        down = ".down.weight"
+        return {key.removesuffix(down): weight.shape[0] for key, weight in self.weights.items() if key.endswith(down)}
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """alpha / rank of the layers that have an alpha."""
+        ranks = self.ranks
+        return {layer: float(alpha) / ranks[layer] for layer, alpha in self.alphas.items()}
+
+    @property
+    def summary(self) -> str:
+        """`"rank 8: 19 double blocks (q, k, v), 38 single blocks (q, k, v, out)"`."""
+        ranks = sorted(set(self.ranks.values()))
+        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        touched = []
+        for stream, parts in PARTS.items():
+            layers = [layer.split(".")[1:] for layer in self.ranks if layer.startswith(stream)]
+            count, found = len({block for block, _ in layers}), Counter(part for _, part in layers)
+            names = (part if found[part] == count else f"{part} in {found[part]}" for part in parts if found[part])
+            if count:
+                kind = stream.removesuffix("_blocks")
+                touched.append(f"{count} {kind} block{'s' if count > 1 else ''} ({', '.join(names)})")
+        return f"rank {rank}: {', '.join(touched)}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A parsed file for models of `dim` channels, `hidden` in the MLP, `double` and `single` blocks.
+
+    The block counts are the file's own word; where it has none, they reach to the last block it touches.
+    `hidden` is 4 * dim, as in FLUX.1, where no layer of the file tells.
+    """
+
+    branches: dict[str, Branch]  # "person", "garment"; one of them may be missing: plain tokens then
+    dim: int
+    hidden: int
+    double: int
+    single: int
+    settings: Settings = field(default_factory=Settings)
+
+    @property
+    def summary(self) -> str:
+        """What each branch touches, in one line."""
+        parts = [f"{name} {self.branches[name].summary if name in self.branches else 'plain'}" for name in BRANCHES]
+        return f"{'; '.join(parts)}; garment {self.settings.position} the picture, hidden size {self.dim}"
+
+
+def parse(
+    state: Mapping[str, Tensor], name: str = "This file", metadata: Mapping[str, str] | None = None
+) -> Checkpoint:
+    """Read a file.
+
+    Args:
+        state: the file's tensors.
+        name: what to call the file in an error.
+        metadata: the safetensors metadata, texts by key. None: all settings are the defaults.
+
+    Raises:
+        ValueError: no try-on LoRA, an unknown key or setting, half a layer, or shapes that do not fit each other.
+    """
+    weights: dict[str, dict[str, Tensor]] = {}
+    alphas: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        match = KEY.fullmatch(key)
+        stream = STREAMS[match["folder"]] if match else ""
+        part = next((part for part, layer in PARTS[stream].items() if layer == match["layer"]), None) if match else None
+        if match is None or part is None:
+            raise ValueError(_unknown(key, state, name))
+        layer = f"{stream}.{int(match['block'])}.{part}"
+        if match["leaf"] == "alpha":
+            alphas.setdefault(match["branch"], {})[layer] = _checked_alpha(tensor, key, name)
+        else:
+            weights.setdefault(match["branch"], {})[f"{layer}.{LEAVES[match['leaf']]}"] = _checked_matrix(
+                tensor, key, name
+            )
+    if not weights:
+        raise ValueError(f"{name} is no try-on LoRA: it holds no weights.")
+
+    about = _about(metadata, name)
+    branches = {}
+    for branch in BRANCHES:
+        if branch in weights or branch in alphas:
+            _refuse_halves(branch, weights.get(branch, {}), alphas.get(branch, {}), name)
+            branches[branch] = Branch(weights[branch], alphas.get(branch, {}))
+    dim, hidden = _sizes(branches, name)
+    counts = [_blocks(branches, stream, about.pop(stream, None), name) for stream in PARTS]
+    strange = [setting for setting in about if setting not in Settings.__dataclass_fields__]
+    if strange:
+        raise ValueError(f"{name} has the setting '{strange[0]}', which no try-on LoRA has.")
+    try:
+        settings = Settings(**about)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}.") from None
+    return Checkpoint(branches, dim, hidden, counts[0], counts[1], settings)
+
+
+def write(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The inverse of `parse`: the tensors by their names in a file."""
+    state = {}
+    for branch, lora in checkpoint.branches.items():
+        for key, weight in lora.weights.items():
+            layer, end, _ = key.rsplit(".", 2)
+            state[file_name(branch, layer, "lora_A.weight" if end == "down" else "lora_B.weight")] = weight
+        for layer, alpha in lora.alphas.items():
+            state[file_name(branch, layer, "alpha")] = alpha
+    return state
+
+
+def write_metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """The safetensors metadata that `parse` reads back."""
+    about = {**asdict(checkpoint.settings), "double_blocks": checkpoint.double, "single_blocks": checkpoint.single}
+    return {METADATA[0]: json.dumps({METADATA[1]: about}, sort_keys=True)}
+
+
+def file_name(branch: str, layer: str, leaf: str) -> str:
+    """`("person", "double_blocks.3.q", "alpha")` -> `"person.transformer_blocks.3.attn.to_q.alpha"`."""
+    stream, block, part = layer.split(".")
+    return f"{branch}.{FOLDERS[stream]}.{block}.{PARTS[stream][part]}.{leaf}"
+
+
+def widths(layer: str, dim: int, hidden: int) -> tuple[int, int]:
+    """Channels into and out of a layer of a model with `dim` channels and `hidden` in its MLP."""
+    part = layer.rsplit(".", 1)[1]
+    if part == "mod":
+        return dim, (6 if layer.startswith("double") else 3) * dim
+    into = {"mlp_out": hidden, "out": dim + hidden}.get(part, dim)
+    return into, hidden if part in ("mlp_in", "mlp") else dim
+
+
+def _about(metadata: Mapping[str, str] | None, name: str) -> dict:
+    try:
+        whole = json.loads((metadata or {}).get(METADATA[0], "{}"))
+        return dict(whole.get(METADATA[1], {}))
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(
+            f"{name}: its metadata '{METADATA[0]}' must be JSON with an object '{METADATA[1]}'. Save the file again."
+        ) from None
+
+
+def _unknown(key: str, state: Mapping[str, Tensor], name: str) -> str:
+    if not any(KEY.fullmatch(other) for other in state):
+        return (
+            f"{name} is no try-on LoRA: none of its {len(state)} keys looks like "
+            "'person.transformer_blocks.0.attn.to_q.lora_A.weight'. Ordinary LoRAs go into a LoRA loader."
+        )
+    why = (
+        "which belongs to the text stream; a branch acts on its own image tokens only"
+        if any(part in key for part in TEXT_STREAM)
+        else "which no try-on LoRA for FLUX.1 has"
+    )
+    return f"{name} has the key '{key}', {why}."
+
+
+def _refuse_halves(branch: str, weights: dict[str, Tensor], alphas: dict[str, Tensor], name: str) -> None:
+    layers = {key.rsplit(".", 2)[0] for key in weights} | alphas.keys()
+    wanted = ((layer, leaf, end) for layer in sorted(layers) for leaf, end in LEAVES.items())
+    missing = [file_name(branch, layer, leaf) for layer, leaf, end in wanted if f"{layer}.{end}" not in weights]
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{name} is incomplete: '{missing[0]}'{others} missing. Get the whole file again.")
+
+
+def _sizes(branches: dict[str, Branch], name: str) -> tuple[int, int]:
+    """Channels of the model and of its MLP, once every layer agrees on them."""
+    layers = [
+        (
+            file_name(branch, layer, "lora"),
+            layer,
+            lora.weights[f"{layer}.down.weight"],
+            lora.weights[f"{layer}.up.weight"],
+        )
+        for branch, lora in branches.items()
+        for layer in lora.ranks
+    ]
+    _, layer, down, up = layers[0]
+    dim = up.shape[0] if layer.endswith((".mlp_out", ".out")) else down.shape[1]
+    hidden = 4 * dim
+    for _, layer, down, up in layers:
+        part = layer.rsplit(".", 1)[1]
+        if part in ("mlp_in", "mlp", "mlp_out", "out"):
+            hidden = up.shape[0] if part in ("mlp_in", "mlp") else down.shape[1] - (dim if part == "out" else 0)
+            break
+    for label, layer, down, up in layers:
+        into, out = widths(layer, dim, hidden)
+        if down.shape[0] != up.shape[1] or down.shape[0] < 1:
+            raise ValueError(
+                f"{name}: '{label}_A' has rank {down.shape[0]} and '{label}_B' {up.shape[1]}. Get the file again."
+            )
+        if (down.shape[1], up.shape[0]) != (into, out):
+            raise ValueError(
+                f"{name}: '{label}_A' and '_B' must map {into} channels to {out}, as other layers have hidden size "
+                f"{dim} and {hidden} in the MLP; got {down.shape[1]} to {up.shape[0]}."
+            )
+    return dim, hidden
+
+
+def _blocks(branches: dict[str, Branch], stream: str, said: object, name: str) -> int:
+    """Number of blocks of one kind: what the file says, or up to the last that it touches."""
+    layers = (layer for lora in branches.values() for layer in lora.ranks)
+    last = max((int(layer.split(".")[1]) + 1 for layer in layers if layer.startswith(stream)), default=0)
+    if said is None:
+        return last
+    if not isinstance(said, int) or isinstance(said, bool) or said < last:
+        raise ValueError(f"{name} says {stream} {said!r}, and has layers of {last}. Save it with the right number.")
+    return said
+
+
+def _checked_matrix(weight: Tensor, key: str, name: str) -> Tensor:
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(f"{name}: '{key}' must be a floating-point matrix, got {tuple(weight.shape)} {weight.dtype}.")
+    return weight
+
+
+def _checked_alpha(alpha: Tensor, key: str, name: str) -> Tensor:
+    if alpha.numel() != 1 or not isfinite(float(alpha)):
+        raise ValueError(f"{name}: '{key}' must be one finite number, got shape {tuple(alpha.shape)}.")
+    return alpha
