@@ -1,7 +1,7 @@
 """EasyControl: steer FLUX.1 with condition images, several at once, at little more than the plain model's cost.
 
 Paper: EasyControl, arXiv:2503.07027. The method is in `models/control/easycontrol.py`, its hooks
-are in `host/control/easycontrol.py`.
+are in `host/control/conditions.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..host import model_files
-from ..host.control.easycontrol import PATCH, Cache, Kind, Padding, attach, check_numbers, prepare_image
+from ..host.control.conditions import PATCH, Cache, check_numbers
+from ..host.control.easycontrol import Kind, Padding, attach, prepare_image
 from ..host.control.easycontrol_files import FOLDER, EasyControlFile, load
 
 logger = logging.getLogger(__name__)

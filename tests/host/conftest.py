@@ -6,7 +6,7 @@ import pytest
 @pytest.fixture
 def encodings(monkeypatch):
     """Every condition that is run through the model, as the `Source` it is made from."""
-    from dit_toolkit.host.control.easycontrol_run import Encoder
+    from dit_toolkit.host.control.conditions_run import Encoder
 
     seen, encode = [], Encoder.encode
 

@@ -17,7 +17,7 @@ from comfy.model_patcher import ModelPatcher
 
 from dit_toolkit.host import flux
 from dit_toolkit.host.control import easycontrol
-from dit_toolkit.host.control.easycontrol_run import Encoder, size_of_keys
+from dit_toolkit.host.control.conditions_run import Encoder, size_of_keys
 from dit_toolkit.tests.host.tiny import (
     DOUBLE,
     FLUX1,

@@ -9,7 +9,7 @@ import comfy.model_management
 import pytest
 import torch
 
-from dit_toolkit.host.control.easycontrol_run import Encoder
+from dit_toolkit.host.control.conditions_run import Encoder
 from dit_toolkit.tests.host.tiny import close, controlled, latent, load_flux, sample
 
 pytestmark = [pytest.mark.comfy, pytest.mark.gpu]

@@ -18,7 +18,7 @@ from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
 from dit_toolkit.host import flux
-from dit_toolkit.host.control import easycontrol_run
+from dit_toolkit.host.control import conditions_run
 from dit_toolkit.tests.host.tiny import HIDDEN, close, controlled, flux_state, latent, load_flux, prompt, sample
 
 pytestmark = pytest.mark.comfy
@@ -170,9 +170,9 @@ def test_context_windows_over_a_batch_take_the_conditions_along(tiny_flux, file,
 
 def test_context_windows_share_the_keys_of_one_condition(tiny_flux, file, encodings, monkeypatch):
     """Once per prompt, as without windows; not once per window. Core was asked for that much room."""
-    asked, size_of_keys = [], easycontrol_run.size_of_keys
+    asked, size_of_keys = [], conditions_run.size_of_keys
     monkeypatch.setattr(
-        easycontrol_run,
+        conditions_run,
         "size_of_keys",
         lambda base, latent, rows: asked.append(rows) or size_of_keys(base, latent, rows),
     )

@@ -1,4 +1,4 @@
-"""EasyControl during a run: one `Encoder` per condition, one `Lane` per prompt it is encoded for.
+"""Condition images during a run: one `Encoder` per condition, one `Lane` per prompt it is encoded for.
 
 A lane is per prompt, hook group and device, and per context window where pictures have texts or condition images of
 their own. Its keys and values are computed again when anything they were made from differs: pooled text, guidance, the
@@ -18,13 +18,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.control.easycontrol import ConditionLora, encode_condition, spatial_ids, subject_ids
+from ...models.control.easycontrol import encode_condition
 from .. import flux
 from ..attention import BlockKeys, ExtraKeys, with_keys
 from ..run import Chunk, Run, chunk_of
 
 if TYPE_CHECKING:
-    from .easycontrol import EasyControl
+    from .conditions import ConditionImage
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Call:
     """One call of the model, as the encoder needs it."""
 
     base: Any  # ComfyUI's BaseModel
-    lora: ConditionLora
+    lora: Any  # the adapter, or None for plain tokens
     chunk: Chunk
     options: dict  # transformer_options
     x: Tensor  # [conditions * rows, C, h, w]
@@ -90,7 +90,7 @@ class Lane:
 class Encoder:
     """One condition during one run: finds or computes its keys and values for each call of the model."""
 
-    def __init__(self, settings: EasyControl, run: Run):
+    def __init__(self, settings: ConditionImage, run: Run):
         self.settings = settings
         self.run = run
         self.reported = False
@@ -110,11 +110,12 @@ class Encoder:
     ):
         """APPLY_MODEL: hand this condition's keys and values to the attention patch."""
         base, options = executor.class_obj, transformer_options or {}
-        adapters = base.current_patcher.get_additional_models_with_key(self.settings.adapter)
-        # No adapter: the negative model of a guider with two models, which was not given this condition.
-        if adapters and self.settings.acts_at(float(t.flatten()[0]), base.model_sampling):
+        adapters = base.current_patcher.additional_models.get(self.settings.adapter)
+        # None: the negative model of a guider with two models, which was not given this condition.
+        if adapters is not None and self.settings.acts_at(float(t.flatten()[0]), base.model_sampling):
             channels = x.shape[1] + (0 if c_concat is None else c_concat.shape[1])
-            call = Call(base, adapters[0].model, chunk_of(options), options, x, channels, conds)
+            lora = adapters[0].model if adapters else None
+            call = Call(base, lora, chunk_of(options), options, x, channels, conds)
             keys = [self.keys(call, i) for i in range(len(call.chunk.conditions))]
             options = with_keys(options, ExtraKeys(keys, math.log(self.settings.influence)))
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
@@ -157,7 +158,7 @@ class Encoder:
             latent = window.get_tensor(latent, latent.device)  # a window of pictures, not of video frames
         if latent.shape[0] not in (1, rows):
             raise ValueError(
-                f"Apply EasyControl got {latent.shape[0]} condition images for a batch of {rows} pictures. "
+                f"{self.settings.node} got {latent.shape[0]} {self.settings.images} for a batch of {rows} pictures. "
                 "Give one image for all, or as many as the batch has."
             )
         return latent
@@ -168,7 +169,7 @@ class Encoder:
         self.refuse_if_too_large(call, source)
         latent = source.latent.to(call.x.device)
         grid = flux.token_grid(transformer, *latent.shape[-2:])
-        place = spatial_ids if settings.kind == "spatial" else subject_ids
+        place = settings.places[settings.kind]
         keys = encode_condition(
             transformer,
             call.lora,
@@ -193,9 +194,10 @@ class Encoder:
         else:
             free = call.base.current_patcher.get_free_memory(call.x.device)  # counts what core would give back
         if needed > free:
-            remedy = "Lower condition_size" if offloaded else "Set kv_cache to 'offload to CPU' or lower condition_size"
+            size = self.settings.size_input
+            remedy = f"Lower {size}" if offloaded else f"Set kv_cache to 'offload to CPU' or lower {size}"
             raise ValueError(
-                f"The keys and values of EasyControl {self.settings.name} need {needed / 2**20:.1f} MiB, "
+                f"The keys and values of {self.settings.feature} {self.settings.name} need {needed / 2**20:.1f} MiB, "
                 f"{free / 2**20:.1f} MiB are free. {remedy}."
             )
 
@@ -206,7 +208,8 @@ class Encoder:
         self.reported = True
         has, takes = source.latent.shape[1], call.channels
         logger.info(
-            "EasyControl %s: %s, %d tokens, %.1f MiB of keys and values per prompt%s",
+            "%s %s: %s, %d tokens, %.1f MiB of keys and values per prompt%s",
+            self.settings.feature,
             self.settings.name,
             self.settings.kind,
             grid[0] * grid[1],
