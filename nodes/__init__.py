@@ -2,9 +2,27 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import accelerate, easycontrol, embedded, image_difference, re_ttention, sparse_attention, step_cache
+from . import (
+    accelerate,
+    easycontrol,
+    embedded,
+    image_difference,
+    in_context_lora,
+    re_ttention,
+    sparse_attention,
+    step_cache,
+)
 
-FEATURES = (easycontrol, accelerate, step_cache, re_ttention, sparse_attention, image_difference, embedded)
+FEATURES = (
+    easycontrol,
+    in_context_lora,
+    accelerate,
+    step_cache,
+    re_ttention,
+    sparse_attention,
+    image_difference,
+    embedded,
+)
 
 
 class DiTToolkit(ComfyExtension):

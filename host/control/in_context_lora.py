@@ -1,0 +1,157 @@
+"""Folders of picture sets, as In-Context LoRAs are trained on them, out of ComfyUI's input folder.
+
+A folder holds 20 to 100 sets (In-Context LoRA, arXiv:2410.23775, section 3), each a folder of its own:
+
+    storyboards/
+        set 1/  1.png  2.png  3.png  caption.txt
+        set 2/  a.jpg  b.jpg  c.jpg  a.txt  b.txt  c.txt  summary.txt
+
+Pictures fill the panels in the order of their names, numbers counted as numbers. caption.txt is used as it is;
+otherwise the texts of the pictures are joined as a prompt is, with the layout's prefix and tags and, if there is one,
+summary.txt in front. ComfyUI's own nodes do the encoding and the training.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import folder_paths
+import node_helpers
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ...models.control.in_context_lora import Fit, Layout, compose, fitted, joint_prompt
+
+logger = logging.getLogger(__name__)
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # those ComfyUI's dataset nodes read
+CAPTION, SUMMARY = "caption.txt", "summary.txt"
+
+
+@dataclass(frozen=True)
+class PanelSet:
+    """One training example: `canvas` is IMAGE `[1, height, width, 3]`."""
+
+    name: str
+    canvas: Tensor
+    caption: str
+
+
+def read_sets(folder: str, layout: Layout, fit: Fit) -> list[PanelSet]:
+    """Every set of a folder in the input folder, in the order of their names.
+
+    Raises:
+        ValueError: for a folder without sets, a set with too many or too few pictures or captions (by its name), or
+            a path that leads out of the input folder.
+        FileNotFoundError: when there is no such folder.
+    """
+    place = located(folder)
+    sets = [entry for entry in in_order(place) if entry.is_dir()]
+    if not sets:
+        raise ValueError(f"{folder!r} has no sets: put the pictures of each set into a folder of their own inside it.")
+    for one in sets:
+        check(one, layout)  # all of them, before the first picture is read
+    found = [read_set(one, layout, fit) for one in sets]
+    size = f"{layout.width} x {layout.height}"
+    logger.info("%s: %d sets of %d panels, each canvas %s", folder, len(found), layout.count, size)
+    return found
+
+
+def fingerprint(folder: str | None) -> str:
+    """Changes when a file below the folder does, so that ComfyUI reads it again."""
+    if folder is None:  # comes over a link: not known yet
+        return ""
+    entries = sorted(path for path in located(folder).rglob("*") if path.is_file())
+    states = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in entries]
+    return sha256(repr(states).encode()).hexdigest()
+
+
+def located(folder: str) -> Path:
+    root = folder_paths.get_input_directory()
+    place = Path(root, folder)
+    if not folder_paths.is_within_directory(root, str(place)):
+        raise ValueError(f"{folder!r} leads out of ComfyUI's input folder. Choose a folder inside it.")
+    if not place.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder!r} in ComfyUI's input folder. Refresh the page (R).")
+    return place
+
+
+def in_order(place: Path) -> list[Path]:
+    """What is visible in a folder by name, 2 before 10."""
+    visible = [entry for entry in place.iterdir() if not entry.name.startswith(".")]
+    return sorted(visible, key=lambda entry: natural(entry.name))
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    parts = re.split(r"(\d+)", name.casefold())
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
+
+
+def pictures_of(one: Path) -> list[Path]:
+    return [entry for entry in in_order(one) if entry.suffix.lower() in PICTURES and entry.is_file()]
+
+
+def check(one: Path, layout: Layout) -> None:
+    """Everything a set can lack, by the name of the set."""
+    pictures = pictures_of(one)
+    if len(pictures) != layout.count:
+        names = ", ".join(picture.name for picture in pictures) or "none"
+        raise ValueError(
+            f"Set {one.name!r} needs {layout.count} pictures, one per panel, and has {len(pictures)}: {names}. "
+            f"Read are {', '.join(PICTURES)}."
+        )
+    texts = captions_of(one, pictures)
+    missing = [text.name for text in texts if not text.is_file()]
+    if missing:
+        raise ValueError(
+            f"Set {one.name!r} has no caption: write {CAPTION} for the whole set, or one text per picture; there is no "
+            f"{', '.join(missing)}."
+        )
+    blank = [text.name for text in texts if not words_of(one, text)]
+    if blank:
+        raise ValueError(f"Set {one.name!r} has an empty caption: {', '.join(blank)}.")
+
+
+def captions_of(one: Path, pictures: list[Path]) -> list[Path]:
+    """The joint caption's file, or the files of the single ones."""
+    joint = one / CAPTION
+    return [joint] if joint.is_file() else [picture.with_suffix(".txt") for picture in pictures]
+
+
+def read_set(one: Path, layout: Layout, fit: Fit) -> PanelSet:
+    pictures = pictures_of(one)
+    panels = {
+        index: fitted(read_picture(one, picture), layout.panel_width, layout.panel_height, fit)
+        for index, picture in enumerate(pictures)
+    }
+    texts = [words_of(one, text) for text in captions_of(one, pictures)]
+    if (one / CAPTION).is_file():
+        return PanelSet(one.name, compose(layout, panels), texts[0])
+    summary = words_of(one, one / SUMMARY) if (one / SUMMARY).is_file() else ""
+    return PanelSet(one.name, compose(layout, panels), joint_prompt(layout, summary, texts))
+
+
+def words_of(one: Path, text: Path) -> str:
+    try:
+        return text.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Set {one.name!r}: {text.name} is not UTF-8 text. Save it as UTF-8.") from error
+
+
+def read_picture(one: Path, path: Path) -> Tensor:
+    """IMAGE `[1, H, W, 3]` in 0..1, turned upright, without alpha."""
+    try:
+        picture = node_helpers.pillow(Image.open, path)
+        upright = node_helpers.pillow(ImageOps.exif_transpose, picture)
+    except OSError as error:
+        raise ValueError(f"Set {one.name!r}: {path.name} is no picture that can be read. {error}") from error
+    if upright.mode.startswith("I"):  # 16 bits grey
+        grey = torch.from_numpy(np.array(upright, np.float32) / 65535)
+        return grey[None, ..., None].expand(-1, -1, -1, 3)
+    return torch.from_numpy(np.array(upright.convert("RGB"), np.float32) / 255)[None]

@@ -1,0 +1,323 @@
+"""In-Context LoRA: sets of related pictures as panels of one canvas, for text to set, image to set and training.
+
+Paper: In-Context LoRA, arXiv:2410.23775. Panels and prompts are in `models/control/in_context_lora.py`, folders of
+sets in `host/control/in_context_lora.py`. ComfyUI loads the LoRAs, samples and trains; the model is never touched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import folder_paths
+import torch
+from comfy.model_management import intermediate_device
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..host.control.in_context_lora import fingerprint, read_sets
+from ..models.control.in_context_lora import (
+    LIMIT,
+    PRESETS,
+    TOKEN,
+    Fit,
+    Layout,
+    Tags,
+    compose,
+    encode_panels,
+    given_panels,
+    joint_prompt,
+    panel_layout,
+    panel_texts,
+    split,
+    start_panel,
+    unknown_mask,
+)
+
+PanelsType = io.Custom("DIT_PANELS")
+
+LARGEST = 4096  # pixels of a panel's side
+FIT = ["crop", "pad", "stretch"]
+FIT_TOOLTIP = "crop fills the panel and cuts what stands over, pad keeps all with grey around it, stretch distorts."
+
+
+class PanelLayout(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTPanelLayout",
+            display_name="Panel Layout",
+            category="DiT Toolkit/latent",
+            description=(
+                "Lays out 2 to 64 related pictures as panels of one canvas and joins their prompts into one, as "
+                "In-Context LoRAs are trained: storyboards, brand designs, before and after, one person in many scenes."
+            ),
+            search_aliases=["in-context lora", "ic-lora", "storyboard", "panels", "grid", "diptych", "character sheet"],
+            inputs=[
+                io.Combo.Input(
+                    "preset",
+                    options=["custom", *PRESETS],
+                    default="custom",
+                    tooltip="Canvas, grid, tags and prefix of a published In-Context LoRA, by its file name. "
+                    "custom reads the four numbers below.",
+                ),
+                io.Int.Input("rows", default=1, min=1, max=LIMIT, tooltip="Rows of panels. Read with custom only."),
+                io.Int.Input(
+                    "columns", default=2, min=1, max=LIMIT, tooltip="Columns of panels. Read with custom only."
+                ),
+                io.Int.Input(
+                    "panel_width",
+                    default=512,
+                    min=TOKEN,
+                    max=LARGEST,
+                    step=TOKEN,
+                    tooltip="Width of one panel in pixels, a multiple of 16. Read with custom only.",
+                ),
+                io.Int.Input(
+                    "panel_height",
+                    default=512,
+                    min=TOKEN,
+                    max=LARGEST,
+                    step=TOKEN,
+                    tooltip="Height of one panel in pixels, a multiple of 16. Read with custom only.",
+                ),
+                io.Combo.Input(
+                    "tags",
+                    options=["auto", "position", "scene", "image"],
+                    default="auto",
+                    tooltip="How the prompt introduces each panel: [LEFT], [SCENE-1] or [IMAGE1]. auto is what the "
+                    "preset was trained with; for custom, positions if they have names, scenes for one column.",
+                ),
+                io.String.Input(
+                    "prefix",
+                    default="",
+                    tooltip="What the prompt begins with, such as [MOVIE-SHOTS]. Empty: the preset's own, if it has "
+                    "one. Where the summary contains it, it is not repeated.",
+                ),
+                io.String.Input(
+                    "summary",
+                    default="",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="One sentence on the whole set: what it shows and what its panels have in common.",
+                ),
+                io.String.Input(
+                    "panel_prompts",
+                    default="",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="One line per panel, row by row. Tags are put in front; write a tag yourself to have it "
+                    "elsewhere. Name people in < > and use the same name in every panel.",
+                ),
+                io.String.Input(
+                    "given",
+                    default="",
+                    tooltip="Numbers of the panels you have pictures for, like 1, 3. Empty: all are generated.",
+                ),
+            ],
+            outputs=[
+                PanelsType.Output(display_name="panels", tooltip="The layout, for the other panel nodes."),
+                io.String.Output(display_name="prompt", tooltip="The joined prompt, for the text encoder."),
+                io.Int.Output(display_name="width", tooltip="Width of the canvas, for ModelSamplingFlux and latents."),
+                io.Int.Output(display_name="height", tooltip="Height of the canvas."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        preset: str,
+        rows: int,
+        columns: int,
+        panel_width: int,
+        panel_height: int,
+        tags: Tags,
+        prefix: str,
+        summary: str,
+        panel_prompts: str,
+        given: str,
+    ) -> io.NodeOutput:
+        layout = panel_layout(preset, rows, columns, panel_width, panel_height, tags, prefix, given)
+        prompt = joint_prompt(layout, summary, panel_texts(panel_prompts, layout.count))
+        return io.NodeOutput(layout, prompt, layout.width, layout.height, ui=ui.PreviewText(prompt))
+
+
+class PanelLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTPanelLatent",
+            display_name="Panel Latent",
+            category="DiT Toolkit/latent",
+            description=(
+                "Makes the canvas to sample on. Panels that are given as pictures are encoded and kept; the sampler "
+                "fills in the others, looking at them. Without pictures it is an empty latent of the right size."
+            ),
+            search_aliases=["in-context lora", "ic-lora", "inpaint panel", "image to set", "compose", "diptych"],
+            inputs=[
+                PanelsType.Input("panels", tooltip="From Panel Layout, which says what panels are given."),
+                io.Vae.Input("vae", tooltip="The model's VAE, which encodes the pictures."),
+                io.Autogrow.Input(
+                    "images",
+                    optional=True,
+                    template=io.Autogrow.TemplateNames(
+                        io.Image.Input(
+                            "image",
+                            optional=True,
+                            tooltip="A picture for a given panel, of any size. A batch counts as several pictures.",
+                        ),
+                        names=[f"image_{number}" for number in range(1, LIMIT * LIMIT + 1)],
+                        min=0,
+                    ),
+                    tooltip="The pictures, in the order of the given panels: image_1 is for the first of them.",
+                ),
+                io.Combo.Input("fit", options=FIT, default="crop", tooltip=f"For other proportions: {FIT_TOOLTIP}"),
+                io.Combo.Input(
+                    "encode",
+                    options=["per panel", "whole canvas"],
+                    default="per panel",
+                    tooltip="per panel: each is encoded by itself, so that no colour reaches over a border. "
+                    "whole canvas: in one go, as a finished picture would be.",
+                ),
+                io.Combo.Input(
+                    "start",
+                    options=["neutral", "first given panel"],
+                    default="neutral",
+                    tooltip="What the other panels begin as, for a sampler with denoise below 1. At denoise 1 it has "
+                    "no effect. neutral is grey.",
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many canvases to sample at once."),
+            ],
+            outputs=[
+                io.Latent.Output(tooltip="The canvas, with a mask that keeps the given panels. For any sampler."),
+                io.Image.Output(
+                    display_name="canvas", tooltip="What was encoded: given panels in their places, the rest grey."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        panels: Layout,
+        vae: Any,
+        fit: Fit,
+        encode: str,
+        start: str,
+        batch_size: int,
+        images: io.Autogrow.Type | None = None,
+    ) -> io.NodeOutput:
+        given = given_panels(panels, pictures(images), fit)
+        fill = start_panel(panels, given, start)
+        canvas = compose(panels, given, fill)
+        ratio = checked_ratio(panels, vae)
+        if not given:
+            size = (panels.height // ratio, panels.width // ratio)
+            zeros = torch.zeros(batch_size, vae.latent_channels, *size, device=intermediate_device())
+            return io.NodeOutput({"samples": zeros, "downscale_ratio_spacial": ratio}, canvas)
+        if encode == "per panel":
+            latent = encode_panels(panels, given, fill, vae.encode)
+        elif encode == "whole canvas":
+            latent = vae.encode(canvas)
+        else:
+            raise ValueError(f"'encode' must be per panel or whole canvas, got {encode!r}.")
+        samples = latent.repeat(batch_size, *[1] * (latent.ndim - 1))
+        return io.NodeOutput({"samples": samples, "noise_mask": unknown_mask(panels)}, canvas)
+
+
+class SplitPanels(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTPanelSplit",
+            display_name="Split Panels",
+            category="DiT Toolkit/image",
+            description=(
+                "Cuts a sampled canvas back into its panels, exact to the pixel, as a batch of pictures. Works on an "
+                "upscaled canvas too."
+            ),
+            search_aliases=["in-context lora", "ic-lora", "cut panels", "grid to images", "uncombine", "crop"],
+            inputs=[
+                io.Image.Input("image", tooltip="The decoded canvas, or several. May have been upscaled."),
+                PanelsType.Input("panels", tooltip="The layout that it was sampled with."),
+                io.Int.Input(
+                    "inset",
+                    default=0,
+                    min=0,
+                    max=256,
+                    tooltip="Pixels to cut off all four sides of each panel, where the neighbour's colours bleed over "
+                    "the border. 0 keeps everything; 8 is enough for FLUX.1's VAE.",
+                ),
+                io.Image.Input(
+                    "canvas",
+                    optional=True,
+                    tooltip="From Panel Latent. Given panels are then taken from here, untouched by the VAE.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(tooltip="The panels, row by row; of several canvases one after the other."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image: Tensor, panels: Layout, inset: int, canvas: Tensor | None = None) -> io.NodeOutput:
+        return io.NodeOutput(split(panels, image, inset, canvas))
+
+
+class PanelSets(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTPanelSets",
+            display_name="Panel Sets From Folder",
+            category="DiT Toolkit/training",
+            description=(
+                "Puts a folder of picture sets together for training an In-Context LoRA: one canvas and one caption "
+                "per set, for Make Training Dataset and Train LoRA. 20 to 100 sets are enough."
+            ),
+            search_aliases=["in-context lora", "ic-lora", "train lora", "dataset", "training sets", "captions"],
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=folder_paths.get_input_subfolders(),
+                    tooltip="A folder in ComfyUI's input folder. Each folder in it is a set: one picture per panel in "
+                    "the order of their names, and caption.txt, or one .txt per picture.",
+                ),
+                PanelsType.Input(
+                    "panels", tooltip="From Panel Layout: sizes, tags and prefix. Its prompts are not read here."
+                ),
+                io.Combo.Input("fit", options=FIT, default="crop", tooltip=f"For other proportions: {FIT_TOOLTIP}"),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", is_output_list=True, tooltip="One canvas per set."),
+                io.String.Output(display_name="texts", is_output_list=True, tooltip="One caption per canvas."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, **others: Any) -> str:
+        return fingerprint(folder)
+
+    @classmethod
+    def execute(cls, folder: str, panels: Layout, fit: Fit) -> io.NodeOutput:
+        sets = read_sets(folder, panels, fit)
+        return io.NodeOutput([found.canvas for found in sets], [found.caption for found in sets])
+
+
+def pictures(images: dict[str, Tensor | None] | None) -> list[Tensor]:
+    """Every picture `[1, H, W, C]`, in the order of the inputs' numbers; a batch gives several."""
+    connected = [(int(name.rpartition("_")[2]), image) for name, image in (images or {}).items() if image is not None]
+    return [picture[None] for _, image in sorted(connected, key=lambda pair: pair[0]) for picture in image]
+
+
+def checked_ratio(panels: Layout, vae: Any) -> int:
+    """Pixels of one latent pixel. Panels must end on latent pixels, or the VAE would cut them."""
+    ratio = vae.spacial_compression_encode()
+    if panels.panel_width % ratio or panels.panel_height % ratio:
+        raise ValueError(
+            f"this VAE makes one latent pixel of {ratio} x {ratio}, and panels of {panels.panel_width} x "
+            f"{panels.panel_height} do not end on one. Choose multiples of {ratio} in Panel Layout."
+        )
+    return ratio
+
+
+NODES = [PanelLayout, PanelLatent, SplitPanels, PanelSets]
