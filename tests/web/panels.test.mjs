@@ -1,0 +1,207 @@
+// The logic of the panel editor: what the widgets of Panel Layout mean, and how texts follow the grid.
+
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { test } from "node:test";
+
+import {
+  PRESETS,
+  asSent,
+  customValues,
+  drawnSize,
+  formatGiven,
+  formatTexts,
+  gridOf,
+  moved,
+  oneLine,
+  panels,
+  parseGiven,
+  parseTexts,
+  refilled,
+  tagsOf,
+  unpackSpare,
+  withMore,
+  words,
+} from "../../web/lib/panels.js";
+
+const CASES = JSON.parse(readFileSync(new URL("../reference/panel_captions.json", import.meta.url), "utf8"));
+const VALUES = {
+  ...{ preset: "custom", rows: 2, columns: 2, panel_width: 512, panel_height: 512, tags: "auto" },
+  ...{ prefix: "", summary: "", panel_prompts: "a\nb\nc\nd", given: "" },
+};
+const grid = (rows, columns) => ({ rows, columns, width: 512, height: 512 });
+const cells = (texts, given = []) => texts.map((text, index) => ({ text, given: given.includes(index + 1) }));
+const texts = (list) => list.map(({ text }) => text);
+const given = (list) => list.flatMap((cell, index) => (cell.given ? [index + 1] : []));
+
+for (const { name, values, expected } of CASES) {
+  test(`as the server has it: ${name}`, () => {
+    const state = panels(values);
+    if (expected === null) return assert.notEqual(state.problem, "");
+    assert.equal(state.problem, "");
+    assert.equal(state.caption, expected.prompt);
+    assert.deepEqual(given(state.cells), expected.given);
+    assert.deepEqual(state.cells.map(({ tag }) => `[${tag}]`), expected.tags);
+    const { rows, columns, width, height } = state.grid;
+    const { panel_width, panel_height } = expected;
+    assert.deepEqual([rows, columns, width, height], [expected.rows, expected.columns, panel_width, panel_height]);
+  });
+}
+
+test("the cases have all presets and no others", () => {
+  const named = CASES.map(({ values }) => values.preset).filter((name) => name !== "custom");
+  assert.deepEqual([...new Set(named)].sort(), Object.keys(PRESETS).sort());
+});
+
+test("lines and numbers that are written are read again", () => {
+  for (const list of [["a", "b", "c"], ["", "b", ""], ["", "", ""], ["a, b; c", "", "[LEFT] 猫 🐈"]])
+    assert.deepEqual(parseTexts(formatTexts(list), 3), { texts: list, more: [], problem: "" });
+  for (const list of [[], [1], [3, 1, 2]])
+    assert.deepEqual([...parseGiven(formatGiven(list), 4).given], [...list].sort());
+  assert.equal(formatGiven([12, 3]), "3, 12");
+});
+
+test("line breaks inside a text become spaces, so that a panel stays one line", () => {
+  assert.equal(oneLine("a\nb\r\n\r\nc\u2028d"), "a b c d");
+  assert.deepEqual(parseTexts(formatTexts(["a\nb", "c\x85d"]), 2).texts, ["a b", "c d"]);
+});
+
+test("what cannot be drawn is said, and what can is drawn", () => {
+  const many = panels({ ...VALUES, panel_prompts: "a\nb\nc\nd\ne\nf" });
+  assert.match(many.problem, /6 lines for 4 panels/);
+  assert.deepEqual([texts(many.cells), many.more], [["a", "b", "c", "d"], ["e", "f"]]);
+
+  const positions = panels({ ...VALUES, rows: 3, tags: "position" });
+  assert.match(positions.problem, /scene or image/);
+  assert.deepEqual([positions.caption, positions.cells[4].tag], [null, "5"]);
+
+  const wrong = panels({ ...VALUES, given: "2, 5, left" });
+  assert.match(wrong.problem, /"5".*1 to 4/);
+  assert.deepEqual(given(wrong.cells), [2]);
+
+  assert.match(panels({ ...VALUES, preset: "toString" }).problem, /no preset "toString"/);
+  assert.match(panels({ ...VALUES, tags: "toString" }).problem, /no tags "toString"/);
+});
+
+test("a workflow that was edited by hand may say anything", () => {
+  const odd = [null, undefined, 7, {}, [], "x", Number.NaN, -3, 1e9];
+  for (const value of odd)
+    for (const name of Object.keys(VALUES)) {
+      const { grid: found, cells: shown } = panels({ ...VALUES, [name]: value });
+      assert.ok(found.rows >= 1 && found.rows <= 8 && found.columns >= 1 && found.columns <= 8);
+      assert.equal(shown.length, found.rows * found.columns);
+      assert.ok(drawnSize(found, 400, { cellWidth: 90, cellHeight: 60, most: 460 }).height > 0);
+    }
+  for (const value of [...odd, { "0,0": 3, a: "b", "1,1": "  " }]) assert.deepEqual(unpackSpare(value), {});
+  assert.deepEqual(unpackSpare({ "2,0": "kept" }), { "2,0": "kept" });
+});
+
+test("what comes over a link is not guessed", () => {
+  const linked = (...names) => panels({ ...VALUES, summary: "old", given: "1" }, new Set(names));
+  assert.equal(linked("rows").grid, null);
+  assert.equal(linked("preset").grid, null);
+  assert.equal(linked("rows").caption, null);
+  const preset = { ...VALUES, preset: "font-design" };
+  assert.equal(panels(preset, new Set(["rows"])).grid.rows, 2, "a preset does not read rows");
+
+  assert.equal(linked("summary").caption, "(from link); [TOP-LEFT] a; [TOP-RIGHT] b; [BOTTOM-LEFT] c; [BOTTOM-RIGHT] d.");
+  assert.equal(linked("summary").partial, true);
+  assert.equal(linked().partial, false);
+  assert.deepEqual(texts(linked("panel_prompts").cells), ["", "", "", ""]);
+  assert.deepEqual(given(linked("given").cells), []);
+  assert.deepEqual([linked("tags").caption, linked("tags").problem], [null, ""]);
+});
+
+test("comments are not sent, and choices are made by the page when it sends", () => {
+  assert.deepEqual(asSent("a // note\nb /* x\n y */c"), { text: "a \nb c", random: false });
+  assert.deepEqual(asSent("a {red|blue} hat"), { text: "a {red|blue} hat", random: true });
+  assert.deepEqual(asSent("a \\{red\\|blue\\} hat"), { text: "a {red|blue} hat", random: false });
+  assert.deepEqual(asSent(null), { text: "", random: false });
+  const sent = { ...VALUES, panel_prompts: asSent("a// x\nb\nc\nd").text };
+  const state = panels({ ...VALUES, panel_prompts: "a// x\nb\nc\nd" }, new Set(), sent);
+  assert.equal(state.cells[0].text, "a// x");
+  assert.match(state.caption, /^\[TOP-LEFT\] a; /);
+});
+
+test("words are counted as a reader counts them", () => {
+  assert.equal(words(""), 0);
+  assert.equal(words("  [LEFT] a\u00a0white  cat. "), 4);
+});
+
+test("a cell stays in its row and column, and what falls off comes back with its place", () => {
+  const wider = moved(cells(["a", "b", "c", "d"], [1, 4]), {}, grid(2, 2), grid(2, 3));
+  assert.deepEqual(texts(wider.cells), ["a", "b", "", "c", "d", ""]);
+  assert.deepEqual(given(wider.cells), [1, 5]);
+
+  const less = moved(cells(["a", "b", "c", "d"], [1, 4]), {}, grid(2, 2), grid(2, 1));
+  assert.deepEqual([texts(less.cells), given(less.cells)], [["a", "c"], [1]]);
+  assert.deepEqual(less.spare, { "0,1": "b", "1,1": "d" });
+  const again = moved(less.cells, less.spare, grid(2, 1), grid(2, 2));
+  assert.deepEqual([texts(again.cells), again.spare], [["a", "b", "c", "d"], {}]);
+  assert.deepEqual(given(again.cells), [1]);
+
+  const emptied = moved(cells(["a", ""]), { "0,1": "old" }, grid(1, 2), grid(1, 1));
+  assert.deepEqual(emptied.spare, {}, "a cell that was emptied stays empty");
+});
+
+test("another preset keeps the order, and the texts that it has no place for", () => {
+  const four = ["a", "b", "c", "d"];
+  const three = refilled(cells(four, [2, 4]), {}, PRESETS["film-storyboard"]);
+  assert.deepEqual([texts(three.cells), given(three.cells)], [["a", "b", "c"], [2]]);
+  const two = refilled(three.cells, three.spare, PRESETS["couple-profile"]);
+  assert.deepEqual(texts(two.cells), ["a", "b"]);
+  const back = refilled(two.cells, two.spare, PRESETS["font-design"]);
+  assert.deepEqual([texts(back.cells), back.spare], [four, {}]);
+});
+
+test("no text is ever lost, whatever the grids", () => {
+  const all = Array.from({ length: 64 }, (_, index) => `text ${index}`);
+  const said = ({ cells: list, spare }) => [...texts(list), ...Object.values(spare)].filter(Boolean).sort();
+  let state = { cells: cells(all), spare: {} };
+  let from = grid(8, 8);
+  const steps = [[8, 3], [2, 3], [2, 8], [1, 1], [5, 5], [3, 1], [1, 8], [8, 8]];
+  steps.forEach(([rows, columns], index) => {
+    const to = grid(rows, columns);
+    state = index % 2 ? refilled(state.cells, state.spare, to) : moved(state.cells, state.spare, from, to);
+    assert.equal(state.cells.length, rows * columns);
+    assert.deepEqual(said(state), [...all].sort(), `${rows} x ${columns}`);
+    from = to;
+  });
+});
+
+test("lines too many wait for rows to come", () => {
+  const spare = withMore({}, ["e", "", "g"], grid(2, 2));
+  assert.deepEqual(spare, { "2,0": "e", "3,0": "g" });
+  const { cells: list } = moved(cells(["a", "b", "c", "d"]), spare, grid(2, 2), grid(3, 2));
+  assert.deepEqual(texts(list), ["a", "b", "c", "d", "e", ""]);
+});
+
+test("a row more makes a preset one's own: the same panels, the same prefix", () => {
+  const film = { ...VALUES, preset: "film-storyboard" };
+  const values = customValues(film, 4, 1);
+  assert.deepEqual(values, {
+    ...{ rows: 4, columns: 1, preset: "custom", panel_width: 1024, panel_height: 512, prefix: "[MOVIE-SHOTS]" },
+  });
+  const after = { ...film, ...values };
+  assert.deepEqual(tagsOf(after, gridOf(after)).tags.at(-1), "[SCENE-4]");
+  assert.equal(customValues({ ...film, prefix: "[NOIR]" }, 4, 1).prefix, undefined);
+  assert.deepEqual(customValues(VALUES, 3, 2), { rows: 3, columns: 2 });
+  assert.equal(customValues({ ...VALUES, tags: "position" }, 3, 2).tags, "auto", "positions have no names there");
+});
+
+test("the grid is drawn in the canvas's proportions while its cells can be used", () => {
+  const limits = { cellWidth: 90, cellHeight: 60, most: 460 };
+  const size = (name, available = 400) => {
+    const { rows, columns, width, height } = PRESETS[name];
+    return drawnSize({ rows, columns, width, height }, available, limits);
+  };
+  for (const [name, { rows, columns, width, height }] of Object.entries(PRESETS)) {
+    const drawn = size(name);
+    const exact = drawn.width / drawn.height / ((columns * width) / (rows * height));
+    assert.ok(Math.abs(exact - 1) < 1e-9, name);
+    assert.ok(drawn.width <= 400 && drawn.height <= 460 + 1e-9, name);
+  }
+  assert.deepEqual(size("couple-profile"), { width: 400, height: 200 });
+  const many = drawnSize(grid(8, 8), 400, limits);
+  assert.deepEqual(many, { width: 720, height: 720 }, "wider than the node: it scrolls");
+});

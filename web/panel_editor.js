@@ -1,0 +1,460 @@
+// The panels of "Panel Layout" as a grid in the node: each with its tag, its prompt and whether it is given.
+//
+// All that is typed goes into the node's own widgets, which stay what is saved, sent and undone. Two of them, the lines
+// of prompts and the numbers of given panels, are hidden behind the grid; without this file they are simply there.
+
+import { app } from "../../scripts/app.js";
+import {
+  LIMIT,
+  MOST_WORDS,
+  NODE,
+  PROPERTY,
+  asSent,
+  customValues,
+  drawnSize,
+  formatGiven,
+  formatTexts,
+  moved,
+  oneLine,
+  panels,
+  refilled,
+  unpackSpare,
+  withMore,
+} from "./lib/panels.js";
+
+const WIDGETS = [
+  ...["preset", "rows", "columns", "panel_width", "panel_height"],
+  ...["tags", "prefix", "summary", "panel_prompts", "given"],
+];
+const OF_CUSTOM = ["rows", "columns", "panel_width", "panel_height"]; // a preset has its own
+const BEHIND = ["panel_prompts", "given"]; // the grid
+
+// Pixels, the same for the styles and for the classic canvas, which wants to know a widget's height beforehand.
+const CELL = { cellWidth: 92, cellHeight: 66, most: 460 };
+const [GAP, TOOLS, CAPTION, WORDS, NOTE, MARGIN] = [5, 22, 76, 15, 30, 10];
+const NODE_WIDTH = 430;
+
+const THROUGH = new Set(["Enter", "s", "S"]); // with Ctrl or Cmd: ComfyUI's Run and Save are wanted while typing
+
+const STYLE = `
+.dit-panels {
+  --ink: var(--input-text, #ddd);
+  --ground: var(--comfy-input-bg, #fff);
+  --line: color-mix(in srgb, var(--ink) 32%, transparent);
+  --accent: #1b63ad; --on-accent: #fff;
+  display: flex; flex-direction: column; gap: ${GAP}px; box-sizing: border-box; min-height: 0; overflow: hidden;
+  cursor: default; color: var(--ink); font: 11px/15px Inter, system-ui, sans-serif;
+}
+.dark-theme .dit-panels { --ground: var(--comfy-input-bg, #222); --accent: #5aa9f2; --on-accent: #0b1420; }
+.dit-panels > * { flex: none; box-sizing: border-box; }
+.dit-panels [hidden] { display: none; }
+.dit-panels button {
+  padding: 0 7px; border: 1px solid var(--line); border-radius: 4px; background: var(--ground); color: inherit;
+  font: inherit; cursor: pointer; white-space: nowrap;
+}
+.dit-panels button:hover:not(:disabled) { border-color: var(--ink); }
+.dit-panels button:disabled { opacity: 0.45; cursor: default; }
+.dit-panels button[aria-pressed="true"] {
+  background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 600;
+}
+.dit-panels :is(button, textarea):focus-visible { outline: 2px solid var(--accent); outline-offset: -1px; }
+.dit-panels-tools { display: flex; gap: 4px; height: ${TOOLS}px; align-items: stretch; overflow: hidden; }
+.dit-panels-size {
+  flex: 1; min-width: 0; align-self: center; text-align: right; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; opacity: 0.8;
+}
+.dit-panels-scroll { overflow: auto hidden; scrollbar-width: thin; }
+.dit-panels-grid { display: grid; margin: 0 auto; box-sizing: border-box; background: var(--line); gap: 1px; }
+.dit-panels-cell {
+  display: flex; flex-direction: column; min-width: 0; min-height: 0; background: var(--ground);
+}
+.dit-panels-cell.given {
+  background: repeating-linear-gradient(135deg,
+    color-mix(in srgb, var(--accent) 20%, var(--ground)) 0 6px,
+    color-mix(in srgb, var(--accent) 9%, var(--ground)) 6px 12px);
+}
+.dit-panels-head { display: flex; gap: 4px; align-items: center; padding: 3px 3px 0 6px; }
+.dit-panels-tag { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-weight: 600; }
+.dit-panels .dit-panels-head button { padding: 0 5px; font-size: 10px; line-height: 15px; }
+.dit-panels textarea {
+  display: block; width: 100%; box-sizing: border-box; margin: 0; padding: 2px 6px 4px; border: 0; border-radius: 0;
+  background: transparent; color: inherit; font: inherit; resize: none; scrollbar-width: thin;
+}
+.dit-panels-cell textarea { flex: 1; min-height: 0; }
+.dit-panels textarea::placeholder { color: inherit; opacity: 0.65; }
+.dit-panels textarea:focus { outline: 2px solid var(--accent); outline-offset: -2px; }
+.dit-panels .dit-panels-caption {
+  height: ${CAPTION}px; padding: 4px 6px; border: 1px dashed var(--line); border-radius: 4px;
+}
+.dit-panels-words { height: ${WORDS}px; overflow: hidden; white-space: nowrap; text-overflow: ellipsis; opacity: 0.8; }
+.dit-panels-note { height: ${NOTE}px; overflow: hidden; font-weight: 600; }
+`;
+
+class Editor {
+  constructor(node) {
+    this.node = node;
+    this.widgets = Object.fromEntries(WIDGETS.map((name) => [name, node.widgets.find((each) => each.name === name)]));
+    this.spare = {};
+    this.asLines = false; // the user wants the plain widgets
+    this.writing = false;
+    this.boxes = [];
+    this.build();
+    this.widget = node.addDOMWidget("panels_editor", "panels_editor", this.element, {
+      serialize: false,
+      hideOnZoom: false,
+      getMinHeight: () => this.height(),
+      getMaxHeight: () => this.height(),
+    });
+    this.widget.serialize = false; // widget values are saved by position: this one takes none
+    this.look();
+    this.draw();
+    for (const widget of Object.values(this.widgets)) after(widget, "callback", () => this.changed());
+    after(node, "onConfigure", () => this.restored());
+    after(node, "onConnectionsChange", () => this.changed());
+    after(node, "onResize", () => this.arrange());
+  }
+
+  build() {
+    this.element = make("div", "dit-panels", { role: "group", "aria-label": "Panels" });
+    const tool = (text, label, rows, columns) => {
+      const button = make("button", "", { type: "button", "aria-label": label, title: label }, text);
+      button.addEventListener("click", () => this.resize(rows, columns));
+      return Object.assign(button, { rows, columns });
+    };
+    this.tools = [
+      tool("\u2212 row", "Remove the last row", -1, 0),
+      tool("+ row", "Add a row", 1, 0),
+      tool("\u2212 column", "Remove the last column", 0, -1),
+      tool("+ column", "Add a column", 0, 1),
+    ];
+    this.lines = make("button", "", { type: "button", "aria-pressed": "false" }, "as lines");
+    this.lines.title = "Show the plain inputs panel_prompts and given, to paste many lines or to connect a link";
+    this.lines.addEventListener("click", () => {
+      this.asLines = !this.asLines;
+      this.changed();
+    });
+    this.size = make("span", "dit-panels-size");
+    const tools = make("div", "dit-panels-tools", { role: "toolbar", "aria-label": "Grid" });
+    tools.append(...this.tools, this.lines, this.size);
+
+    this.grid = make("div", "dit-panels-grid", { role: "group" });
+    this.scroll = make("div", "dit-panels-scroll");
+    this.scroll.append(this.grid);
+    this.caption = make("textarea", "dit-panels-caption", {
+      ...{ readonly: "", "aria-label": "Joined caption, as it will be sent", "data-capture-wheel": "true" },
+    });
+    this.count = make("div", "dit-panels-words");
+    this.note = make("div", "dit-panels-note", { role: "status" });
+    this.element.append(tools, this.scroll, this.caption, this.count, this.note);
+
+    for (const kind of ["keydown", "keyup", "keypress", "copy", "cut", "paste"])
+      this.element.addEventListener(kind, keepToItself);
+    for (const kind of ["wheel", "pointerdown"]) this.element.addEventListener(kind, passOn, { passive: false });
+  }
+
+  // What the widgets say
+
+  values() {
+    return Object.fromEntries(WIDGETS.map((name) => [name, this.widgets[name].value]));
+  }
+
+  linked() {
+    const isLinked = (input) => input.widget && input.link !== null && input.link !== undefined;
+    return new Set((this.node.inputs ?? []).filter(isLinked).map((input) => input.widget.name));
+  }
+
+  look() {
+    const values = this.values();
+    const sent = { ...values };
+    this.random = false;
+    for (const name of WIDGETS.filter((each) => this.widgets[each].dynamicPrompts)) {
+      const { text, random } = asSent(values[name]);
+      sent[name] = text;
+      this.random ||= random;
+    }
+    this.links = this.linked();
+    this.state = panels(values, this.links, sent);
+    this.preset = values.preset;
+  }
+
+  /** A widget or a link is another: texts follow the grid, and the picture follows both. */
+  changed() {
+    if (this.writing) return;
+    const [before, preset] = [this.state, this.preset];
+    this.look();
+    const { grid } = this.state;
+    if (grid && before.grid && (grid.rows !== before.grid.rows || grid.columns !== before.grid.columns)) {
+      const byHand = preset === "custom" && this.preset === "custom";
+      const spare = withMore(this.spare, before.more, before.grid);
+      this.store(byHand ? moved(before.cells, spare, before.grid, grid) : refilled(before.cells, spare, grid));
+    }
+    this.draw();
+  }
+
+  /** A saved workflow has been put into the widgets. Nothing is written: it shows as it is. */
+  restored() {
+    this.spare = unpackSpare(this.node.properties?.[PROPERTY]);
+    this.look();
+    this.draw({ resize: false });
+  }
+
+  // What the user does
+
+  /** One row or column more or less, as one step for undo. */
+  resize(rows, columns) {
+    const { grid, cells, more } = this.state;
+    if (!grid) return;
+    const to = { rows: grid.rows + rows, columns: grid.columns + columns };
+    if ([to.rows, to.columns].some((count) => count < 1 || count > LIMIT)) return;
+    this.step(() => {
+      const values = customValues(this.values(), to.rows, to.columns);
+      for (const [name, value] of Object.entries(values)) if (!this.links.has(name)) this.write(name, value);
+      this.store(moved(cells, withMore(this.spare, more, grid), grid, to));
+    });
+  }
+
+  typed(index, box) {
+    const clean = oneLine(box.value);
+    if (clean !== box.value) {
+      const caret = oneLine(box.value.slice(0, box.selectionEnd)).length;
+      box.value = clean;
+      box.setSelectionRange(caret, caret);
+    }
+    const texts = this.state.cells.map((cell, each) => (each === index ? clean : cell.text));
+    this.quietly(() => this.write("panel_prompts", formatTexts(texts.concat(this.state.more))));
+    this.look();
+    this.draw();
+  }
+
+  toggle(index) {
+    const numbers = this.state.cells.filter(({ given }, each) => given !== (each === index)).map(({ number }) => number);
+    this.step(() => this.write("given", formatGiven(numbers)));
+  }
+
+  store({ cells, spare }) {
+    this.quietly(() => {
+      const numbers = cells.flatMap(({ given }, index) => (given ? [index + 1] : []));
+      if (!this.links.has("panel_prompts")) this.write("panel_prompts", formatTexts(cells.map(({ text }) => text)));
+      if (!this.links.has("given")) this.write("given", formatGiven(numbers));
+    });
+    this.spare = spare;
+    if (Object.keys(spare).length) this.node.properties[PROPERTY] = spare;
+    else delete this.node.properties[PROPERTY];
+    this.look();
+  }
+
+  step(change) {
+    app.canvas.emitBeforeChange();
+    this.quietly(change);
+    this.look();
+    this.draw();
+    app.canvas.emitAfterChange();
+  }
+
+  quietly(change) {
+    const before = this.writing;
+    this.writing = true;
+    try {
+      change();
+    } finally {
+      this.writing = before;
+    }
+  }
+
+  /** As if the user had set the widget. */
+  write(name, value) {
+    const widget = this.widgets[name];
+    if (widget.value === value) return;
+    widget.value = value;
+    widget.callback?.(value, app.canvas, this.node);
+  }
+
+  // What the page shows
+
+  draw({ resize = true } = {}) {
+    const { grid, cells, caption, problem } = this.state;
+    const earlier = this.shownHeight;
+    const gridShown = Boolean(grid) && !this.asLines;
+    for (const name of OF_CUSTOM) this.widgets[name].disabled = this.preset !== "custom";
+    for (const name of BEHIND) hide(this.widgets[name], gridShown && !this.links.has(name));
+    refreshHidden(this.node);
+
+    this.scroll.hidden = !gridShown;
+    if (gridShown) this.drawCells(grid, cells);
+    for (const button of this.tools)
+      button.disabled = !grid || !fits(grid.rows + button.rows) || !fits(grid.columns + button.columns);
+    this.lines.setAttribute("aria-pressed", String(!gridShown));
+    this.lines.disabled = !grid;
+    this.size.textContent = grid ? sizeText(grid, this.links) : "";
+    this.size.title = this.size.textContent;
+
+    const shown = caption ?? "";
+    if (this.caption.value !== shown) this.caption.value = shown;
+    this.caption.placeholder = caption === null && !problem ? "Known when it runs: a link brings what it is made of." : "";
+    this.count.textContent = caption === null ? "" : wordsText(this.state, this.random);
+    this.note.textContent = noteText(this.state);
+    this.note.hidden = !this.note.textContent;
+    this.arrange();
+    if (resize && earlier !== undefined) this.growBy(this.shownHeight - earlier);
+    app.canvas?.setDirty(true, true);
+  }
+
+  drawCells({ rows, columns }, cells) {
+    if (this.boxes.length !== cells.length || this.columns !== columns) {
+      this.columns = columns;
+      this.boxes = cells.map((_, index) => this.cell(index));
+      this.grid.replaceChildren(...this.boxes.map(({ element }) => element));
+      this.grid.style.gridTemplate = `repeat(${rows}, minmax(0, 1fr)) / repeat(${columns}, minmax(0, 1fr))`;
+      this.grid.setAttribute("aria-label", `${plural(rows, "row")}, ${plural(columns, "column")}`);
+    }
+    cells.forEach(({ number, tag, text, given }, index) => {
+      const { element, tagged, button, box } = this.boxes[index];
+      const name = tag === String(number) ? `Panel ${number}` : `Panel ${number}, ${tag}`;
+      element.setAttribute("aria-label", `${name}, of ${cells.length}`);
+      element.classList.toggle("given", given);
+      tagged.textContent = tagged.title = tag;
+      box.setAttribute("aria-label", `Prompt of panel ${number}, ${tag}`);
+      box.readOnly = this.links.has("panel_prompts");
+      box.placeholder = box.readOnly ? "from link" : "what this panel shows";
+      if (oneLine(box.value).trim() !== text.trim()) box.value = text; // else the caret would jump
+      button.setAttribute("aria-label", `Panel ${number}, ${tag}, is given as a picture`);
+      button.setAttribute("aria-pressed", String(given));
+      button.disabled = this.links.has("given");
+      button.textContent = button.disabled ? "from link" : "given";
+    });
+  }
+
+  cell(index) {
+    const element = make("div", "dit-panels-cell", { role: "group" });
+    const head = make("div", "dit-panels-head");
+    const tagged = make("span", "dit-panels-tag");
+    const button = make("button", "", { type: "button" }, "given");
+    const box = make("textarea", "", { "data-capture-wheel": "true", spellcheck: "false" });
+    button.addEventListener("click", () => this.toggle(index));
+    box.addEventListener("input", () => this.typed(index, box));
+    box.addEventListener("change", () => this.step(() => {})); // typing is one step for undo, once it is over
+    head.append(tagged, button);
+    element.append(head, box);
+    return { element, tagged, button, box };
+  }
+
+  /** The grid in the canvas's proportions, in the width that the node has. */
+  arrange() {
+    this.shownHeight = this.height();
+    if (!this.state.grid) return;
+    const { height, ratio } = this.drawn();
+    Object.assign(this.grid.style, {
+      width: `min(100%, ${CELL.most * ratio}px)`,
+      minWidth: `${this.state.grid.columns * CELL.cellWidth}px`,
+      minHeight: `${this.state.grid.rows * CELL.cellHeight}px`,
+      aspectRatio: String(ratio),
+    });
+    this.scroll.style.minHeight = LiteGraph.vueNodesMode ? "" : `${height}px`;
+  }
+
+  drawn() {
+    const { grid } = this.state;
+    const unknown = ["panel_width", "panel_height"].some((name) => this.links.has(name)) && this.preset === "custom";
+    const shape = unknown ? { ...grid, width: 1, height: 1 } : grid;
+    const ratio = (shape.columns * shape.width) / (shape.rows * shape.height);
+    return { ...drawnSize(shape, this.node.size[0] - 2 * MARGIN, CELL), ratio };
+  }
+
+  /** Of all of it, in pixels. */
+  height() {
+    const parts = [TOOLS, CAPTION, WORDS];
+    if (!this.scroll.hidden && this.state.grid) parts.push(this.drawn().height);
+    if (!this.note.hidden) parts.push(NOTE);
+    return Math.ceil(parts.reduce((sum, part) => sum + part + GAP, 2 * MARGIN - GAP));
+  }
+
+  growBy(pixels) {
+    const [width, height] = this.node.size;
+    if (Math.abs(pixels) >= 1 && this.node.graph)
+      this.node.setSize([width, Math.max(height + pixels, this.node.computeSize()[1])]);
+  }
+}
+
+const fits = (count) => count >= 1 && count <= LIMIT;
+const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+
+function sizeText({ rows, columns, width, height }, links) {
+  if (links.has("panel_width") || links.has("panel_height")) return "size from link";
+  return `${columns * width} \u00d7 ${rows * height} px`;
+}
+
+function wordsText({ words, partial }, random) {
+  const parts = [plural(words, "word")];
+  if (words > MOST_WORDS) parts.push(`above ${MOST_WORDS}: the end may not be read`);
+  if (partial) parts.push("more comes from links");
+  if (random) parts.push("choices in { } are made when it is sent");
+  return parts.join(" \u00b7 ");
+}
+
+function noteText({ grid, problem }) {
+  if (!grid) return "The grid comes from a link. Write one line per panel into panel_prompts.";
+  return problem;
+}
+
+function make(tag, className, attributes = {}, text = "") {
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.textContent = text;
+  return element;
+}
+
+/** Call `then` after whatever `object[name]` does. */
+function after(object, name, then) {
+  const earlier = object[name];
+  object[name] = function (...args) {
+    const result = earlier?.apply(this, args);
+    then();
+    return result;
+  };
+}
+
+function hide(widget, hidden) {
+  if (widget.hidden === hidden && widget.options.hidden === hidden) return;
+  widget.hidden = hidden; // on the classic canvas
+  widget.options.hidden = hidden; // in Nodes 2.0
+  stale.add(widget);
+}
+
+const stale = new Set(); // widgets that were hidden or shown since Nodes 2.0 was told
+
+function refreshHidden(node) {
+  if (!node.widgets.some((widget) => stale.delete(widget)) || !LiteGraph.vueNodesMode) return;
+  node.widgets = [...node.widgets]; // it looks at the options again when the list is another
+}
+
+/** Typing here is no shortcut of ComfyUI's: Delete would delete the node, Ctrl+C copy it. */
+function keepToItself(event) {
+  if (event.type === "keydown" && (event.ctrlKey || event.metaKey) && THROUGH.has(event.key)) return;
+  event.stopPropagation();
+  if (event.type === "keydown" && event.key === "Escape") event.target.blur();
+}
+
+/** On the classic canvas an element lies over it: zooming and panning there should work as beside it. */
+function passOn(event) {
+  if (LiteGraph.vueNodesMode || (event.type === "pointerdown" && event.button !== 1)) return;
+  const box = event.target.closest("textarea");
+  const scrolls = box && box === document.activeElement && box.scrollHeight > box.clientHeight;
+  if (event.type === "wheel" && scrolls && !event.ctrlKey) return;
+  event.preventDefault();
+  event.stopPropagation();
+  app.canvas.canvas.dispatchEvent(new event.constructor(event.type, event));
+}
+
+app.registerExtension({
+  name: "DiT Toolkit.panel_editor",
+  init() {
+    document.head.append(Object.assign(document.createElement("style"), { textContent: STYLE }));
+  },
+  nodeCreated(node) {
+    if (node.comfyClass !== NODE || !WIDGETS.every((name) => node.widgets.some((each) => each.name === name))) return;
+    new Editor(node);
+    node.setSize([Math.max(node.size[0], NODE_WIDTH), node.size[1]]);
+    node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+  },
+});
