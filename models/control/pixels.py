@@ -1,0 +1,82 @@
+"""Pictures and masks as pixels: resampling, distances, dilation, boxes.
+
+Resampling: Lanczos with 3 lobes (Turkowski, Filters for Common Resampling Tasks, 1990), stretched by the scale when a
+picture is made smaller, so that nothing aliases. At the border, weights are normalised over what is there. In float32,
+without the 8 bits that go through PIL; pixels stay what they are when the size does.
+
+Shapes: pictures `[..., H, W, C]` in 0..1, masks `[H, W]` bool. Units: pixels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LOBES = 3
+
+
+def rgb(image: Tensor) -> Tensor:
+    """`[..., C]`, C being 1, 3 or 4, as `[..., 3]`: grey is repeated, alpha is left out.
+
+    Raises:
+        ValueError: another number of channels.
+    """
+    channels = image.shape[-1]
+    if channels not in (1, 3, 4):
+        raise ValueError(f"A picture must have 1, 3 or 4 channels, got {channels}.")
+    return image.expand(*image.shape[:-1], 3) if channels == 1 else image[..., :3]
+
+
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """`[..., H, W, C]` as `[..., height, width, C]`, cut to 0..1 unless the size is the same already."""
+    before = tuple(image.shape[-3:-1])
+    if before == (height, width):
+        return image
+    rows, columns = (
+        lanczos(old, new).to(image.device) for old, new in zip(before, (height, width), strict=True)
+    )  # [height, H], [width, W]
+    planes = image.movedim(-1, -3).float()  # [..., C, H, W]
+    return (rows @ (planes @ columns.T)).clamp(0, 1).movedim(-3, -1).to(image.dtype)
+
+
+def lanczos(old: int, new: int) -> Tensor:
+    """Weights that make `new` samples of `old`: `[new, old]`, every row sums to 1."""
+    scale = max(old / new, 1.0)
+    centre = (torch.arange(new, dtype=torch.float64) + 0.5) * old / new
+    distance = (torch.arange(old, dtype=torch.float64) + 0.5 - centre[:, None]) / scale
+    weights = torch.sinc(distance) * torch.sinc(distance / LOBES) * (distance.abs() < LOBES)
+    return (weights / weights.sum(1, keepdim=True)).float()
+
+
+def distance_to(target: Tensor, limit: int) -> Tensor:
+    """Euclidean distance of every pixel to the nearest True one of `target`, `[H, W]` float32, cut at `limit` + 1.
+
+    Exact: along columns first, then the smallest sum of squares along rows, which needs `limit` pixels to either side.
+    """
+    height, width = target.shape
+    far = limit + 1
+    row = torch.arange(height, dtype=torch.float32, device=target.device)[:, None].expand(height, width)
+    above = torch.where(target, row, -math.inf).cummax(0).values
+    below = torch.where(target, row, math.inf).flip(0).cummin(0).values.flip(0)
+    square = torch.minimum(row - above, below - row).clamp(max=far).square()  # [H, W]
+    nearest = square
+    for step in range(1, min(limit, width - 1) + 1):
+        reach = torch.full_like(square, math.inf)
+        reach[:, step:] = square[:, :-step]
+        reach[:, :-step] = torch.minimum(reach[:, :-step], square[:, step:])
+        nearest = torch.minimum(nearest, reach + step**2)
+    return nearest.sqrt().clamp(max=far)
+
+
+def dilate(mask: Tensor, radius: int) -> Tensor:
+    """`mask` and all pixels within `radius` of it."""
+    return mask if radius == 0 else distance_to(mask, radius) <= radius
+
+
+def bounds(mask: Tensor) -> tuple[int, int, int, int]:
+    """Left, top, width and height of what is True. At least one pixel must be."""
+    rows, columns = (torch.nonzero(mask.any(axis)).flatten() for axis in (1, 0))
+    left, top = int(columns[0]), int(rows[0])
+    return left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top

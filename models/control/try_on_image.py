@@ -1,0 +1,299 @@
+"""Pictures for a try-on: cut out the person, hide the garment, lay the new one on white, and paste the result back.
+
+Source: what MC-VTON, arXiv:2501.03630, takes: a masked person and a flat garment, of one size. The paper does not say
+how photos get there. The choices here are usual in the field, and ours: masked pixels are grey 127 (as in VITON-HD,
+arXiv:2103.16874) or black, garments are letter-boxed on white, and only masked pixels are pasted back.
+
+Three things hold, whatever the sizes:
+
+- What was under the mask does not show in the masked person: it is filled before anything is resampled.
+- Pixels outside the mask are the original's, bit for bit: they are never computed.
+- A crop that keeps its size comes back bit for bit where the feather has ended.
+
+Shapes: pictures `[N, H, W, C]` in 0..1, C being 1, 3 or 4; masks `[N, H, W]`. Units: pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .pixels import bounds, dilate, distance_to, resize, rgb
+
+TOKEN = 16  # pixels
+SHAPE_TOLERANCE = 0.02  # by which the proportions of two pictures that belong together may differ
+FILLS = {"grey": 127 / 255, "black": 0.0}
+
+Fill = Literal["grey", "black"]
+Size = tuple[int, int]  # height, width
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A rectangle of a picture, in pixels. It may reach over the border; border pixels are repeated there."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+    def of(self, image: Tensor) -> Tensor:
+        """`[H, W, ...]` -> `[height, width, ...]`."""
+        rows = torch.arange(self.top, self.top + self.height, device=image.device).clamp(0, image.shape[0] - 1)
+        columns = torch.arange(self.left, self.left + self.width, device=image.device).clamp(0, image.shape[1] - 1)
+        return image[rows][:, columns]
+
+    def inside(self, size: Size) -> tuple[slice, slice]:
+        """Rows and columns of a picture of this size that it covers."""
+        rows = slice(max(self.top, 0), min(self.top + self.height, size[0]))
+        return rows, slice(max(self.left, 0), min(self.left + self.width, size[1]))
+
+    def grown(self, working: Size, picture: Size) -> Crop:
+        """The smallest crop around this one with the proportions of `working`; within the picture if it fits."""
+        width = max(self.width, math.ceil(self.height * working[1] / working[0]))
+        height = max(self.height, math.ceil(self.width * working[0] / working[1]))
+        left = _shifted(self.left - (width - self.width) // 2, width, picture[1])
+        return Crop(left, _shifted(self.top - (height - self.height) // 2, height, picture[0]), width, height)
+
+
+@dataclass(frozen=True, eq=False)
+class Paste:
+    """What it takes to put results back: a crop and a mask per person.
+
+    masks: `[N, H, W]` bool at the size of the person's picture, dilated: what may change.
+    working: height and width of the pictures that were made of the crops.
+    """
+
+    crops: tuple[Crop, ...]
+    masks: Tensor
+    working: Size
+
+    @property
+    def picture(self) -> Size:
+        return self.masks.shape[1], self.masks.shape[2]
+
+
+def fitted_masks(mask: Tensor, person: Tensor, dilation: int = 0) -> Tensor:
+    """Masks for persons `[N, H, W, C]` as `[N, H, W]` bool: what is above 0.5, dilated.
+
+    A mask of another size is brought to the picture's where the proportions agree.
+
+    Raises:
+        ValueError: an empty mask, one of another picture, or another number of them.
+    """
+    mask = mask[None] if mask.ndim == 2 else mask
+    count, size = person.shape[0], (person.shape[1], person.shape[2])
+    if mask.ndim != 3:
+        raise ValueError(f"A mask must be [N, H, W], got {tuple(mask.shape)}.")
+    if mask.shape[0] not in (1, count):
+        raise ValueError(f"Got {mask.shape[0]} masks for {count} persons. Give one mask for all, or one for each.")
+    if not same_shape((mask.shape[1], mask.shape[2]), size):
+        raise ValueError(
+            f"The mask is {mask.shape[2]} x {mask.shape[1]} pixels and the person {size[1]} x {size[0]}. "
+            "Use a mask that was made of this picture."
+        )
+    fitted = (resize(mask[..., None].float(), *size)[..., 0] > 0.5).expand(count, -1, -1)
+    for number, each in enumerate(fitted):
+        if not each.any():
+            which = f" of person {number + 1}" if count > 1 else ""
+            raise ValueError(f"The mask{which} is empty. Paint over the garment that is to be replaced.")
+    return torch.stack([dilate(each, dilation) for each in fitted])
+
+
+def crop_around(mask: Tensor, margin: float) -> Crop:
+    """The box of a mask `[H, W]`, wider on each side by `margin` times its longer side, within the picture."""
+    left, top, width, height = bounds(mask)
+    around = round(margin * max(width, height))
+    right, bottom = min(left + width + around, mask.shape[1]), min(top + height + around, mask.shape[0])
+    left, top = max(left - around, 0), max(top - around, 0)
+    return Crop(left, top, right - left, bottom - top)
+
+
+def size_for(crops: Sequence[Crop], pixels: float) -> Size:
+    """A working size of about so many pixels, in whole tokens, with the proportions that hold all crops."""
+    width, height = max(crop.width for crop in crops), max(crop.height for crop in crops)
+    factor = math.sqrt(pixels / (width * height)) / TOKEN
+    return max(round(height * factor), 1) * TOKEN, max(round(width * factor), 1) * TOKEN
+
+
+def plan(masks: Tensor, margin: float | None, size: Size | float) -> Paste:
+    """Where to crop.
+
+    Args:
+        masks: `[N, H, W]` bool, none of them empty.
+        margin: around the mask, as a part of its longer side; None takes the whole picture.
+        size: height and width of the crops' pictures, or about how many pixels they are to have.
+    """
+    picture = (masks.shape[1], masks.shape[2])
+    whole = Crop(0, 0, picture[1], picture[0])
+    boxes = [whole if margin is None else crop_around(mask, margin) for mask in masks]
+    working = size if isinstance(size, tuple) else size_for(boxes, size)
+    return Paste(tuple(box.grown(working, picture) for box in boxes), masks, working)
+
+
+def masked_persons(person: Tensor, paste: Paste, fill: Fill) -> tuple[Tensor, Tensor]:
+    """The crops with their masks filled, `[N, h, w, 3]`, and the masks at that size, `[N, h, w]` float.
+
+    A working pixel is masked when any part of it is.
+    """
+    pictures, masks = [], []
+    for image, mask, crop in zip(rgb(person), paste.masks, paste.crops, strict=True):
+        hidden = torch.where(mask[..., None], FILLS[fill], image)
+        small = smaller_mask(mask, crop, paste.working)
+        masks.append(small.to(person.dtype))
+        pictures.append(torch.where(small[..., None], FILLS[fill], resize(crop.of(hidden), *paste.working)))
+    return torch.stack(pictures), torch.stack(masks)
+
+
+def smaller_mask(mask: Tensor, crop: Crop, working: Size) -> Tensor:
+    """A mask `[H, W]` bool on the working picture of a crop: True wherever it touches a pixel."""
+    rows, columns = crop.inside((mask.shape[0], mask.shape[1]))
+    cut = torch.zeros(crop.height, crop.width, dtype=torch.bool, device=mask.device)
+    cut[_moved(rows, crop.top), _moved(columns, crop.left)] = mask[rows, columns]
+    if cut.shape == working:
+        return cut
+    return torch.nn.functional.adaptive_max_pool2d(cut[None].float(), working)[0] > 0
+
+
+def garments_on_white(garment: Tensor, mask: Tensor | None, size: Size) -> Tensor:
+    """Garments `[N, H, W, C]` letter-boxed on white, uncut, as `[N, *size, 3]`.
+
+    Args:
+        mask: where the garment is, `[1 or N, H, W]` in 0..1; it is cut out along it and its surroundings are trimmed.
+            Without one, an alpha channel does the same, but trims nothing.
+    """
+    fitted = []
+    for number, image in enumerate(garment):
+        cover = image[..., 3:] if image.shape[-1] == 4 else torch.ones_like(image[..., :1])
+        picture = rgb(image)
+        if mask is not None:
+            inside = mask[number if mask.shape[0] > 1 else 0, ..., None]
+            left, top, width, height = bounds(inside[..., 0] > 0.5)
+            cover = (cover * inside)[top : top + height, left : left + width]
+            picture = picture[top : top + height, left : left + width]
+        fitted.append(
+            letter_boxed(1 + cover * (picture - 1) if mask is not None or image.shape[-1] == 4 else picture, size)
+        )
+    return torch.stack(fitted)
+
+
+def letter_boxed(picture: Tensor, size: Size) -> Tensor:
+    """`[H, W, 3]` as large as it goes into `size` and in its middle, white around it."""
+    factor = min(size[0] / picture.shape[0], size[1] / picture.shape[1])
+    height, width = (
+        min(max(round(side * factor), 1), most) for side, most in zip(picture.shape[:2], size, strict=True)
+    )
+    boxed = picture.new_ones(*size, 3)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    boxed[top : top + height, left : left + width] = resize(picture, height, width)
+    return boxed
+
+
+def composite(result: Tensor, person: Tensor, paste: Paste, feather: int, masks: Tensor | None = None) -> Tensor:
+    """The persons with the results in place of what the masks cover.
+
+    Args:
+        result: `[M, h, w, C]` with the proportions of the crops, at any scale.
+        person: `[N, H, W, C]`, the original; N is 1 or M.
+        feather: pixels over which a result fades in, from the border of the mask inwards. 0 is a hard edge.
+        masks: narrows what may change, `[N, H, W]` bool. Outside of `paste.masks` nothing does.
+
+    Returns:
+        `[M, H, W, C]` as the original; a grey original becomes RGB. Alpha stays the original's.
+
+    Raises:
+        ValueError: other persons than the crops were made of, another number of results, or other proportions.
+    """
+    refuse_strangers(result, person, paste)
+    masks = paste.masks if masks is None else masks & paste.masks
+    weights = [paste_weight(mask, crop, feather) for mask, crop in zip(masks, paste.crops, strict=True)]
+    person = person if person.shape[-1] == 4 else rgb(person)
+    pasted = []
+    for number, picture in enumerate(rgb(result)):
+        original = person[number if person.shape[0] > 1 else 0]
+        which = number if len(paste.crops) > 1 else 0
+        pasted.append(_pasted(picture.to(original), original, paste.crops[which], weights[which]))
+    return torch.stack(pasted)
+
+
+def refuse_strangers(result: Tensor, person: Tensor, paste: Paste) -> None:
+    """Results, persons and crops must belong together."""
+    counts = (result.shape[0], person.shape[0], len(paste.crops))
+    size, working = (person.shape[1], person.shape[2]), (result.shape[1], result.shape[2])
+    if size != paste.picture or counts[1] != counts[2]:
+        raise ValueError(
+            f"The crop was made of {counts[2]} person(s) of {paste.picture[1]} x {paste.picture[0]} pixels, got "
+            f"{counts[1]} of {size[1]} x {size[0]}. Connect the pictures that Try-On Prepare got."
+        )
+    if counts[1] not in (1, counts[0]):
+        raise ValueError(f"Got {counts[0]} results for {counts[1]} persons. Give one result for each, or one person.")
+    if not same_shape(working, paste.working):
+        raise ValueError(
+            f"The result is {working[1]} x {working[0]} pixels, the crop was {paste.working[1]} x {paste.working[0]}. "
+            "Sample at the width and height that Try-On Prepare gives."
+        )
+
+
+def placed_masks(mask: Tensor, paste: Paste) -> Tensor:
+    """Masks `[N, h, w]` of the person, or of the working pictures, as `[N, H, W]` bool on the persons.
+
+    Raises:
+        ValueError: a mask of neither size, or another number of them.
+    """
+    mask = mask[None] if mask.ndim == 2 else mask
+    size, count = tuple(mask.shape[1:]), len(paste.crops)
+    if mask.shape[0] not in (1, count) or size not in (paste.picture, paste.working):
+        raise ValueError(
+            f"'mask' must be {paste.picture[1]} x {paste.picture[0]} pixels like the person, or {paste.working[1]} x "
+            f"{paste.working[0]} like the crop, one for all or {count}; got {mask.shape[0]} of {size[1]} x {size[0]}."
+        )
+    above = (mask > 0.5).expand(count, -1, -1)
+    if size == paste.picture:
+        return above
+    placed = torch.zeros_like(paste.masks)
+    for onto, each, crop in zip(placed, above, paste.crops, strict=True):
+        rows, columns = crop.inside(paste.picture)
+        large = resize(each[..., None].float(), crop.height, crop.width)[..., 0] > 0.5
+        onto[rows, columns] = large[_moved(rows, crop.top), _moved(columns, crop.left)]
+    return placed
+
+
+def paste_weight(mask: Tensor, crop: Crop, feather: int) -> Tensor:
+    """How much of a result shows, `[H, W]` in 0..1: 0 outside of mask and crop, 1 from `feather` + 1 pixels inwards.
+
+    Where the picture ends, the mask has no border.
+    """
+    within = torch.zeros_like(mask)
+    within[crop.inside((mask.shape[0], mask.shape[1]))] = True
+    within &= mask
+    return distance_to(~within, feather) / (feather + 1)
+
+
+def _pasted(picture: Tensor, original: Tensor, crop: Crop, weight: Tensor) -> Tensor:
+    """`[h, w, 3]` over `[H, W, 3 or 4]`."""
+    rows, columns = crop.inside((original.shape[0], original.shape[1]))
+    patch = resize(picture, crop.height, crop.width)[_moved(rows, crop.top), _moved(columns, crop.left)]
+    share = weight[rows, columns, None]
+    before = original[rows, columns, :3]
+    merged = original.clone()
+    merged[rows, columns, :3] = torch.where(share > 0, torch.lerp(before, patch, share.to(before.dtype)), before)
+    return merged
+
+
+def same_shape(a: Size, b: Size) -> bool:
+    """Whether two pictures have the same proportions, up to rounding."""
+    return abs(a[0] * b[1] / (a[1] * b[0]) - 1) <= SHAPE_TOLERANCE
+
+
+def _shifted(start: int, length: int, available: int) -> int:
+    """A start from which `length` lies within what is available; in its middle where it cannot."""
+    return min(max(start, 0), available - length) if length <= available else (available - length) // 2
+
+
+def _moved(part: slice, by: int) -> slice:
+    return slice(part.start - by, part.stop - by)
