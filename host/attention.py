@@ -2,7 +2,9 @@
 
 Features do not patch attention themselves. They hand over what they want for one call of the model (`with_keys`), and
 one `attn1_patch`, installed once per run behind every patch that was there before, puts it together. Order: what
-earlier patches return, then RoPE, then extra keys and values at the end of the key axis, then the mask over them all.
+earlier patches return, then RoPE, then the scale on the text's own keys, then extra keys and values at the end of the
+key axis, then the mask over them all. A call of the model may also be there only to be listened to (`with_recorder`):
+its attention is left as it is.
 
 RoPE moves in here because the extra keys are rotated already, to other positions than the model's `pe` knows; the
 patch then returns `pe=None`. An earlier patch may have done so before: its queries and keys are rotated then.
@@ -11,17 +13,21 @@ patch then returns `pe=None`. An earlier patch may have done so before: its quer
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import comfy.model_management
 import torch
-from comfy.ldm.flux.math import apply_rope
+from comfy.ldm.flux.math import apply_rope, apply_rope1
 from torch import Tensor
 from torch.nn import functional as F
 
 from .compiled import untraced
 
 EXTRA_KEYS = "dit_toolkit.extra_keys"  # in transformer_options: a tuple of ExtraKeys
+TEXT_SCALES = "dit_toolkit.text_scales"  # in transformer_options: a tuple of TextScale
+RECORDER = "dit_toolkit.recorder"  # in transformer_options: the Recorder that listens
+OURS = (EXTRA_KEYS, TEXT_SCALES, RECORDER)  # all that one call of the model may be handed
 
 Block = tuple[str, int]  # ("double" or "single", number), as ComfyUI's block_type and block_index
 BlockKeys = Mapping[Block, tuple[Tensor, Tensor]]  # K and V, each [1 or rows, H, T, d], normalised and rotated
@@ -31,12 +37,39 @@ BlockKeys = Mapping[Block, tuple[Tensor, Tensor]]  # K and V, each [1 or rows, H
 class ExtraKeys:
     """Keys and values that text and picture attend to beside their own, in one call of the model.
 
-    conditions: one entry per condition of the chunk, in its order. K and V may lie on another device.
+    conditions: one entry per condition of the chunk, in its order, all with the same blocks and as many keys. K and V
+        may lie on another device, and may be made only when a block asks for them.
     log_weight: added to the logits of these keys. 0 is neutral and costs no mask.
+    blind: conditions, by number, that do not see these keys. They cost a mask.
     """
 
     conditions: Sequence[BlockKeys]
     log_weight: float = 0.0
+    blind: frozenset[int] = field(default_factory=frozenset)
+
+
+@dataclass(frozen=True)
+class TextScale:
+    """A factor on the keys of the text's own tokens in some blocks, in one call of the model. Where several features
+    ask for one, the largest holds.
+
+    factors: one per condition of the chunk, in its order. Neutral value: 1.
+    """
+
+    blocks: frozenset[Block]
+    factors: Sequence[float]
+
+
+class Recorder(Protocol):
+    """Listens to the attention of one call of the model."""
+
+    def record(self, block: Block, k: Tensor, v: Tensor, text: int) -> None:
+        """K after QK norm and RoPE and V of a block it wants, `[B, H, L, d]`, the first `text` tokens being text.
+
+        They belong to the model: whoever keeps them clones them.
+        """
+
+    def wants(self, block: Block) -> bool: ...
 
 
 def install(model_options: dict) -> None:
@@ -51,23 +84,56 @@ def with_keys(options: dict, keys: ExtraKeys) -> dict:
     return {**options, EXTRA_KEYS: (*options.get(EXTRA_KEYS, ()), keys)}
 
 
+def with_text_scale(options: dict, scale: TextScale) -> dict:
+    """transformer_options of one model call, with `scale` beside those already handed over."""
+    return {**options, TEXT_SCALES: (*options.get(TEXT_SCALES, ()), scale)}
+
+
+def with_recorder(options: dict, recorder: Recorder) -> dict:
+    """transformer_options of one more model call, that `recorder` listens to and nobody else of us touches."""
+    return {**{key: value for key, value in options.items() if key not in OURS}, RECORDER: recorder}
+
+
 @untraced  # what it finds in the options changes from call to call
 def append_extra_keys(q: Tensor, k: Tensor, v: Tensor, pe=None, attn_mask=None, extra_options=None) -> dict:
     """attn1_patch of FLUX-like models. q, k, v `[B, H, L, d]`; returns what it changed."""
     options = extra_options or {}
     block: Block = (options.get("block_type", ""), options.get("block_index", -1))
+    recorder: Recorder | None = options.get(RECORDER)
+    if recorder is not None:
+        if recorder.wants(block):
+            recorder.record(block, k if pe is None else apply_rope1(k, pe), v, options["img_slice"][0])
+        return {}
     extras = [keys for keys in options.get(EXTRA_KEYS, ()) if all(block in part for part in keys.conditions)]
-    if not extras:
+    scales = [scale.factors for scale in options.get(TEXT_SCALES, ()) if block in scale.blocks]
+    factors = [max(each) for each in zip(*scales, strict=True)]
+    if not extras and all(factor == 1 for factor in factors):
         return {}
 
     if pe is not None:
         q, k = apply_rope(q, k, pe)
+    if any(factor != 1 for factor in factors):
+        k = scale_text(k, options["img_slice"][0], factors)
     added = [_rows(keys, block, k) for keys in extras]
-    counts = [(part.shape[2], keys.log_weight) for (part, _), keys in zip(added, extras, strict=True)]
+    counts = [(part.shape[2], _log_weights(keys, k)) for (part, _), keys in zip(added, extras, strict=True)]
     mask = widen_mask(attn_mask, q, k.shape[2], counts)
     k = torch.cat([k, *[part for part, _ in added]], dim=2)
     v = torch.cat([v, *[part for _, part in added]], dim=2)
     return {"q": q, "k": k, "v": v, "pe": None, "attn_mask": mask}
+
+
+def scale_text(k: Tensor, text: int, factors: Sequence[float]) -> Tensor:
+    """K `[B, H, L, d]` with its first `text` keys multiplied, by one factor per condition of the batch."""
+    scale = k.new_tensor(factors).repeat_interleave(k.shape[0] // len(factors))[:, None, None, None]
+    return torch.cat([k[:, :, :text] * scale, k[:, :, text:]], dim=2)
+
+
+def _log_weights(keys: ExtraKeys, like: Tensor) -> float | Tensor:
+    """What is added to the logits of these keys: a number for all, or one for each row of the batch `[B]`."""
+    if not keys.blind:
+        return keys.log_weight
+    each = [float("-inf") if i in keys.blind else keys.log_weight for i in range(len(keys.conditions))]
+    return like.new_tensor(each).repeat_interleave(like.shape[0] // len(each))
 
 
 def _rows(keys: ExtraKeys, block: Block, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,22 +146,31 @@ def _rows(keys: ExtraKeys, block: Block, like: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([k for k, _ in moved]), torch.cat([v for _, v in moved])
 
 
-def widen_mask(mask: Tensor | None, q: Tensor, own: int, added: Sequence[tuple[int, float]]) -> Tensor | None:
+def widen_mask(mask: Tensor | None, q: Tensor, own: int, added: Sequence[tuple[int, float | Tensor]]) -> Tensor | None:
     """The attention mask over `own` keys and those added behind them, given as (count, log weight).
 
     Args:
         mask: what came in, `[..., Lq, own]`: additive, bool (True is seen), or None.
+        added: a weight is a number, or one for each row of the batch, `[B]`.
 
     Returns:
-        None where there is nothing to mask, else `[..., Lq, own + added]`. Added keys are visible to every row.
+        None where there is nothing to mask, else `[..., Lq, own + added]`. Added keys are visible to every query.
     """
     count = sum(n for n, _ in added)
-    if all(weight == 0 for _, weight in added):
+    if all(not isinstance(weight, Tensor) and weight == 0 for _, weight in added):
         return None if mask is None else F.pad(mask, (0, count), value=True if mask.dtype == torch.bool else 0.0)
 
-    weights = torch.cat([q.new_zeros(own), *[q.new_full((n,), weight) for n, weight in added]])  # [own + added]
+    by_row = any(isinstance(weight, Tensor) for _, weight in added)
+    shape = (q.shape[0], 1, 1) if by_row else ()
+    parts = [q.new_zeros((*shape, own))]
+    for n, weight in added:
+        part = weight.to(q)[:, None, None, None] if isinstance(weight, Tensor) else q.new_tensor(weight)
+        parts.append(part.expand((*shape, n)))
+    weights = torch.cat(parts, dim=-1)  # [own + added], or [B, 1, 1, own + added]
     if mask is None:
-        return weights.expand(q.shape[2], -1)
+        return weights.expand((*weights.shape[:-2], q.shape[2], -1))
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+    if by_row and mask.ndim == 3:
+        mask = mask[:, None]  # [B, 1, Lq, own]
     return F.pad(mask, (0, count)) + weights.to(mask)

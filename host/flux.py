@@ -19,7 +19,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import BlockKeys
+from .attention import Block, BlockKeys
 
 apply_rope = apply_rope1  # (x, pe) to x rotated
 
@@ -99,10 +99,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def by_block(transformer: Flux, keys: list[tuple[Tensor, Tensor]]) -> BlockKeys:
     """Keys and values listed double blocks first, under the names that attention patches see."""
-    doubles = len(transformer.double_blocks)
-    names = [("double", i) for i in range(doubles)]
-    names += [("single", i) for i in range(len(transformer.single_blocks))]
-    return dict(zip(names, keys, strict=True))
+    return dict(zip(block_names(transformer), keys, strict=True))
+
+
+def block_names(transformer: Flux) -> list[Block]:
+    """All blocks in the order they run, double blocks first, under the names that attention patches see."""
+    doubles: list[Block] = [("double", i) for i in range(len(transformer.double_blocks))]
+    return doubles + [("single", i) for i in range(len(transformer.single_blocks))]
 
 
 def block(transformer: Any, kind: str, index: int) -> Any:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -55,6 +55,7 @@ class Condition:
     hooks: Hashable  # ComfyUI's HookGroup, or None
     device: torch.device
     patched: tuple[Hashable, ...] = ()  # blocks that somebody replaced for this pass alone, as SkipLayerGuidance does
+    role: Hashable = None  # what a feature of ours calls the model for, where it is not the picture itself
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Chunk:
         """The batch rows of condition `i`."""
         return slice(i * self.rows, (i + 1) * self.rows)
 
+    def in_role(self, role: Hashable, which: Sequence[int]) -> Chunk:
+        """The chunk of one more call for some of the conditions, whose lanes are not the picture's."""
+        return Chunk(tuple(replace(self.conditions[i], role=role) for i in which), self.rows)
+
 
 class Run:
     """One run of one sampler. `evaluation` is the number of the current one, from 0; -1 before the first.
@@ -75,10 +80,18 @@ class Run:
     model: the MODEL that is sampled.
     sigmas: the schedule, as the sampler node gave it; empty where it gave none.
     sampler: ComfyUI's name of the sampler function, such as "sample_euler"; empty where it has none.
+    noise: what the run starts from, in the shape of the latent, `[B, C, (frames,) h, w]`; None when it is over.
     """
 
-    def __init__(self, model: ModelPatcher | None = None, sigmas: Sequence[float] = (), sampler: str = ""):
+    def __init__(
+        self,
+        model: ModelPatcher | None = None,
+        sigmas: Sequence[float] = (),
+        sampler: str = "",
+        noise: torch.Tensor | None = None,
+    ):
         self.model = model
+        self.noise = noise
         self.sigmas = tuple(sigmas)
         self.sampler = sampler
         self.evaluation = -1
@@ -133,6 +146,7 @@ class Run:
                 call(completed)
         finally:
             self._closing.clear()
+            self.noise = None
             with self._lock:
                 self._lanes.clear()
 
@@ -160,7 +174,8 @@ def chunk_of(options: dict) -> Chunk:
 def sampler_run(executor, *args, **kwargs):
     """OUTER_SAMPLE: one run from first to last."""
     guider = executor.class_obj
-    run = Run(guider.model_patcher, *schedule_of(*args, **kwargs))
+    noise = args[0] if args else kwargs.get("noise")
+    run = Run(guider.model_patcher, *schedule_of(*args, **kwargs), noise)
     completed, before = False, guider.model_options
     guider.model_options = options = create_model_options_clone(before)
 
