@@ -84,9 +84,7 @@ class Settings:
             if getattr(self, title) not in get_args(choices):
                 raise ValueError(f"{title} must be one of {', '.join(get_args(choices))}, got {getattr(self, title)!r}")
         if self.mask != "isolated":
-            raise ValueError(
-                f"mask must be 'isolated', got {self.mask!r}: conditions that see the picture are not built"
-            )
+            raise ValueError(f"mask must be 'isolated', got {self.mask!r}: joint attention is not built")
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or not 1 <= self.steps <= 10_000:
             raise ValueError(f"steps must be a whole number from 1 to 10000, got {self.steps!r}")
         if not isinstance(self.prompt, str):
