@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
-import comfy.model_management
-import comfy.model_patcher
-import comfy.ops
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...models.control.easycontrol import ConditionLora
 from ...models.control.easycontrol_keys import Checkpoint, Slot, parse
 from .. import model_files
+from . import adapters
 
 FOLDER = "easycontrol"
 
@@ -67,19 +66,5 @@ def load_patchers(path: str, disable_dynamic: bool = False) -> list[ModelPatcher
 
 
 def _patcher(checkpoint: Checkpoint, slot: Slot, disable_dynamic: bool = False) -> ModelPatcher:
-    offload = comfy.model_management.unet_offload_device()
-    lora = ConditionLora(
-        checkpoint.dim,
-        checkpoint.double,
-        checkpoint.single,
-        slot.ranks,
-        slot.scales,
-        operations=comfy.ops.manual_cast,
-        device=offload,
-        dtype=next(iter(slot.weights.values())).dtype,
-    )
-    kind = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = kind(lora, load_device=comfy.model_management.get_torch_device(), offload_device=offload)
-    lora.load_state_dict(slot.weights, assign=patcher.is_dynamic())  # after the patcher: dynamic VRAM maps the file
-    lora.requires_grad_(False)
-    return patcher
+    make = partial(ConditionLora, checkpoint.dim, checkpoint.double, checkpoint.single, slot.ranks, slot.scales)
+    return adapters.patcher(make, slot.weights, disable_dynamic)

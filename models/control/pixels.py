@@ -71,8 +71,19 @@ def distance_to(target: Tensor, limit: int) -> Tensor:
 
 
 def dilate(mask: Tensor, radius: int) -> Tensor:
-    """`mask` and all pixels within `radius` of it."""
-    return mask if radius == 0 else distance_to(mask, radius) <= radius
+    """`mask` and all pixels within `radius` of it. At least one pixel must be True."""
+    if radius == 0:
+        return mask
+    near = around(mask, radius)
+    grown = mask.clone()
+    grown[near] = distance_to(mask[near], radius) <= radius
+    return grown
+
+
+def around(mask: Tensor, by: int) -> tuple[slice, slice]:
+    """Rows and columns of the box of what is True, `by` pixels wider where there are any."""
+    left, top, width, height = bounds(mask)
+    return slice(max(top - by, 0), top + height + by), slice(max(left - by, 0), left + width + by)
 
 
 def bounds(mask: Tensor) -> tuple[int, int, int, int]:

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .pixels import bounds, dilate, distance_to, resize, rgb
+from .pixels import around, bounds, dilate, distance_to, resize, rgb
 
 TOKEN = 16  # pixels
 SHAPE_TOLERANCE = 0.02  # by which the proportions of two pictures that belong together may differ
@@ -78,8 +78,8 @@ class Paste:
         return self.masks.shape[1], self.masks.shape[2]
 
 
-def fitted_masks(mask: Tensor, person: Tensor, dilation: int = 0) -> Tensor:
-    """Masks for persons `[N, H, W, C]` as `[N, H, W]` bool: what is above 0.5, dilated.
+def fitted_masks(mask: Tensor, pictures: Tensor, dilation: int = 0, what: str = "person") -> Tensor:
+    """Masks for pictures `[N, H, W, C]` as `[N, H, W]` bool: what is above 0.5, dilated. `what` they show.
 
     A mask of another size is brought to the picture's where the proportions agree.
 
@@ -87,31 +87,30 @@ def fitted_masks(mask: Tensor, person: Tensor, dilation: int = 0) -> Tensor:
         ValueError: an empty mask, one of another picture, or another number of them.
     """
     mask = mask[None] if mask.ndim == 2 else mask
-    count, size = person.shape[0], (person.shape[1], person.shape[2])
+    count, size = pictures.shape[0], (pictures.shape[1], pictures.shape[2])
     if mask.ndim != 3:
         raise ValueError(f"A mask must be [N, H, W], got {tuple(mask.shape)}.")
     if mask.shape[0] not in (1, count):
-        raise ValueError(f"Got {mask.shape[0]} masks for {count} persons. Give one mask for all, or one for each.")
+        raise ValueError(f"Got {mask.shape[0]} masks for {count} {what}s. Give one mask for all, or one for each.")
     if not same_shape((mask.shape[1], mask.shape[2]), size):
         raise ValueError(
-            f"The mask is {mask.shape[2]} x {mask.shape[1]} pixels and the person {size[1]} x {size[0]}. "
+            f"The mask is {mask.shape[2]} x {mask.shape[1]} pixels and the {what} {size[1]} x {size[0]}. "
             "Use a mask that was made of this picture."
         )
     fitted = (resize(mask[..., None].float(), *size)[..., 0] > 0.5).expand(count, -1, -1)
     for number, each in enumerate(fitted):
         if not each.any():
-            which = f" of person {number + 1}" if count > 1 else ""
-            raise ValueError(f"The mask{which} is empty. Paint over the garment that is to be replaced.")
+            which = f" of {what} {number + 1}" if count > 1 else ""
+            raise ValueError(f"The mask{which} is empty. Paint over the garment.")
     return torch.stack([dilate(each, dilation) for each in fitted])
 
 
 def crop_around(mask: Tensor, margin: float) -> Crop:
     """The box of a mask `[H, W]`, wider on each side by `margin` times its longer side, within the picture."""
-    left, top, width, height = bounds(mask)
-    around = round(margin * max(width, height))
-    right, bottom = min(left + width + around, mask.shape[1]), min(top + height + around, mask.shape[0])
-    left, top = max(left - around, 0), max(top - around, 0)
-    return Crop(left, top, right - left, bottom - top)
+    *_, width, height = bounds(mask)
+    rows, columns = around(mask, round(margin * max(width, height)))
+    right, bottom = min(columns.stop, mask.shape[1]), min(rows.stop, mask.shape[0])
+    return Crop(columns.start, rows.start, right - columns.start, bottom - rows.start)
 
 
 def size_for(crops: Sequence[Crop], pixels: float) -> Size:
@@ -164,21 +163,17 @@ def garments_on_white(garment: Tensor, mask: Tensor | None, size: Size) -> Tenso
     """Garments `[N, H, W, C]` letter-boxed on white, uncut, as `[N, *size, 3]`.
 
     Args:
-        mask: where the garment is, `[1 or N, H, W]` in 0..1; it is cut out along it and its surroundings are trimmed.
-            Without one, an alpha channel does the same, but trims nothing.
+        mask: where the garment is, `[N, H, W]` bool; it is cut out along it, and its surroundings are trimmed.
+            Without one, an alpha channel cuts it out, and nothing is trimmed.
     """
     fitted = []
     for number, image in enumerate(garment):
-        cover = image[..., 3:] if image.shape[-1] == 4 else torch.ones_like(image[..., :1])
         picture = rgb(image)
         if mask is not None:
-            inside = mask[number if mask.shape[0] > 1 else 0, ..., None]
-            left, top, width, height = bounds(inside[..., 0] > 0.5)
-            cover = (cover * inside)[top : top + height, left : left + width]
-            picture = picture[top : top + height, left : left + width]
-        fitted.append(
-            letter_boxed(1 + cover * (picture - 1) if mask is not None or image.shape[-1] == 4 else picture, size)
-        )
+            picture = torch.where(mask[number, ..., None], picture, 1.0)[around(mask[number], 0)]
+        elif image.shape[-1] == 4:
+            picture = 1 + image[..., 3:] * (picture - 1)
+        fitted.append(letter_boxed(picture, size))
     return torch.stack(fitted)
 
 
@@ -271,7 +266,11 @@ def paste_weight(mask: Tensor, crop: Crop, feather: int) -> Tensor:
     within = torch.zeros_like(mask)
     within[crop.inside((mask.shape[0], mask.shape[1]))] = True
     within &= mask
-    return distance_to(~within, feather) / (feather + 1)
+    weight = torch.zeros(mask.shape, device=mask.device)
+    if within.any():
+        near = around(within, 1)  # beyond its border there is nothing nearer
+        weight[near] = distance_to(~within[near], feather) / (feather + 1)
+    return weight
 
 
 def _pasted(picture: Tensor, original: Tensor, crop: Crop, weight: Tensor) -> Tensor:

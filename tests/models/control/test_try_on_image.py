@@ -238,7 +238,7 @@ def test_garments_are_whole_in_the_middle_on_white(height, width):
 
 def test_a_garment_is_cut_out_along_its_mask_or_its_alpha():
     garment = torch.full((1, 20, 40, 3), 0.2)
-    fitted = garments_on_white(garment, rectangle(20, 40, 10, 4, 20, 14), (32, 32))
+    fitted = garments_on_white(garment, rectangle(20, 40, 10, 4, 20, 14) > 0, (32, 32))
     assert (fitted - 0.2).abs().max() < 1e-6  # trimmed to a square of garment alone
     clear = torch.cat([garment, rectangle(20, 40, 10, 4, 20, 14)[..., None]], -1)
     fitted = garments_on_white(clear, None, (20, 40))

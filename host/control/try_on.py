@@ -1,0 +1,105 @@
+"""Try-on on ComfyUI's MODEL: a masked person and a garment, each a condition image with a LoRA of its own.
+
+After MC-VTON, arXiv:2501.03630: a reconstruction (see `models/control/mc_vton.py`). Hooks, memory and cache are those
+of `conditions.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...models.control.easycontrol import spatial_ids, subject_ids
+from ...models.control.mc_vton import beside_ids
+from ...models.control.pixels import resize, rgb
+from .. import flux
+from . import conditions
+from .conditions import PATCH, ConditionImage
+from .try_on_files import TryOnFile
+
+NODE = "Apply Try-On"
+
+
+class Person(ConditionImage):
+    """The masked person, over the picture."""
+
+    feature = "Try-On"
+    node = NODE
+    images = "person pictures"
+    kind_input = "position of the person"
+    size_input = "person_size"
+    prefix = "dit_toolkit.try_on"
+    places = {"over": spatial_ids}  # noqa: RUF012
+
+
+class Garment(ConditionImage):
+    """The garment, right of the picture or below it."""
+
+    feature = "Try-On"
+    node = NODE
+    images = "garment pictures"
+    kind_input = "garment_position"
+    size_input = "garment_size"
+    prefix = "dit_toolkit.try_on"
+    places = {"beside": beside_ids, "below": subject_ids}  # noqa: RUF012
+
+
+def attach(
+    model: ModelPatcher,
+    file: TryOnFile,
+    person: Tensor,
+    garment: Tensor,
+    *,
+    position: str | None = None,
+    person_strength: float = 1.0,
+    garment_strength: float = 1.0,
+    **settings: Any,
+) -> ModelPatcher:
+    """A clone of `model` that puts the garment on the person; `model` itself where both strengths are 0.
+
+    Args:
+        person, garment: as a VAE gives them, `[N, C, h, w]`; N is 1, or one per picture of the batch.
+        position: of the garment, "beside" or "below"; None takes the file's.
+        person_strength, garment_strength: factor on the LoRA of a branch. 0 takes the branch away.
+        settings: start, end, cache of `ConditionImage`.
+
+    Raises:
+        ValueError: another model family, a LoRA for another size, batches that do not go together, or settings that
+            mean nothing.
+    """
+    transformer = flux.require_flux1(model, NODE)
+    checkpoint = file.checkpoint
+    counts = (person.shape[0], garment.shape[0])
+    if 1 not in counts and counts[0] != counts[1]:
+        raise ValueError(f"Got {counts[0]} persons and {counts[1]} garments. Give one of either, or as many of both.")
+    hidden = int(transformer.hidden_size * transformer.params.mlp_ratio)
+    if checkpoint.dim == transformer.hidden_size and checkpoint.hidden != hidden:
+        raise ValueError(
+            f"{file.name} is made for {checkpoint.hidden} channels in the MLP, the model has {hidden}. "
+            "Use a LoRA that was trained for this model."
+        )
+    blocks = (len(transformer.double_blocks), len(transformer.single_blocks))
+    # A file counts up to the last block it touches, unless it says more: the model may have more, not fewer.
+    fits = checkpoint.double <= blocks[0] and checkpoint.single <= blocks[1]
+    made_for = (checkpoint.dim, *(blocks if fits else (checkpoint.double, checkpoint.single)))
+    images = (
+        (Person, "person", person, "over", person_strength),
+        (Garment, "garment", garment, position or checkpoint.settings.position, garment_strength),
+    )
+    for kind, branch, latent, place, strength in images:
+        image = kind("", f"{file.name} ({branch})", latent, place, strength, **settings)
+        model = conditions.attach(model, image, file.adapter(branch, blocks) if fits else None, made_for)
+    return model
+
+
+def brought_to(image: Tensor, long_side: int) -> Tensor:
+    """An IMAGE `[N, H, W, C]` as `[N, h, w, 3]` in whole tokens.
+
+    Args:
+        long_side: pixels that the longer side is brought to; 0 keeps its size.
+    """
+    factor = long_side / max(image.shape[1:3]) if long_side else 1.0
+    height, width = (max(round(side * factor / PATCH), 1) * PATCH for side in image.shape[1:3])
+    return resize(rgb(image), height, width)

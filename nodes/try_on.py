@@ -1,0 +1,389 @@
+"""Try-on: put a garment on a person from two pictures and a mask, with a FLUX.1 model.
+
+Paper: MC-VTON, arXiv:2501.03630. No code and no weights of it are public: these nodes are a reconstruction from the
+paper's text and claim none of its quality. The method is in `models/control/mc_vton.py`, its hooks are in
+`host/control/conditions.py`, cutting out and pasting back in `models/control/try_on_image.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, Literal
+
+from comfy_api.latest import io
+
+from ..host import model_files
+from ..host.control.conditions import PATCH, Cache, check_numbers
+from ..host.control.try_on import attach, brought_to
+from ..host.control.try_on_files import FOLDER, TryOnFile, load
+from ..models.control.try_on_image import (
+    Fill,
+    Paste,
+    composite,
+    fitted_masks,
+    garments_on_white,
+    masked_persons,
+    placed_masks,
+    plan,
+)
+
+logger = logging.getLogger(__name__)
+
+CropType = io.Custom("DIT_CROP")
+TryOnType = io.Custom("DIT_TRY_ON")
+
+RECONSTRUCTION = "A reconstruction after the MC-VTON paper, whose code and weights are not public."
+
+
+class TryOnPrepare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTTryOnPrepare",
+            display_name="Try-On Prepare",
+            category="DiT Toolkit/image",
+            description=(
+                "Cuts out a person around the garment's mask, hides the garment, and lays new garments on white, all "
+                "in one size. Try-On Composite puts the result back at full resolution."
+            ),
+            search_aliases=["try on", "vton", "garment", "clothes", "outfit", "crop and stitch", "agnostic mask"],
+            inputs=[
+                io.Image.Input("person", tooltip="Who is to wear the garment. Several pictures of one size are fine."),
+                io.Mask.Input(
+                    "mask",
+                    tooltip="Where the new garment may go: drawn, or from a segmentation node. Generous is better: "
+                    "what shows of the old garment decides the shape of the new one.",
+                ),
+                io.Image.Input(
+                    "garment", tooltip="The garment alone, best laid flat. A batch tries them on one after the other."
+                ),
+                io.Mask.Input(
+                    "garment_mask",
+                    optional=True,
+                    tooltip="Where the garment is in its picture, if there is more to see. The rest becomes white.",
+                ),
+                io.Combo.Input(
+                    "size",
+                    options=["auto", "fixed"],
+                    default="auto",
+                    tooltip="auto: proportions of the crop, about 'megapixels' large. fixed: 'width' and 'height'.",
+                ),
+                io.Float.Input(
+                    "megapixels",
+                    default=0.8,
+                    min=0.001,
+                    max=16.0,
+                    step=0.05,
+                    round=0.001,
+                    tooltip="Million pixels of the working picture. The paper's pictures have 0.8. Read for 'auto'.",
+                ),
+                io.Int.Input(
+                    "width", default=768, min=PATCH, max=8192, step=PATCH, tooltip="In pixels. Read for 'fixed'."
+                ),
+                io.Int.Input(
+                    "height", default=1024, min=PATCH, max=8192, step=PATCH, tooltip="In pixels. Read for 'fixed'."
+                ),
+                io.Combo.Input(
+                    "crop",
+                    options=["around the mask", "whole picture"],
+                    default="around the mask",
+                    tooltip="What the model sees of the person. A crop has more pixels where it matters.",
+                ),
+                io.Int.Input(
+                    "dilation",
+                    default=8,
+                    min=0,
+                    max=512,
+                    tooltip="Pixels by which the mask grows first. Loose garments need more. 0 leaves it as it is.",
+                ),
+                io.Float.Input(
+                    "margin",
+                    default=0.5,
+                    min=0.0,
+                    max=4.0,
+                    step=0.05,
+                    advanced=True,
+                    tooltip="How much around the mask is cropped with it, as a part of its longer side.",
+                ),
+                io.Combo.Input(
+                    "fill",
+                    options=["grey", "black"],
+                    default="grey",
+                    advanced=True,
+                    tooltip="What hides the garment. Use the LoRA's; Load Try-On LoRA reports it.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="person", tooltip="The masked persons at working size."),
+                io.Image.Output(display_name="garment", tooltip="The garments on white, of the same size."),
+                io.Mask.Output(display_name="mask", tooltip="The grown mask at working size."),
+                io.Int.Output(display_name="width", tooltip="Of the working picture, for the empty latent."),
+                io.Int.Output(display_name="height", tooltip="Of the working picture, for the empty latent."),
+                io.Int.Output(display_name="batch_size", tooltip="Pictures to make, for the empty latent."),
+                CropType.Output(display_name="crop", tooltip="What Try-On Composite needs to put results back."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        person: Any,
+        mask: Any,
+        garment: Any,
+        size: Literal["auto", "fixed"],
+        megapixels: float,
+        width: int,
+        height: int,
+        crop: Literal["around the mask", "whole picture"],
+        dilation: int,
+        margin: float,
+        fill: Fill,
+        garment_mask: Any = None,
+    ) -> io.NodeOutput:
+        check_numbers_of_prepare(size, megapixels, width, height, dilation, margin)
+        counts = (len(person), len(garment))
+        if 1 not in counts and counts[0] != counts[1]:
+            raise ValueError(f"Got {counts[0]} persons and {counts[1]} garments. Give one of either, or one for each.")
+        paste = plan(
+            fitted_masks(mask, person, dilation),
+            None if crop == "whole picture" else margin,
+            (height, width) if size == "fixed" else megapixels * 1e6,
+        )
+        if garment_mask is not None:
+            garment_mask = fitted_masks(garment_mask, garment, what="garment")
+        persons, masks = masked_persons(person, paste, fill)
+        garments = garments_on_white(garment, garment_mask, paste.working)
+        return io.NodeOutput(persons, garments, masks, paste.working[1], paste.working[0], max(counts), paste)
+
+
+class LoadTryOn(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTLoadTryOn",
+            display_name="Load Try-On LoRA",
+            category="DiT Toolkit/loaders",
+            description=(
+                "Loads a try-on LoRA with a branch for the person, one for the garment, or both. They act on the "
+                f"tokens of these pictures only; ordinary LoRA loaders cannot use them. {RECONSTRUCTION}"
+            ),
+            search_aliases=["try on", "vton", "mc-vton", "garment lora", "branch lora"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=model_files.names(FOLDER),
+                    tooltip="A file in models/try_on or models/loras, or one that ships with the pack.",
+                ),
+            ],
+            outputs=[
+                TryOnType.Output(display_name="try_on", tooltip="The LoRA, for Apply Try-On."),
+                io.String.Output(
+                    display_name="report", tooltip="One line: what each branch touches, and how the file was trained."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        loaded = load(file)
+        settings = loaded.checkpoint.settings
+        prompt = f", prompt '{settings.prompt}'" if settings.prompt else ""
+        report = f"{file}: {loaded.checkpoint.summary}; fill {settings.fill}, {settings.steps} steps{prompt}"
+        logger.info("Try-On %s", report)
+        return io.NodeOutput(loaded, report)
+
+
+class ApplyTryOn(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTTryOnApply",
+            display_name="Apply Try-On",
+            category="DiT Toolkit/model/patch",
+            description=(
+                "Lets a FLUX.1 model see a masked person and a garment, each with a LoRA of its own, and paint the "
+                f"person wearing it. {RECONSTRUCTION}"
+            ),
+            search_aliases=["try on", "vton", "mc-vton", "virtual try-on", "garment", "clothes", "outfit"],
+            inputs=[
+                io.Model.Input("model", tooltip="A FLUX.1 model: dev, schnell or a fine-tune, fp8 included."),
+                TryOnType.Input("try_on", tooltip="A LoRA that was trained for this model, from Load Try-On LoRA."),
+                io.Vae.Input("vae", tooltip="The model's VAE, which encodes both pictures."),
+                io.Image.Input(
+                    "person",
+                    tooltip="The masked person from Try-On Prepare. One for all pictures, or as many as the batch has.",
+                ),
+                io.Image.Input(
+                    "garment",
+                    tooltip="The garment from Try-On Prepare. One for all pictures, or as many as the batch has.",
+                ),
+                io.Float.Input(
+                    "person_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="Factor on the person's LoRA, 1 as trained. 0 takes the person away.",
+                ),
+                io.Float.Input(
+                    "garment_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="Factor on the garment's LoRA, 1 as trained. 0 takes the garment away.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Where in the run both begin to act. 0 is the start.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Where in the run they stop acting. 1 is the end.",
+                ),
+                io.Combo.Input(
+                    "garment_position",
+                    options=["auto", "beside", "below"],
+                    default="auto",
+                    advanced=True,
+                    tooltip="Where the garment lies for the model: right of the picture or below it. "
+                    "auto: as the LoRA was trained.",
+                ),
+                io.Int.Input(
+                    "person_size",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=PATCH,
+                    advanced=True,
+                    tooltip="Longer side in pixels at which the person is shown to the model; it still lies over the "
+                    "whole picture. Smaller is faster and needs less memory. 0 leaves it as it is.",
+                ),
+                io.Int.Input(
+                    "garment_size",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=PATCH,
+                    advanced=True,
+                    tooltip="Longer side in pixels at which the garment is shown to the model. 0 leaves it as it is.",
+                ),
+                io.Combo.Input(
+                    "kv_cache",
+                    options=["on GPU", "offload to CPU", "off"],
+                    default="on GPU",
+                    advanced=True,
+                    tooltip="Where the keys and values of both are kept during a run; the picture is the same. "
+                    "'offload to CPU' saves memory, 'off' computes them anew in each step and is slow.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model, dressing the person.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        try_on: TryOnFile,
+        vae: Any,
+        person: Any,
+        garment: Any,
+        person_strength: float,
+        garment_strength: float,
+        start_percent: float,
+        end_percent: float,
+        garment_position: Literal["auto", "beside", "below"],
+        person_size: int,
+        garment_size: int,
+        kv_cache: Cache,
+    ) -> io.NodeOutput:
+        for title, strength in (("person_strength", person_strength), ("garment_strength", garment_strength)):
+            if not math.isfinite(strength):
+                raise ValueError(f"{title} must be a finite number, got {strength}.")
+        check_numbers(1.0, start_percent, end_percent)
+        for title, side in (("person_size", person_size), ("garment_size", garment_size)):
+            if side < 0 or side % PATCH:
+                raise ValueError(f"{title} must be 0 or a positive multiple of {PATCH}, got {side}.")
+        if person_strength == garment_strength == 0:
+            return io.NodeOutput(model)
+        patched = attach(
+            model,
+            try_on,
+            vae.encode(brought_to(person, person_size)),
+            vae.encode(brought_to(garment, garment_size)),
+            position=None if garment_position == "auto" else garment_position,
+            person_strength=person_strength,
+            garment_strength=garment_strength,
+            start=start_percent,
+            end=end_percent,
+            cache=kv_cache,
+        )
+        return io.NodeOutput(patched)
+
+
+class TryOnComposite(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTTryOnComposite",
+            display_name="Try-On Composite",
+            category="DiT Toolkit/image",
+            description=(
+                "Puts results back into the original picture at full resolution. Pixels outside the grown mask of "
+                "Try-On Prepare stay the original's, bit for bit."
+            ),
+            search_aliases=["try on", "paste back", "stitch", "uncrop", "composite", "blend"],
+            inputs=[
+                io.Image.Input("result", tooltip="What the sampler made, decoded. Upscaled ones are fine."),
+                io.Image.Input("person", tooltip="The original picture, as Try-On Prepare got it."),
+                CropType.Input("crop", tooltip="From Try-On Prepare."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Narrows what may change, for example to leave a hand untouched: of the original's size, "
+                    "or of the working size. Never widens it.",
+                ),
+                io.Int.Input(
+                    "feather",
+                    default=8,
+                    min=0,
+                    max=512,
+                    tooltip="Pixels over which the result fades in, from the border of the mask inwards. "
+                    "0 is a hard edge.",
+                ),
+            ],
+            outputs=[io.Image.Output(tooltip="The original pictures with the new garments.")],
+        )
+
+    @classmethod
+    def execute(cls, result: Any, person: Any, crop: Paste, feather: int, mask: Any = None) -> io.NodeOutput:
+        if feather < 0:
+            raise ValueError(f"feather must be at least 0 pixels, got {feather}.")
+        masks = None if mask is None else placed_masks(mask, crop)
+        return io.NodeOutput(composite(result, person, crop, feather, masks))
+
+
+def check_numbers_of_prepare(
+    size: str, megapixels: float, width: int, height: int, dilation: int, margin: float
+) -> None:
+    """Refuse what means nothing: ComfyUI does not check values that come over a link."""
+    if size == "fixed" and any(side < PATCH or side % PATCH for side in (width, height)):
+        raise ValueError(f"width and height must be positive multiples of {PATCH}, got {width} and {height}.")
+    if size == "auto" and not 0 < megapixels <= 64:  # NaN too
+        raise ValueError(f"megapixels must be above 0 and at most 64, got {megapixels}.")
+    if dilation < 0:
+        raise ValueError(f"dilation must be at least 0 pixels, got {dilation}.")
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"margin must be a number of at least 0, got {margin}.")
+
+
+NODES = [TryOnPrepare, LoadTryOn, ApplyTryOn, TryOnComposite]
