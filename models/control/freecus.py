@@ -32,7 +32,6 @@ import re
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -1,0 +1,255 @@
+"""FreeCus during a run: the reference as this run needs it, and one pass of the reference per call of the model."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import comfy.sample
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...models.control.freecus import reference_latent, reference_sigma, subject_keys
+from .. import flux, token_grid
+from ..accelerate.step_cache_taps import VISIT
+from ..attention import Block, BlockKeys, ExtraKeys, TextScale, with_keys, with_recorder, with_text_scale
+from ..run import CHUNK, Run, chunk_of
+
+if TYPE_CHECKING:
+    from .freecus import FreeCus
+
+logger = logging.getLogger(__name__)
+
+PER_CONDITION = ("cond_or_uncond", "uuids")  # lists in transformer_options with an entry for each condition
+
+KeysValues = tuple[Tensor, Tensor]  # [rows, H, S, d] each
+
+
+@dataclass(eq=False)
+class Recording:
+    """Keys and values of the subject in the vital blocks, as the reference pass goes by."""
+
+    blocks: frozenset[Block]
+    tokens: Tensor  # [S]
+    scale: float
+    kept: dict[Block, KeysValues] = field(default_factory=dict)
+
+    def wants(self, block: Block) -> bool:
+        return block in self.blocks
+
+    def record(self, block: Block, k: Tensor, v: Tensor, text: int) -> None:
+        self.kept[block] = subject_keys(k, v, self.tokens, text, self.scale)
+
+
+class SubjectKeys(Mapping):
+    """Keys and values for one condition of a call. Nothing is computed before a block asks."""
+
+    def __init__(self, reference: ReferencePass, rows: slice):
+        self.reference, self.rows = reference, rows
+
+    def __contains__(self, block: object) -> bool:
+        return block in self.reference.blocks
+
+    def __getitem__(self, block: Block) -> KeysValues:
+        k, v = self.reference.keys[block]
+        return k[self.rows], v[self.rows]
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self.reference.blocks)
+
+    def __len__(self) -> int:
+        return len(self.reference.blocks)
+
+
+@dataclass(eq=False)
+class ReferencePass:
+    """The reference, denoised beside one call of the model, once and only if somebody asks.
+
+    which: conditions of the call that see it, by number. The other fields are what the call was given.
+    """
+
+    run: ReferenceRun
+    plain: Any  # APPLY_MODEL without wrappers
+    base: Any  # ComfyUI's BaseModel
+    sigma: float
+    which: tuple[int, ...]
+    x: Tensor  # [conditions * rows, C, h, w]
+    t: Tensor
+    concat: Tensor | None
+    text: Tensor | None
+    options: dict
+    conds: dict
+
+    @property
+    def blocks(self) -> frozenset[Block]:
+        return self.run.settings.blocks
+
+    @cached_property
+    def keys(self) -> dict[Block, KeysValues]:
+        """By block, the conditions that see it one after the other."""
+        return self.compute()
+
+    @torch.compiler.disable  # all the way down: a graph would keep what the first call found in transformer_options
+    def compute(self) -> dict[Block, KeysValues]:
+        """Run the model on the reference. The only place where that happens."""
+        settings, chunk = self.run.settings, chunk_of(self.options)
+        level = self.run.level(self.sigma, self.base.model_sampling)
+        noise = self.run.noise_of(chunk.rows, self.options, self.x.device)
+        x = reference_latent(self.run.latent.to(self.x), noise.to(self.x), level).repeat(len(self.which), 1, 1, 1)
+        recording = Recording(settings.blocks, self.run.tokens, settings.key_scale)
+
+        conds = {name: self._rows(value) for name, value in self.conds.items() if name != "ref_latents"}
+        text = self._rows(self.text)
+        options = with_recorder(self.options, recording)
+        options |= {name: [options[name][i] for i in self.which] for name in PER_CONDITION if name in options}
+        options[CHUNK] = chunk.in_role(("FreeCus", id(self.run)), self.which)
+        options.pop(VISIT, None)  # a step cache's block wraps are for the picture
+        if token_grid.TOKENS in options:
+            options[token_grid.TOKENS] = token_grid.tokens(self.base.diffusion_model, x, text, conds)
+        wrappers = options.get("wrappers", {})
+        options["wrappers"] = {kind: each for kind, each in wrappers.items() if kind != WrappersMP.DIFFUSION_MODEL}
+
+        self.plain(x, self._rows(self.t), self._rows(self.concat), text, None, options, **conds)
+        self.run.passes += 1
+        return recording.kept
+
+    def _rows(self, value: Any) -> Any:
+        """The part of an argument that belongs to the conditions that see the reference."""
+        chunk = chunk_of(self.options)
+        if len(self.which) == len(chunk.conditions):
+            return value
+        if not torch.is_tensor(value) or value.ndim == 0 or value.shape[0] != self.x.shape[0]:
+            return value
+        return torch.cat([value[chunk.part(i)] for i in self.which])
+
+
+class ReferenceRun:
+    """One reference during one run. Made before the model is loaded: the VAE comes first."""
+
+    def __init__(self, settings: FreeCus, run: Run):
+        self.settings, self.run = settings, run
+        self.passes = 0  # of the reference
+        self.reported = False
+        noise, model = run.noise, run.model
+        if noise is None or model is None or noise.ndim != 4:
+            raise ValueError("Apply FreeCus needs a picture latent [B, C, h, w] to work on. Use an image latent.")
+        base: Any = model.model
+        self.noise = self._noise(noise)
+        self.size = (noise.shape[-2], noise.shape[-1])
+        self.grid = flux.token_grid(flux.require_flux1(model, "Apply FreeCus"), *self.size)
+        self.tokens = settings.reference.tokens(*self.size, self.grid)
+        latent = settings.reference.latent(*self.size)
+        if latent.shape[1] != noise.shape[1]:
+            raise ValueError(
+                f"Apply FreeCus: the VAE makes {latent.shape[1]} channels, the model works on {noise.shape[1]}. "
+                "Connect the VAE of the FLUX.1 model."
+            )
+        self.latent = base.process_latent_in(latent)
+        run.on_close(self.close)
+
+    def _noise(self, noise: Tensor) -> Tensor:
+        """The reference's own noise, or the picture's, `[B, C, h, w]`. A run that starts without any has its own."""
+        seed = self.settings.seed
+        if seed is None and torch.count_nonzero(noise):
+            return noise
+        drawn: Any = comfy.sample.prepare_noise(noise, seed or 0)  # nested only where the latent is
+        return drawn
+
+    def level(self, sigma: float, model_sampling: Any) -> float:
+        """Noise level of the reference at this noise level of the picture."""
+        half = float(model_sampling.percent_to_sigma(0.5))  # e^mu / (e^mu + 1), for all flow schedules
+        shift = math.log(half / (1 - half))
+        return reference_sigma(sigma, shift, self.settings.shift_mode, self.settings.reference_shift)
+
+    def noise_of(self, rows: int, options: dict, device: torch.device) -> Tensor:
+        """The noise of the pictures of this call."""
+        noise, window = self.noise, options.get("context_window")
+        if window is not None and window.dim == 0 and noise.shape[0] == window.total_frames:
+            noise = window.get_tensor(noise, noise.device)  # a window of pictures, not of video frames
+        if noise.shape[0] != rows:
+            raise ValueError(
+                f"Apply FreeCus started with {noise.shape[0]} pictures and met a call with {rows}. "
+                "Another node splits the batch; sample the pictures one by one."
+            )
+        return noise.to(device)
+
+    def acts_at(self, sigma: float, model_sampling: Any) -> bool:
+        """Whether the reference acts at this noise level. Samplers round sigmas, hence the hair above the edges."""
+        start, end = self.settings.start, self.settings.end
+        first = math.inf if start <= 0 else model_sampling.percent_to_sigma(start) * (1 + 1e-5)
+        last = -math.inf if end >= 1 else model_sampling.percent_to_sigma(end) * (1 + 1e-5)
+        return last < sigma <= first
+
+    def reserve(self, executor, model: ModelPatcher, noise_shape, conds, *args, **kwargs):
+        """PREPARE_SAMPLING: ask for as much more memory as a larger latent would need, so that the pass finds room.
+
+        Beside the reference pass stand its keys and values and the streams, queries, keys and values of the block that
+        asked for it.
+        """
+        prompts = 1 if self.settings.prompts == "positive only" else 2
+        rows = noise_shape[0] * prompts
+        needed = self.bytes(model.model, rows) + 5 * rows * math.prod(self.grid) * self._token(model.model)
+        share = needed / max(model.model.memory_required(list(noise_shape)), 1)
+        noise_shape = [*noise_shape[:-1], math.ceil(noise_shape[-1] * (1 + share))]
+        return executor(model, noise_shape, conds, *args, **kwargs)
+
+    def apply_model(
+        self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds
+    ):
+        """APPLY_MODEL: promise the keys of the subject, and scale those of the text."""
+        base, options = executor.class_obj, transformer_options or {}
+        sigma, chunk = float(t.flatten()[0]), chunk_of(options)
+        both = self.settings.prompts != "positive only"
+        which = tuple(i for i, condition in enumerate(chunk.conditions) if both or condition.index == 0)
+        if which and x.shape[-2:] == self.size and self.acts_at(sigma, base.model_sampling):
+            reference = ReferencePass(
+                self, executor.original, base, sigma, which, x, t, c_concat, c_crossattn, options, conds
+            )
+            options = self.promise(options, reference)
+            self.report(base, chunk.rows)
+        return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+
+    def promise(self, options: dict, reference: ReferencePass) -> dict:
+        """transformer_options of a call, with keys that are made when they are asked for."""
+        chunk, which, settings = chunk_of(options), reference.which, self.settings
+        seeing = {i: slice(n * chunk.rows, (n + 1) * chunk.rows) for n, i in enumerate(which)}
+        first = seeing[which[0]]
+        count = range(len(chunk.conditions))
+        keys: list[BlockKeys] = [SubjectKeys(reference, seeing.get(i, first)) for i in count]
+        blind = frozenset(i for i in count if i not in seeing)
+        factors = [settings.text_key_scale if i in seeing else 1.0 for i in count]
+        options = with_keys(options, ExtraKeys(keys, blind=blind))
+        return with_text_scale(options, TextScale(settings.blocks, factors))
+
+    def bytes(self, base: Any, rows: int) -> int:
+        """Of all keys and values of the subject for this many pictures."""
+        return 2 * len(self.settings.blocks) * rows * len(self.tokens) * self._token(base)
+
+    @staticmethod
+    def _token(base: Any) -> int:
+        """Bytes of one token."""
+        return base.diffusion_model.hidden_size * comfy.model_management.dtype_size(base.get_dtype_inference())
+
+    def report(self, base: Any, rows: int) -> None:
+        """One line per run."""
+        if self.reported:
+            return
+        self.reported = True
+        logger.info(
+            "FreeCus: %d of %d tokens show the subject; %d layers, %.1f MiB of keys and values",
+            len(self.tokens),
+            math.prod(self.grid),
+            len(self.settings.blocks),
+            self.bytes(base, rows) / 2**20,
+        )
+
+    def close(self, completed: bool) -> None:
+        """Nothing of the run's stays, whoever holds this."""
+        self.noise = self.latent = self.tokens = torch.empty(0)
