@@ -30,7 +30,7 @@ const OF_CUSTOM = ["rows", "columns", "panel_width", "panel_height"]; // a prese
 const BEHIND = ["panel_prompts", "given"]; // the grid
 
 // Pixels, the same for the styles and for the classic canvas, which wants to know a widget's height beforehand.
-const CELL = { cellWidth: 92, cellHeight: 66, most: 460 };
+const CELL = { cellWidth: 108, cellHeight: 66, most: 400 };
 const [GAP, TOOLS, CAPTION, WORDS, NOTE, MARGIN] = [5, 22, 76, 15, 30, 10];
 const NODE_WIDTH = 430;
 
@@ -90,6 +90,8 @@ const STYLE = `
 .dit-panels-note { height: ${NOTE}px; overflow: hidden; font-weight: 600; }
 `;
 
+const gone = new Map(); // node's number -> Editor of a node that was removed
+
 class Editor {
   constructor(node) {
     this.node = node;
@@ -112,6 +114,7 @@ class Editor {
     after(node, "onConfigure", () => this.restored());
     after(node, "onConnectionsChange", () => this.changed());
     after(node, "onResize", () => this.arrange());
+    after(node, "onRemoved", () => gone.set(String(node.id), this));
   }
 
   build() {
@@ -196,6 +199,18 @@ class Editor {
     this.spare = unpackSpare(this.node.properties?.[PROPERTY]);
     this.look();
     this.draw({ resize: false });
+    this.takePlace();
+  }
+
+  /** Undo makes new nodes with the old numbers, and Nodes 2.0 then goes on showing the old one's element. */
+  async takePlace() {
+    const id = String(this.node.id);
+    for (let frame = 0; frame < 10 && !this.element.isConnected; frame++) {
+      await new Promise(requestAnimationFrame);
+      const before = gone.get(id)?.element;
+      if (LiteGraph.vueNodesMode && before?.isConnected && !this.element.isConnected) before.replaceWith(this.element);
+    }
+    gone.delete(id);
   }
 
   // What the user does
@@ -276,8 +291,9 @@ class Editor {
     const earlier = this.shownHeight;
     const gridShown = Boolean(grid) && !this.asLines;
     for (const name of OF_CUSTOM) this.widgets[name].disabled = this.preset !== "custom";
-    for (const name of BEHIND) hide(this.widgets[name], gridShown && !this.links.has(name));
-    refreshHidden(this.node);
+    const others = BEHIND.filter((name) => hide(this.widgets[name], gridShown && !this.links.has(name)));
+    // Nodes 2.0 looks at the options again when the list of widgets is another.
+    if (others.length && LiteGraph.vueNodesMode) this.node.widgets.push(this.node.widgets.pop());
 
     this.scroll.hidden = !gridShown;
     if (gridShown) this.drawCells(grid, cells);
@@ -347,6 +363,7 @@ class Editor {
       width: `min(100%, ${CELL.most * ratio}px)`,
       minWidth: `${this.state.grid.columns * CELL.cellWidth}px`,
       minHeight: `${this.state.grid.rows * CELL.cellHeight}px`,
+      maxHeight: `${CELL.most}px`, // where the two contradict, the minimum wins
       aspectRatio: String(ratio),
     });
     this.scroll.style.minHeight = LiteGraph.vueNodesMode ? "" : `${height}px`;
@@ -414,18 +431,12 @@ function after(object, name, then) {
   };
 }
 
+/** Whether that is new. */
 function hide(widget, hidden) {
-  if (widget.hidden === hidden && widget.options.hidden === hidden) return;
+  if (Boolean(widget.options.hidden) === hidden) return false;
   widget.hidden = hidden; // on the classic canvas
   widget.options.hidden = hidden; // in Nodes 2.0
-  stale.add(widget);
-}
-
-const stale = new Set(); // widgets that were hidden or shown since Nodes 2.0 was told
-
-function refreshHidden(node) {
-  if (!node.widgets.some((widget) => stale.delete(widget)) || !LiteGraph.vueNodesMode) return;
-  node.widgets = [...node.widgets]; // it looks at the options again when the list is another
+  return true;
 }
 
 /** Typing here is no shortcut of ComfyUI's: Delete would delete the node, Ctrl+C copy it. */

@@ -242,11 +242,11 @@ export function customValues(values, rows, columns) {
   return made;
 }
 
-/** How large the grid is drawn, in pixels: in the canvas's proportions, as far as its cells can still be used. */
+/** How large the grid is drawn, in pixels: in the canvas's proportions where its cells stay large enough to be used. */
 export function drawnSize({ rows, columns, width, height }, available, { cellWidth, cellHeight, most }) {
   const ratio = (columns * width) / (rows * height);
   const wide = Math.max(Math.min(available, most * ratio), columns * cellWidth);
-  return { width: wide, height: Math.max(wide / ratio, rows * cellHeight) };
+  return { width: wide, height: Math.max(Math.min(wide / ratio, most), rows * cellHeight) };
 }
 
 const places = ({ rows, columns }) =>
