@@ -25,6 +25,8 @@ from ..run import CHUNK, Run, chunk_of
 if TYPE_CHECKING:
     from .freecus import FreeCus
 
+uncompiled: Any = torch.compiler.disable  # its types do not know methods
+
 logger = logging.getLogger(__name__)
 
 PER_CONDITION = ("cond_or_uncond", "uuids")  # lists in transformer_options with an entry for each condition
@@ -96,7 +98,7 @@ class ReferencePass:
         """By block, the conditions that see it one after the other."""
         return self.compute()
 
-    @torch.compiler.disable  # all the way down: a graph would keep what the first call found in transformer_options
+    @uncompiled  # all the way down: a graph would keep what the first call found in transformer_options
     def compute(self) -> dict[Block, KeysValues]:
         """Run the model on the reference. The only place where that happens."""
         settings, chunk = self.run.settings, chunk_of(self.options)
