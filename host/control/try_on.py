@@ -74,16 +74,20 @@ def attach(
     counts = (person.shape[0], garment.shape[0])
     if 1 not in counts and counts[0] != counts[1]:
         raise ValueError(f"Got {counts[0]} persons and {counts[1]} garments. Give one of either, or as many of both.")
-    hidden = int(transformer.hidden_size * transformer.params.mlp_ratio)
-    if checkpoint.dim == transformer.hidden_size and checkpoint.hidden != hidden:
-        raise ValueError(
-            f"{file.name} is made for {checkpoint.hidden} channels in the MLP, the model has {hidden}. "
-            "Use a LoRA that was trained for this model."
-        )
     blocks = (len(transformer.double_blocks), len(transformer.single_blocks))
+    made_for = (checkpoint.dim, checkpoint.double, checkpoint.single)
     # A file counts up to the last block it touches, unless it says more: the model may have more, not fewer.
-    fits = checkpoint.double <= blocks[0] and checkpoint.single <= blocks[1]
-    made_for = (checkpoint.dim, *(blocks if fits else (checkpoint.double, checkpoint.single)))
+    fits = (
+        checkpoint.dim == transformer.hidden_size and checkpoint.double <= blocks[0] and checkpoint.single <= blocks[1]
+    )
+    if fits:
+        made_for = (checkpoint.dim, *blocks)
+        hidden = int(transformer.hidden_size * transformer.params.mlp_ratio)
+        if checkpoint.hidden != hidden:
+            raise ValueError(
+                f"{file.name} is made for {checkpoint.hidden} channels in the MLP, the model has {hidden}. "
+                "Use a LoRA that was trained for this model."
+            )
     images = (
         (Person, "person", person, "over", person_strength),
         (Garment, "garment", garment, position or checkpoint.settings.position, garment_strength),
