@@ -23,6 +23,13 @@ def register(kind: str) -> None:
     folder_paths.folder_names_and_paths[kind] = (list(dict.fromkeys(paths)), {".safetensors", ".sft"})
 
 
+def offer_loras() -> None:
+    """Add the LoRAs that ship with the pack to what ComfyUI's own LoRA loaders offer, after the user's own."""
+    shipped = WEIGHTS / "loras"
+    if shipped.is_dir():
+        folder_paths.add_model_folder_path("loras", str(shipped))
+
+
 def names(kind: str) -> list[str]:
     """What a loader offers, read anew each time."""
     register(kind)

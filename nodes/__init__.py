@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..host.model_files import offer_loras
 from . import (
     accelerate,
     easycontrol,
@@ -26,5 +27,8 @@ FEATURES = (
 
 
 class DiTToolkit(ComfyExtension):
+    async def on_load(self) -> None:
+        offer_loras()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for feature in FEATURES for node in feature.NODES]

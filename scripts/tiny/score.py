@@ -185,41 +185,83 @@ def pattern_of(image: np.ndarray, mask: np.ndarray) -> str:
     return "striped" if across.std() > 0.34 else "spotted"  # 0.44 and 0.24 on the world's own
 
 
-def _score_doll(
-    image: np.ndarray, scene: Scene, masks: list[np.ndarray]
-) -> tuple[bool, bool, dict[str, bool], Thing | None]:
-    doll = scene.things[0]
-    fitted, fit = fit_doll(masks[0])
-    if fit < 0.62 or fit < kind_of(masks[0])[1] - 0.1:
-        return False, False, {}, None
-    here = render(Scene("white", (fitted,)), image.shape[0])
-
-    def region(label: str) -> np.ndarray:
-        found = cv2.erode(((here.labels == LABELS.index(label)) & masks[0]).astype(np.uint8), np.ones((3, 3), np.uint8))
-        return found.astype(bool)
-
-    hair = [f"hair {name}" for name in HAIR]
-    crown = region("hair") & (np.arange(image.shape[0])[:, None] < (fitted.y - 0.35 * fitted.size) * image.shape[0])
-    colours = (
-        colour_of(image, region("shirt"), COLOURS) == doll.colour
-        and colour_of(image, region("bottom"), COLOURS) == doll.bottom_colour
-        and colour_of(image, crown, hair) == f"hair {doll.hair}"
-    )
-    torso = region("shirt") & (np.abs(np.arange(image.shape[1])[None] / image.shape[1] - fitted.x) < 0.13 * fitted.size)
+def _long_hair(image: np.ndarray, fitted: Thing, hair: str) -> bool:
+    """Whether hair of that colour falls beside the neck and the shoulders of a fitted doll."""
     falls = render(Scene("white", (replace(fitted, hairstyle="long", arms=(14.0, 14.0)),)), image.shape[0])
     rows = np.arange(image.shape[0])[:, None] / image.shape[0] - (fitted.y - fitted.size / 2)
     beside = (falls.labels == LABELS.index("hair")) & (rows > 0.2 * fitted.size)
     shade = nearest_colour_with_skin(image)
-    long = (shade[beside] == _NAMES.index(f"hair {doll.hair}")).mean() > 0.12
-    details = {
-        "pattern": pattern_of(image, torso) == doll.pattern if torso.sum() > 20 else False,
-        "garment": fitted.bottom == doll.bottom,
-    }
+    return bool((shade[beside] == _NAMES.index(f"hair {hair}")).mean() > 0.12) if hair else False
+
+
+def _read_doll(image: np.ndarray, mask: np.ndarray) -> Thing | None:
+    """The doll that `mask` covers, as it looks on the picture, or None. What cannot be told is ""."""
+    fitted, fit = fit_doll(mask)
+    if fit < 0.62 or fit < kind_of(mask)[1] - 0.1:
+        return None
+    here = render(Scene("white", (fitted,)), image.shape[0])
+
+    def region(label: str) -> np.ndarray:
+        found = cv2.erode(((here.labels == LABELS.index(label)) & mask).astype(np.uint8), np.ones((3, 3), np.uint8))
+        return found.astype(bool)
+
+    crown = region("hair") & (np.arange(image.shape[0])[:, None] < (fitted.y - 0.35 * fitted.size) * image.shape[0])
+    hair = colour_of(image, crown, [f"hair {name}" for name in HAIR]).removeprefix("hair ")
+    torso = region("shirt") & (np.abs(np.arange(image.shape[1])[None] / image.shape[1] - fitted.x) < 0.13 * fitted.size)
+    face = nearest_colour_with_skin(image)[region("head")] - len(_NAMES)
+    return replace(
+        fitted,
+        colour=colour_of(image, region("shirt"), COLOURS),
+        bottom_colour=colour_of(image, region("bottom"), COLOURS),
+        hair=hair,
+        pattern=pattern_of(image, torso) if torso.sum() > 20 else "",
+        hairstyle="long" if _long_hair(image, fitted, hair) else "short",
+        skin=int(np.bincount(face[face >= 0], minlength=len(SKINS)).argmax()),
+    )
+
+
+def read_doll(image: np.ndarray) -> Thing | None:
+    """What the doll of a picture looks like and how it stands, from the picture alone: uint8 RGB `[S, S, 3]`.
+
+    Returns:
+        The best fitting doll, with place, size and arms of its silhouette; `colour`, `bottom_colour`, `hair` and
+        `pattern` are "" where they cannot be told. None when the largest thing is no doll, or there is none.
+    """
+    masks = things_in(image, ground_of(image), dolls=True)
+    return _read_doll(image, masks[0]) if masks else None
+
+
+def agreement(a: Thing | None, b: Thing | None) -> dict[str, bool]:
+    """What two dolls have in common, by part. A doll that could not be read agrees in nothing.
+
+    Parts: hair, shirt, bottom (colours), garment (trousers or skirt), pattern, skin, and hairstyle, which is left
+    out where two raised arms hide it.
+    """
+    parts = {"hair": "hair", "shirt": "colour", "bottom": "bottom_colour", "garment": "bottom", "pattern": "pattern",
+             "skin": "skin", "hairstyle": "hairstyle"}  # fmt: skip
+    if a is None or b is None:
+        return dict.fromkeys(parts, False)
+    if min(a.arms) >= 100 or min(b.arms) >= 100:
+        del parts["hairstyle"]
+    return {part: getattr(a, name) == getattr(b, name) != "" for part, name in parts.items()}
+
+
+OUTFIT = ("hair", "shirt", "bottom", "garment")  # of `agreement`: what makes two dolls the same
+
+
+def _score_doll(
+    image: np.ndarray, scene: Scene, masks: list[np.ndarray]
+) -> tuple[bool, bool, dict[str, bool], Thing | None]:
+    doll, seen = scene.things[0], _read_doll(image, masks[0])
+    if seen is None:
+        return False, False, {}, None
+    colours = (seen.colour, seen.bottom_colour, seen.hair) == (doll.colour, doll.bottom_colour, doll.hair)
+    details = {"pattern": seen.pattern == doll.pattern, "garment": seen.bottom == doll.bottom}
     if min(doll.arms) < 100:  # two raised arms hide it
-        details["hairstyle"] = bool(long) == (doll.hairstyle == "long")
+        details["hairstyle"] = _long_hair(image, seen, doll.hair) == (doll.hairstyle == "long")
     if scene.pose:
-        details["pose"] = pose_of(fitted.arms) == scene.pose
-    return True, bool(colours), details, fitted
+        details["pose"] = pose_of(seen.arms) == scene.pose
+    return True, colours, details, seen
 
 
 def nearest_colour_with_skin(image: np.ndarray) -> np.ndarray:
