@@ -24,8 +24,10 @@ from ..models.control.in_context_lora import (
     Tags,
     compose,
     encode_panels,
+    finished,
     given_panels,
     joint_prompt,
+    latent_panels,
     panel_layout,
     panel_texts,
     split,
@@ -233,11 +235,13 @@ class SplitPanels(io.ComfyNode):
             category="DiT Toolkit/image",
             description=(
                 "Cuts a sampled canvas back into its panels, exact to the pixel, as a batch of pictures. Works on an "
-                "upscaled canvas too."
+                "upscaled canvas too, or decodes the panels one by one so that no colour bleeds over a border."
             ),
             search_aliases=["in-context lora", "ic-lora", "cut panels", "grid to images", "uncombine", "crop"],
             inputs=[
-                io.Image.Input("image", tooltip="The decoded canvas, or several. May have been upscaled."),
+                io.Image.Input(
+                    "image", optional=True, tooltip="The decoded canvas, or several. May have been upscaled."
+                ),
                 PanelsType.Input("panels", tooltip="The layout that it was sampled with."),
                 io.Int.Input(
                     "inset",
@@ -245,13 +249,20 @@ class SplitPanels(io.ComfyNode):
                     min=0,
                     max=256,
                     tooltip="Pixels to cut off all four sides of each panel, where the neighbour's colours bleed over "
-                    "the border. 0 keeps everything; 8 is enough for FLUX.1's VAE.",
+                    "the border. 0 keeps everything.",
                 ),
                 io.Image.Input(
                     "canvas",
                     optional=True,
                     tooltip="From Panel Latent. Given panels are then taken from here, untouched by the VAE.",
                 ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="The sampled canvas, instead of 'image': each panel is decoded by itself, without its "
+                    "neighbours. Needs 'vae'.",
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="Decodes 'latent'. Not read for 'image'."),
             ],
             outputs=[
                 io.Image.Output(tooltip="The panels, row by row; of several canvases one after the other."),
@@ -259,8 +270,24 @@ class SplitPanels(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image: Tensor, panels: Layout, inset: int, canvas: Tensor | None = None) -> io.NodeOutput:
-        return io.NodeOutput(split(panels, image, inset, canvas))
+    def execute(
+        cls,
+        panels: Layout,
+        inset: int,
+        image: Tensor | None = None,
+        canvas: Tensor | None = None,
+        latent: Any = None,
+        vae: Any = None,
+    ) -> io.NodeOutput:
+        if (image is None) == (latent is None):
+            raise ValueError("Split Panels needs either 'image', or 'latent' and 'vae'. Connect one of the two.")
+        if image is not None:
+            return io.NodeOutput(split(panels, image, inset, canvas))
+        if vae is None:
+            raise ValueError("Split Panels needs 'vae' to decode 'latent'. Connect it, or use 'image' instead.")
+        decoded = vae.decode(latent_panels(panels, latent["samples"]))
+        decoded = decoded.reshape(-1, *decoded.shape[-3:])  # autoencoders for video give a frame each
+        return io.NodeOutput(finished(panels, decoded, inset, canvas))
 
 
 class PanelSets(io.ComfyNode):

@@ -339,29 +339,55 @@ def panels_of(layout: Layout, image: Tensor) -> Tensor:
     return cells.transpose(2, 3).reshape(batch * layout.count, h, w, channels)
 
 
+def latent_panels(layout: Layout, latent: Tensor) -> Tensor:
+    """The panels of a canvas's latent `[B, C, ..., h, w]` as `[B * count, C, ..., h / rows, w / columns]`.
+
+    Decoded one by one, no colour of a neighbour reaches over the border, as it does where a decoder sees all panels.
+
+    Raises:
+        ValueError: when the latent does not divide into the panels, or has other proportions.
+    """
+    height, width = latent.shape[-2:]
+    if width * layout.height != height * layout.width or height % layout.rows or width % layout.columns:
+        raise ValueError(
+            f"the latent is {width} x {height}, which does not divide into the panels of a canvas of {layout.width} x "
+            f"{layout.height} pixels. Connect the layout that it was sampled with."
+        )
+    cells = latent.unflatten(-1, (layout.columns, -1)).unflatten(-3, (layout.rows, -1))  # [..., rows, h, columns, w]
+    return cells.movedim((-4, -2), (1, 2)).flatten(0, 2)
+
+
 def split(layout: Layout, image: Tensor, inset: int = 0, canvas: Tensor | None = None) -> Tensor:
-    """The panels of a picture, exact to the pixel.
+    """The panels of a picture `[B, H, W, C]`, exact to the pixel. See `panels_of` and `finished`."""
+    return finished(layout, panels_of(layout, image), inset, canvas)
+
+
+def finished(layout: Layout, panels: Tensor, inset: int = 0, canvas: Tensor | None = None) -> Tensor:
+    """Panels without their borders, the given ones untouched.
 
     Args:
-        image: `[B, H, W, C]`, see `panels_of`.
+        panels: `[B * count, h, w, C]`, in reading order, picture after picture.
         inset: pixels to cut off each panel on all four sides, where colours of the neighbour bleed over the border.
         canvas: `[1 or B, H, W, C]`, what the given panels are taken from instead.
 
     Returns:
-        `[B * count, h - 2 * inset, w - 2 * inset, C]`, in reading order, picture after picture.
+        `[B * count, h - 2 * inset, w - 2 * inset, C]`, in the same order.
+
+    Raises:
+        ValueError: for an inset that leaves nothing, or a canvas of another size.
     """
-    panels = panels_of(layout, image)
-    if canvas is not None and layout.given:
-        if canvas.shape[1:] != image.shape[1:] or canvas.shape[0] not in (1, image.shape[0]):
-            raise ValueError(
-                f"'canvas' must be one picture of the image's size, got {size_of(canvas)} for an image of "
-                f"{size_of(image)}. Scale both alike, or disconnect 'canvas'."
-            )
-        untouched = panels_of(layout, canvas.expand_as(image)).to(panels)
-        places = torch.arange(panels.shape[0]) % layout.count
-        is_given = torch.isin(places, torch.tensor(layout.given)).to(panels.device)
-        panels = torch.where(is_given[:, None, None, None], untouched, panels)
     h, w = panels.shape[1:3]
+    if canvas is not None and layout.given:
+        batch = panels.shape[0] // layout.count
+        untouched = panels_of(layout, canvas)
+        if untouched.shape[1:] != panels.shape[1:] or canvas.shape[0] not in (1, batch):
+            raise ValueError(
+                f"'canvas' must be one picture of {w * layout.columns} x {h * layout.rows}, as what is split, got "
+                f"{size_of(canvas)}. Scale both alike, or disconnect 'canvas'."
+            )
+        untouched = untouched.repeat(batch // canvas.shape[0], 1, 1, 1).to(panels)
+        is_given = torch.tensor([index in layout.given for index in range(layout.count)]).repeat(batch)
+        panels = torch.where(is_given[:, None, None, None].to(panels.device), untouched, panels)
     if inset < 0 or 2 * inset >= min(h, w):
         raise ValueError(f"'inset' must be at least 0 and below half a panel of {w} x {h}, got {inset}.")
     return panels[:, inset : h - inset, inset : w - inset]

@@ -13,6 +13,7 @@ from dit_toolkit.models.control.in_context_lora import (
     fitted,
     given_panels,
     joint_prompt,
+    latent_panels,
     panel_layout,
     panel_texts,
     parse_given,
@@ -274,11 +275,28 @@ def test_given_panels_come_back_untouched_from_the_canvas():
     assert torch.equal(
         split(grid(2, 2), sampled, canvas=canvas), split(layout, sampled)
     )  # nothing given, nothing taken
-    with pytest.raises(ValueError, match="'canvas' must be one picture of the image's size, got 1 of 128 x 64"):
+    with pytest.raises(
+        ValueError, match="'canvas' must be one picture of 64 x 32, as what is split, got 1 of 128 x 64"
+    ):
         split(layout, sampled, canvas=canvas.repeat_interleave(2, 1).repeat_interleave(2, 2))
 
 
 # Masks and latents
+
+
+@pytest.mark.parametrize("frames", [(), (1,)], ids=["picture", "video"])
+def test_a_latent_is_cut_where_its_picture_is(frames):
+    layout = grid(2, 3)
+    latent = noise(2, 4, *frames, 2 * 2, 3 * 4)
+    parts = latent_panels(layout, latent)
+    assert parts.shape == (12, 4, *frames, 2, 4)
+    for place, part in enumerate(parts):
+        picture, index = divmod(place, 6)
+        y, x = index // 3 * 2, index % 3 * 4
+        assert torch.equal(part, latent[picture, ..., y : y + 2, x : x + 4])
+    for wrong in ((4, 13), (5, 15), (8, 12)):
+        with pytest.raises(ValueError, match=f"the latent is {wrong[1]} x {wrong[0]}, which does not divide into"):
+            latent_panels(layout, noise(1, 4, *frames, *wrong))
 
 
 @pytest.mark.parametrize("layout", [grid(2, 3, given="2, 6"), preset("film-storyboard", "1"), grid(1, 2)], ids=size)
