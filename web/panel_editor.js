@@ -6,7 +6,6 @@
 import { app } from "../../scripts/app.js";
 import {
   LIMIT,
-  MOST_WORDS,
   NODE,
   PROPERTY,
   asSent,
@@ -15,11 +14,15 @@ import {
   formatGiven,
   formatTexts,
   moved,
+  noteText,
   oneLine,
   panels,
+  plural,
   refilled,
+  sizeText,
   unpackSpare,
   withMore,
+  wordsText,
 } from "./lib/panels.js";
 
 const WIDGETS = [
@@ -31,7 +34,7 @@ const BEHIND = ["panel_prompts", "given"]; // the grid
 
 // Pixels, the same for the styles and for the classic canvas, which wants to know a widget's height beforehand.
 const CELL = { cellWidth: 108, cellHeight: 66, most: 400 };
-const [GAP, TOOLS, CAPTION, WORDS, NOTE, MARGIN] = [5, 22, 76, 15, 30, 10];
+const [GAP, TOOLS, CAPTION, WORDS, NOTE, MARGIN] = [5, 22, 85, 15, 30, 10];
 const NODE_WIDTH = 430;
 
 const THROUGH = new Set(["Enter", "s", "S"]); // with Ctrl or Cmd: ComfyUI's Run and Save are wanted while typing
@@ -46,6 +49,7 @@ const STYLE = `
   cursor: default; color: var(--ink); font: 11px/15px Inter, system-ui, sans-serif;
 }
 .dark-theme .dit-panels { --ground: var(--comfy-input-bg, #222); --accent: #5aa9f2; --on-accent: #0b1420; }
+.lg-node .dit-panels { --ground: var(--component-node-widget-background, var(--comfy-input-bg)); }
 .dit-panels > * { flex: none; box-sizing: border-box; }
 .dit-panels [hidden] { display: none; }
 .dit-panels button {
@@ -64,7 +68,7 @@ const STYLE = `
   white-space: nowrap; opacity: 0.8;
 }
 .dit-panels-scroll { overflow: auto hidden; scrollbar-width: thin; }
-.dit-panels-grid { display: grid; margin: 0 auto; box-sizing: border-box; background: var(--line); gap: 1px; }
+.dit-panels-grid { display: grid; margin: 0 auto; box-sizing: border-box; background: var(--line); gap: 2px; }
 .dit-panels-cell {
   display: flex; flex-direction: column; min-width: 0; min-height: 0; background: var(--ground);
 }
@@ -114,7 +118,7 @@ class Editor {
     after(node, "onConfigure", () => this.restored());
     after(node, "onConnectionsChange", () => this.changed());
     after(node, "onResize", () => this.arrange());
-    after(node, "onRemoved", () => gone.set(String(node.id), this));
+    after(node, "onRemoved", () => this.leave());
   }
 
   build() {
@@ -202,6 +206,12 @@ class Editor {
     this.takePlace();
   }
 
+  leave() {
+    const id = String(this.node.id);
+    gone.set(id, this);
+    setTimeout(() => gone.get(id) === this && gone.delete(id), 5000);
+  }
+
   /** Undo makes new nodes with the old numbers, and Nodes 2.0 then goes on showing the old one's element. */
   async takePlace() {
     const id = String(this.node.id);
@@ -210,7 +220,6 @@ class Editor {
       const before = gone.get(id)?.element;
       if (LiteGraph.vueNodesMode && before?.isConnected && !this.element.isConnected) before.replaceWith(this.element);
     }
-    gone.delete(id);
   }
 
   // What the user does
@@ -301,13 +310,13 @@ class Editor {
       button.disabled = !grid || !fits(grid.rows + button.rows) || !fits(grid.columns + button.columns);
     this.lines.setAttribute("aria-pressed", String(!gridShown));
     this.lines.disabled = !grid;
-    this.size.textContent = grid ? sizeText(grid, this.links) : "";
+    this.size.textContent = sizeText(grid, this.links);
     this.size.title = this.size.textContent;
 
     const shown = caption ?? "";
     if (this.caption.value !== shown) this.caption.value = shown;
     this.caption.placeholder = caption === null && !problem ? "Known when it runs: a link brings what it is made of." : "";
-    this.count.textContent = caption === null ? "" : wordsText(this.state, this.random);
+    this.count.textContent = wordsText(this.state, this.random);
     this.note.textContent = noteText(this.state);
     this.note.hidden = !this.note.textContent;
     this.arrange();
@@ -344,7 +353,8 @@ class Editor {
     const element = make("div", "dit-panels-cell", { role: "group" });
     const head = make("div", "dit-panels-head");
     const tagged = make("span", "dit-panels-tag");
-    const button = make("button", "", { type: "button" }, "given");
+    const button = make("button", "", { type: "button" });
+    button.title = "This panel is a picture that you give to Panel Latent";
     const box = make("textarea", "", { "data-capture-wheel": "true", spellcheck: "false" });
     button.addEventListener("click", () => this.toggle(index));
     box.addEventListener("input", () => this.typed(index, box));
@@ -393,25 +403,6 @@ class Editor {
 }
 
 const fits = (count) => count >= 1 && count <= LIMIT;
-const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
-
-function sizeText({ rows, columns, width, height }, links) {
-  if (links.has("panel_width") || links.has("panel_height")) return "size from link";
-  return `${columns * width} \u00d7 ${rows * height} px`;
-}
-
-function wordsText({ words, partial }, random) {
-  const parts = [plural(words, "word")];
-  if (words > MOST_WORDS) parts.push(`above ${MOST_WORDS}: the end may not be read`);
-  if (partial) parts.push("more comes from links");
-  if (random) parts.push("choices in { } are made when it is sent");
-  return parts.join(" \u00b7 ");
-}
-
-function noteText({ grid, problem }) {
-  if (!grid) return "The grid comes from a link. Write one line per panel into panel_prompts.";
-  return problem;
-}
 
 function make(tag, className, attributes = {}, text = "") {
   const element = document.createElement(tag);

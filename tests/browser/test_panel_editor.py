@@ -312,6 +312,8 @@ def test_what_comes_over_a_link_is_said_and_not_edited(page, server, mode):
     assert look(page)["values"]["panel_prompts"] == "one\ntwo"
     assert shown_by_server(server, page.queue()) == f"[LEFT] {words}; [RIGHT] four."
 
+    page.load_workflow(page.graph())
+    assert look(page) == linked
     page.evaluate("unlink('panel_prompts'); link('PrimitiveString', '1', 'given')")
     given = look(page)
     assert (given["texts"], given["toggles"]) == (["one", "two"], ["from link"] * 2)

@@ -13,15 +13,18 @@ import {
   formatTexts,
   gridOf,
   moved,
+  noteText,
   oneLine,
   panels,
   parseGiven,
   parseTexts,
   refilled,
+  sizeText,
   tagsOf,
   unpackSpare,
   withMore,
   words,
+  wordsText,
 } from "../../web/lib/panels.js";
 
 const CASES = JSON.parse(readFileSync(new URL("../reference/panel_captions.json", import.meta.url), "utf8"));
@@ -126,6 +129,24 @@ test("comments are not sent, and choices are made by the page when it sends", ()
 test("words are counted as a reader counts them", () => {
   assert.equal(words(""), 0);
   assert.equal(words("  [LEFT] a\u00a0white  cat. "), 4);
+});
+
+test("the line under the caption warns where the end may not be read", () => {
+  const said = (count) => wordsText(panels({ ...VALUES, summary: Array(count).fill("word").join(" ") }));
+  assert.equal(said(504), "512 words");
+  assert.match(said(505), /^513 words · above 512/);
+  assert.equal(wordsText(panels({ ...VALUES, rows: 1, columns: 1, panel_prompts: "" })), "1 word");
+  assert.equal(wordsText(panels(VALUES, new Set(["rows"]))), "");
+  assert.match(wordsText(panels(VALUES, new Set(["summary"]))), /links/);
+  assert.match(wordsText(panels(VALUES), true), /choices/);
+});
+
+test("sizes and notes say what a link leaves open", () => {
+  assert.equal(sizeText(panels({ ...VALUES, preset: "film-storyboard" }).grid), "1024 × 1536 px");
+  assert.equal(sizeText(panels(VALUES).grid, new Set(["panel_width"])), "size from link");
+  assert.equal(sizeText(null), "");
+  assert.equal(noteText(panels(VALUES)), "");
+  assert.match(noteText(panels(VALUES, new Set(["columns"]))), /from a link/);
 });
 
 test("a cell stays in its row and column, and what falls off comes back with its place", () => {

@@ -249,6 +249,29 @@ export function drawnSize({ rows, columns, width, height }, available, { cellWid
   return { width: wide, height: Math.max(Math.min(wide / ratio, most), rows * cellHeight) };
 }
 
+export const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+
+/** "1024 × 1536 px", of the canvas. */
+export function sizeText(grid, linked = new Set()) {
+  if (!grid) return "";
+  if (linked.has("panel_width") || linked.has("panel_height")) return "size from link";
+  return `${grid.columns * grid.width} × ${grid.rows * grid.height} px`;
+}
+
+/** The line under the caption. `random`: it has choices that the page has yet to make. */
+export function wordsText({ caption, words: count, partial }, random = false) {
+  if (caption === null) return "";
+  const parts = [plural(count, "word")];
+  if (count > MOST_WORDS) parts.push(`above ${MOST_WORDS}: the end may not be read`);
+  if (partial) parts.push("more comes from links");
+  if (random) parts.push("choices in { } are made when it is sent");
+  return parts.join(" · ");
+}
+
+export function noteText({ grid, problem }) {
+  return grid ? problem : "The grid comes from a link. Write one line per panel into panel_prompts.";
+}
+
 const places = ({ rows, columns }) =>
   Array.from({ length: rows * columns }, (_, index) => [Math.floor(index / columns), index % columns]);
 const plain = ({ text: said, given }) => ({ text: said, given });
