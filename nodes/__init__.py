@@ -12,11 +12,13 @@ from . import (
     re_ttention,
     sparse_attention,
     step_cache,
+    try_on,
 )
 
 FEATURES = (
     easycontrol,
     in_context_lora,
+    try_on,
     accelerate,
     step_cache,
     re_ttention,
