@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import folder_paths
 import torch
 from comfy.model_management import intermediate_device
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..host.control.in_context_lora import fingerprint, read_sets
+from ..host.control.in_context_lora import fingerprint, folders, read_sets
 from ..models.control.in_context_lora import (
     LIMIT,
     PRESETS,
@@ -305,9 +304,10 @@ class PanelSets(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=folder_paths.get_input_subfolders(),
+                    options=folders(),
                     tooltip="A folder in ComfyUI's input folder. Each folder in it is a set: one picture per panel in "
-                    "the order of their names, and caption.txt, or one .txt per picture.",
+                    "the order of their names, and caption.txt, or one .txt per picture. The example ships with the "
+                    "pack: 20 sets for 1 x 2 panels of 96 x 96.",
                 ),
                 PanelsType.Input(
                     "panels", tooltip="From Panel Layout: sizes, tags and prefix. Its prompts are not read here."

@@ -31,6 +31,8 @@ from ...models.control.in_context_lora import Fit, Layout, compose, fitted, join
 logger = logging.getLogger(__name__)
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # those ComfyUI's dataset nodes read
+EXAMPLE = "example: one doll, two scenes"  # 20 sets of two, drawn for the embedded default
+EXAMPLE_SETS = Path(__file__).resolve().parents[2] / "web" / "examples" / "panel_sets"
 CAPTION, SUMMARY = "caption.txt", "summary.txt"
 
 
@@ -44,7 +46,7 @@ class PanelSet:
 
 
 def read_sets(folder: str, layout: Layout, fit: Fit) -> list[PanelSet]:
-    """Every set of a folder in the input folder, in the order of their names.
+    """Every set of one of `folders`, in the order of their names.
 
     Raises:
         ValueError: for a folder without sets, a set with too many or too few pictures or captions (by its name), or
@@ -72,7 +74,14 @@ def fingerprint(folder: str | None) -> str:
     return sha256(repr(states).encode()).hexdigest()
 
 
+def folders() -> list[str]:
+    """What a node can offer: the sets that ship with the pack, and every folder of the input folder."""
+    return [EXAMPLE, *folder_paths.get_input_subfolders()]
+
+
 def located(folder: str) -> Path:
+    if folder == EXAMPLE:
+        return EXAMPLE_SETS
     root = folder_paths.get_input_directory()
     place = Path(root, folder)
     if not folder_paths.is_within_directory(root, str(place)):

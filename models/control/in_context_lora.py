@@ -273,10 +273,11 @@ def fitted(picture: Tensor, width: int, height: int, fit: Fit) -> Tensor:
 
 
 def resized(pixels: Tensor, width: int, height: int) -> Tensor:
-    """`[B, C, H, W]`, bicubic with antialiasing, in 0..1."""
+    """`[B, C, H, W]`, bicubic with antialiasing, in 0..1. Summed in float64, or flat colours would lose a digit."""
     if pixels.shape[-2:] == (height, width):
         return pixels
-    return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    scaled = F.interpolate(pixels.double(), (height, width), mode="bicubic", antialias=True, align_corners=False)
+    return scaled.clamp(0, 1).to(pixels)
 
 
 def compose(layout: Layout, panels: Mapping[int, Tensor], fill: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.comfy
 
 import folder_paths  # noqa: E402
 
-from dit_toolkit.host.control.in_context_lora import fingerprint, read_sets  # noqa: E402
+from dit_toolkit.host.control.in_context_lora import EXAMPLE, fingerprint, folders, read_sets  # noqa: E402
 from dit_toolkit.models.control.in_context_lora import panel_layout, split  # noqa: E402
 
 
@@ -165,6 +165,15 @@ def test_the_folder_is_read_again_when_a_file_changes(folder):
     (folder / "first" / "caption.txt").write_text("other words", encoding="utf-8")
     assert fingerprint("sets") != before
     assert fingerprint(None) == ""
+
+
+def test_the_example_ships_20_sets_of_two():
+    found = read_sets(EXAMPLE, panel_layout("custom", 1, 2, 96, 96, "auto", "", ""), "crop")
+    assert len(found) == 20
+    assert {each.canvas.shape for each in found} == {(1, 96, 192, 3)}
+    assert len({each.caption for each in found}) == 20
+    assert all(each.caption.startswith("[LEFT] a doll") and "; [RIGHT] the doll" in each.caption for each in found)
+    assert folders()[0] == EXAMPLE
 
 
 # The published files: ten LoRAs over every linear layer of FLUX.1's blocks, under diffusers' names

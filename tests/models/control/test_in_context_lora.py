@@ -397,6 +397,14 @@ def test_grey_pictures_get_three_channels_and_odd_fits_are_refused():
         fitted(noise(1, 20, 20, 3), 32, 16, "squeeze")
 
 
+@pytest.mark.parametrize("fit", ["crop", "stretch"])
+def test_flat_colours_stay_to_the_last_digit(fit):
+    colour = torch.tensor([1.0, 0.3, 0.0])
+    for size in ((50, 200), (90, 60), (7, 9)):
+        panel = fitted(colour.expand(1, *size, 3), 48, 32, fit)
+        assert torch.equal(panel, colour.expand(1, 32, 48, 3))
+
+
 def test_a_stretched_gradient_stays_a_gradient():
     """Bicubic resampling reproduces straight lines away from the edges."""
     picture = torch.linspace(0, 1, 64)[None, None, :, None].expand(1, 8, 64, 3)
