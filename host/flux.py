@@ -6,6 +6,7 @@ patches and RoPE options apply. Flux2, Chroma, LongCat and Ovis share code with 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -122,10 +123,14 @@ def parts_of(block: Any) -> list[Any]:
 
 
 @contextmanager
-def recorded_outputs(block: Any) -> Iterator[list[Tensor]]:
-    """What `parts_of(block)` give while the block runs, in that order, `[B, T, D]` each."""
-    outputs: list[Tensor] = []
-    hooks = [part.register_forward_hook(lambda _, __, output: outputs.append(output)) for part in parts_of(block)]
+def recorded_outputs(block: Any) -> Iterator[deque[Tensor]]:
+    """What `parts_of(block)` give while the block runs, in that order, `[B, T, D]` each.
+
+    The attention of a block may run the whole model once more, for a reference: what comes last is the block's own.
+    """
+    parts = parts_of(block)
+    outputs: deque[Tensor] = deque(maxlen=len(parts))
+    hooks = [part.register_forward_hook(lambda _, __, output: outputs.append(output)) for part in parts]
     try:
         yield outputs
     finally:

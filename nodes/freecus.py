@@ -1,0 +1,242 @@
+"""FreeCus: carry a subject from one picture into a new one, without training.
+
+Paper: FreeCus, arXiv:2507.15249. The method is in `models/control/freecus.py`, its hooks are in
+`host/control/freecus.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..host.control.freecus import Fit, Prompts, attach
+from ..models.control.freecus import (
+    KEY_SCALE,
+    REFERENCE_SHIFT,
+    Aspect,
+    ShiftMode,
+    instruction_to_describe,
+    instruction_to_keep,
+    prompt_with_description,
+)
+
+SAME_NOISE, OWN_NOISE = "same as the picture", "own seed"
+
+
+class ApplyFreeCus(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTFreeCus",
+            display_name="Apply FreeCus",
+            category="DiT Toolkit/model/patch",
+            description=(
+                "Carries the subject of one picture into what the prompt asks for. No training and no extra weights; "
+                "each step takes about twice as long. Chain the node for several subjects."
+            ),
+            search_aliases=["freecus", "subject reference", "subject driven", "personalization", "customization",
+                            "consistent character", "attention sharing"],
+            inputs=[
+                io.Model.Input("model", tooltip="A FLUX.1 model: dev, or a fine-tune or LoRA of it."),
+                io.Vae.Input("vae", tooltip="The model's VAE, which encodes the reference at the picture's size."),
+                io.Image.Input("reference", tooltip="One picture of the subject."),
+                io.Mask.Input(
+                    "subject",
+                    optional=True,
+                    tooltip="Where the subject is on the reference. Every token it touches counts in full, so draw it "
+                    "tight. Without it the whole picture is the subject, its background too.",
+                ),
+                io.Float.Input(
+                    "key_scale",
+                    default=KEY_SCALE,
+                    min=0.5,
+                    max=2.0,
+                    step=0.01,
+                    tooltip="How strongly the subject's tokens draw attention. 1.1 as published; lower follows the "
+                    "prompt more, higher the reference. There is no neutral value: 1 leaves them as they are.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Where in the run the subject begins to act. 0 is the start.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Where in the run it stops acting. 1 is the end. Steps outside cost nothing extra.",
+                ),
+                io.Float.Input(
+                    "text_key_scale",
+                    default=KEY_SCALE,
+                    min=0.5,
+                    max=2.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="The same factor for the prompt's own tokens, so that it is not drowned. 1.1 as "
+                    "published, 1 leaves them as they are. Of several nodes the largest holds.",
+                ),
+                io.String.Input(
+                    "layers",
+                    default="published",
+                    advanced=True,
+                    tooltip="Layers in which the picture sees the subject. 'published': the ten vital ones of "
+                    "FLUX.1-dev; all layers in a model of another depth. 'all', or numbers such as '0-2, 17, 25', "
+                    "double blocks first.",
+                ),
+                io.Combo.Input(
+                    "shift_mode",
+                    options=["reversed", "half", "twice", "linear", "normal"],
+                    default="reversed",
+                    advanced=True,
+                    tooltip="How much cleaner the reference is than the picture at the same step. 'reversed' as "
+                    "published, 'twice' is cleaner, 'half' and 'linear' less so, 'normal' hardly.",
+                ),
+                io.Float.Input(
+                    "reference_shift",
+                    default=REFERENCE_SHIFT,
+                    min=0.0,
+                    max=4.0,
+                    step=0.000001,
+                    advanced=True,
+                    tooltip="The shift of the reference's schedule that shift_mode reverses. 0.459375 as published, "
+                    "at every size.",
+                ),
+                io.Combo.Input(
+                    "prompts",
+                    options=["positive only", "positive and negative"],
+                    default="positive only",
+                    advanced=True,
+                    tooltip="Which prompts see the subject. Without CFG there is only the positive one, as published. "
+                    "'positive only' follows the reference more closely.",
+                ),
+                io.Combo.Input(
+                    "noise",
+                    options=[SAME_NOISE, OWN_NOISE],
+                    default=SAME_NOISE,
+                    advanced=True,
+                    tooltip="Noise on the reference: that which the picture starts from, as published, or noise drawn "
+                    "from noise_seed.",
+                ),
+                io.Int.Input(
+                    "noise_seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    advanced=True,
+                    tooltip="Seed of the reference's noise. Read with 'own seed' only.",
+                ),
+                io.Combo.Input(
+                    "fit",
+                    options=["crop", "pad", "stretch"],
+                    default="crop",
+                    advanced=True,
+                    tooltip="How reference and mask are brought to the picture's format. 'crop' keeps the middle, "
+                    "'pad' keeps all of it.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model, carrying the subject into what it draws.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        vae: Any,
+        reference: io.Image.Type,
+        key_scale: float,
+        start_percent: float,
+        end_percent: float,
+        text_key_scale: float,
+        layers: str,
+        shift_mode: ShiftMode,
+        reference_shift: float,
+        prompts: Prompts,
+        noise: str,
+        noise_seed: int,
+        fit: Fit,
+        subject: io.Mask.Type | None = None,
+    ) -> io.NodeOutput:
+        if noise not in (SAME_NOISE, OWN_NOISE):
+            raise ValueError(f"noise must be '{SAME_NOISE}' or '{OWN_NOISE}', got '{noise}'.")
+        patched = attach(
+            model,
+            reference,
+            subject,
+            vae,
+            layers=layers,
+            fit=fit,
+            key_scale=key_scale,
+            text_key_scale=text_key_scale,
+            shift_mode=shift_mode,
+            reference_shift=reference_shift,
+            start=start_percent,
+            end=end_percent,
+            seed=noise_seed if noise == OWN_NOISE else None,
+            prompts=prompts,
+        )
+        return io.NodeOutput(patched)
+
+
+class SubjectDescription(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTSubjectDescription",
+            display_name="Subject Description",
+            category="DiT Toolkit/text",
+            description=(
+                "Joins a prompt and a description of the subject, and writes what to ask a language model for one. "
+                "Words help Apply FreeCus to keep what the picture alone does not carry."
+            ),
+            search_aliases=["freecus", "caption", "describe", "llm", "vlm", "prompt", "subject"],
+            inputs=[
+                io.String.Input(
+                    "subject", default="", tooltip="What the reference shows, in a word or two: 'teapot', 'grey cat'."
+                ),
+                io.String.Input(
+                    "prompt", multiline=True, default="", tooltip="The picture you want, with the subject in it."
+                ),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="",
+                    tooltip="A description of the subject: your own, or the answer of a language model.",
+                ),
+                io.Combo.Input(
+                    "aspect",
+                    options=["subject", "style"],
+                    default="subject",
+                    advanced=True,
+                    tooltip="What the instructions ask about: the thing itself, or the artistic style it is shown in.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="prompt", tooltip="'prompt. text', for the text encoder."),
+                io.String.Output(
+                    display_name="ask_describe",
+                    tooltip="What to ask a model that sees the reference, such as Generate Text with the image.",
+                ),
+                io.String.Output(
+                    display_name="ask_keep",
+                    tooltip="What to ask a model that reads 'text', so that pose, place and other things go.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, subject: str, prompt: str, text: str, aspect: Aspect) -> io.NodeOutput:
+        return io.NodeOutput(
+            prompt_with_description(prompt, text),
+            instruction_to_describe(subject, aspect),
+            instruction_to_keep(subject, text, aspect),
+        )
+
+
+NODES = [ApplyFreeCus, SubjectDescription]

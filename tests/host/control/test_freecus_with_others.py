@@ -1,0 +1,315 @@
+"""FreeCus beside step caches, EasyControl, ControlNet, another subject, and what else users put on a MODEL."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import comfy.model_management
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+from comfy_extras.nodes_easycache import EasyCacheNode
+from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+from dit_toolkit.host import embedded, flux
+from dit_toolkit.host.accelerate.re_ttention import ReTtention
+from dit_toolkit.host.accelerate.re_ttention import attach as attach_re_ttention
+from dit_toolkit.host.attention import TEXT_SCALES
+from dit_toolkit.host.control import freecus
+from dit_toolkit.host.control.freecus_run import ReferencePass, ReferenceRun
+from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
+from dit_toolkit.models.accelerate.re_ttention import Schedule
+from dit_toolkit.models.accelerate.taylorseer import Interval
+from dit_toolkit.tests.host.accelerate.caching import cached, calls, strip
+from dit_toolkit.tests.host.tiny import HIDDEN, close, controlled, latent, prompt, sample
+
+pytestmark = pytest.mark.comfy
+
+SIZE = (8, 8)
+
+
+def picture(seed):
+    return torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def middle():
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 16:48, 16:48] = 1
+    return mask
+
+
+@pytest.fixture(scope="session")
+def vae():
+    return embedded.load_vae()
+
+
+@pytest.fixture
+def freed(tiny_flux, vae):
+    def make(model=tiny_flux, seed=20, **settings):
+        return freecus.attach(model, picture(seed), middle(), vae, **{"layers": "all", **settings})
+
+    return make
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Keys and values of every pass of the reference, in order."""
+    seen, compute = [], ReferencePass.compute
+
+    def kept(self):
+        seen.append(compute(self))
+        return seen[-1]
+
+    monkeypatch.setattr(ReferencePass, "compute", kept)
+    return seen
+
+
+def same_keys(a, b):
+    return all(torch.equal(x, y) for block in a for x, y in zip(a[block], b[block], strict=True))
+
+
+# life cycle
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 6])  # passes of reference and picture in turn
+def test_a_run_after_an_interrupt_equals_a_fresh_start(tiny_flux, freed, monkeypatch, call):
+    model, fresh = freed(), sample(freed())
+    count, layer = [0], tiny_flux.model.diffusion_model.single_blocks[0].linear1
+    forward = layer.forward
+
+    def stop(*args, **kwargs):
+        count[0] += 1
+        if count[0] == call:
+            raise comfy.model_management.InterruptProcessingException()
+        return forward(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "forward", stop)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            sample(model)
+    assert torch.equal(sample(model), fresh)
+
+
+def test_nothing_is_left_after_the_run(freed, monkeypatch):
+    kept, compute, runs, bind = [], ReferencePass.compute, [], ReferenceRun.__init__
+
+    def watched(self):
+        keys = compute(self)
+        kept.extend(weakref.ref(x) for pair in keys.values() for x in pair)
+        return keys
+
+    monkeypatch.setattr(ReferencePass, "compute", watched)
+    monkeypatch.setattr(ReferenceRun, "__init__", lambda self, *args: (bind(self, *args), runs.append(self))[0])
+    sample(freed(), 2)
+    gc.collect()
+    assert len(kept) == 2 * 4 * 2
+    assert all(ref() is None for ref in kept)
+    assert runs[0].noise.numel() == runs[0].latent.numel() == runs[0].tokens.numel() == 0
+
+
+def test_core_is_asked_for_room(tiny_flux, freed, monkeypatch):
+    asked, load = [], comfy.model_management.load_models_gpu
+
+    def spy(models, memory_required=0, **kwargs):
+        asked.append(memory_required)
+        return load(models, memory_required=memory_required, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", spy)
+    sample(tiny_flux, 1)
+    plain = max(asked)
+    asked.clear()
+    sample(freed(), 1)
+    assert max(asked) > plain
+
+
+# step caches
+
+
+@pytest.mark.parametrize("tap", ["prediction", "last block", "span", "every module"])
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_a_step_cache_that_computes_everything_changes_nothing(tiny_flux, freed, tap, ours_first):
+    model = cached(freed(), Interval(1, 1), tap, 1) if ours_first else freed(cached(tiny_flux, Interval(1, 1), tap, 1))
+    assert torch.equal(sample(model, 4, cfg=2.0), sample(freed(), 4, cfg=2.0))
+
+
+@pytest.mark.parametrize("tap", ["prediction", "last block", "every module"])
+def test_an_evaluation_that_is_forecast_costs_no_reference(freed, recorded, tap):
+    model = cached(freed(), Interval(2, 2), tap, 1)
+    out = sample(model, 8)
+    assert strip(model).count(".") >= 2
+    assert len(recorded) == strip(model).count("#")
+    assert torch.isfinite(out).all()
+
+
+def test_a_gate_that_forecasts(freed, recorded):
+    """The probe runs the first block. With the reference in later layers only, a forecast costs none."""
+    gate = FirstBlockGate(threshold=1e6, warm_up=2)
+    late = cached(freed(layers="2-3"), gate, "gated", 1)
+    sample(late, 8)
+    assert len(recorded) == strip(late).count("#") < 8
+    recorded.clear()
+    sample(cached(freed(), gate, "gated", 1), 8)
+    assert len(recorded) == 8
+
+
+def test_the_reference_is_the_same_under_a_step_cache(freed, recorded):
+    sample(freed(), 1)
+    sample(cached(freed(), Interval(1, 1), "last block", 1), 1)
+    assert same_keys(*recorded)
+
+
+def test_what_a_block_gave_is_told_from_what_it_gave_the_reference(tiny_flux):
+    """The reference runs from inside the attention of a block that is being recorded, so before its own parts."""
+    block = tiny_flux.model.diffusion_model.double_blocks[0]
+    seen = [torch.full((1, 2, HIDDEN), value) for value in (1.0, 2.0)]
+    with torch.no_grad(), flux.recorded_outputs(block) as outputs:
+        for x in seen:
+            for part in flux.parts_of(block):
+                last = part(x)
+    assert len(outputs) == 4
+    assert torch.equal(outputs[-1], last)
+    with torch.no_grad():
+        assert torch.equal(outputs[0], block.img_attn.proj(seen[1]))
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "euler_ancestral", "dpmpp_2m", "uni_pc"])
+def test_every_kind_of_sampler_gets_through(freed, recorded, sampler):
+    model = freed()
+    with calls(block=model.model.diffusion_model.double_blocks[0]) as count:
+        out = sample(model, 4, sampler=sampler)
+    assert torch.isfinite(out).all()
+    assert count["block"] == 2 * len(recorded)
+
+
+def test_easycache_of_core_sees_the_picture_only(tiny_flux, freed, recorded, caplog):
+    (model,) = EasyCacheNode.execute(freed(), 0.9, 0.15, 0.95, False).args
+    with caplog.at_level("INFO"):
+        out = sample(model, 12)
+    assert torch.isfinite(out).all()
+    skipped = next(r.getMessage() for r in caplog.records if "skipped" in r.getMessage())
+    assert "skipped 0/" not in skipped
+    assert len(recorded) < 12
+
+
+# other features
+
+
+def test_the_reference_pass_knows_nothing_of_easycontrol(tiny_flux, freed, file, recorded):
+    alone = sample(freed(), 1)
+    for model in (controlled(freed(), file=file), freed(controlled(tiny_flux, file=file))):
+        both = sample(model, 1)
+        assert (both - alone).abs().mean() > 1e-3
+        assert (both - sample(controlled(tiny_flux, file=file), 1)).abs().mean() > 1e-3
+    assert all(same_keys(recorded[0], other) for other in recorded[1:])
+
+
+def test_order_of_nodes_does_not_matter(tiny_flux, freed, file):
+    close(sample(controlled(freed(), file=file)), sample(freed(controlled(tiny_flux, file=file))))
+
+
+def test_easycontrol_and_a_step_cache_together(tiny_flux, freed, file):
+    both = sample(controlled(freed(), file=file), 4, cfg=2.0)
+    model = cached(controlled(freed(), file=file), Interval(1, 1), "last block", 1)
+    assert torch.equal(sample(model, 4, cfg=2.0), both)
+
+
+def test_controlnet_is_added_to_the_picture_only(tiny_flux, freed, recorded):
+    def add(executor, x, t, c_concat, c_crossattn, control, options, **kwargs):
+        residual = 0.6 * torch.randn(1, 16, HIDDEN, generator=torch.Generator().manual_seed(0))
+        return executor(x, t, c_concat, c_crossattn, {"input": [residual], "output": [residual]}, options, **kwargs)
+
+    model = freed()
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", add)
+    changed = sample(model, 1)
+    assert (changed - sample(freed(), 1)).abs().mean() > 0.01
+    assert same_keys(*recorded)
+
+
+def test_two_subjects(freed, recorded):
+    """Each has a reference pass of its own; the text is scaled once; order does not matter."""
+    both = sample(freed(freed(), seed=21), 2)
+    assert len(recorded) == 4
+    for seed in (20, 21):
+        assert (both - sample(freed(seed=seed), 2)).abs().mean() > 1e-3
+    close(sample(freed(freed(seed=21)), 2), both)
+
+
+def test_the_text_is_scaled_by_the_larger_of_two(freed):
+    seen = []
+
+    def spy(executor, *args, **kwargs):
+        seen.append(args[-1] if isinstance(args[-1], dict) else kwargs["transformer_options"])
+        return executor(*args, **kwargs)
+
+    model = freed(freed(text_key_scale=1.3), seed=21)
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", spy)
+    one = sample(model, 1)
+    assert len(seen[0][TEXT_SCALES]) == 2
+    close(one, sample(freed(freed(text_key_scale=1.3), seed=21, text_key_scale=0.5), 1))
+    assert (one - sample(freed(freed(), seed=21), 1)).abs().mean() > 1e-4
+
+
+def test_re_ttention_keeps_reference_and_picture_apart(freed, recorded):
+    settings = ReTtention(0.5, Schedule(1, 2, 0.0), min_tokens=0, drift=0.0, max_bytes=1 << 30)
+    out = sample(attach_re_ttention(freed(), settings), 6, cfg=2.0)
+    assert torch.isfinite(out).all()
+    assert len(recorded) == 6
+    assert (out - sample(freed(), 6, cfg=2.0)).abs().mean() > 1e-4
+
+
+def test_skip_layer_guidance_sees_the_reference_too(freed, recorded):
+    (model,) = SkipLayerGuidanceDiT.execute(freed(), 2.0, 0.0, 1.0, double_layers="1").args
+    out = sample(model, 2, cfg=2.0)
+    assert torch.isfinite(out).all()
+    assert len(recorded) == 4
+
+
+def test_an_area_of_the_picture_is_drawn_without_the_reference(freed, recorded):
+    """Its latent is of another size, and nobody says where it lies."""
+    out = sample(freed(), 2, positive=prompt() + prompt(5, area=(4, 4, 0, 4), strength=1.0))
+    assert torch.isfinite(out).all()
+    assert len(recorded) == 2
+
+
+def test_windows_over_a_batch_take_their_own_noise(freed):
+    schedule = {"context_schedule": "standard_static", "context_stride": 1, "closed_loop": False, "fuse_method": "flat"}
+    (model,) = ContextWindowsManualNode.execute(freed(), 2, 0, **schedule, dim=0, freenoise=False).args
+    noise = latent(7, SIZE, 4)
+    together = sample(model, 2, noise=noise)
+    close(together, torch.cat([sample(freed(), 2, noise=noise[i : i + 2]) for i in (0, 2)]))
+
+
+def test_reference_latents_of_an_edit_model_stay_out_of_the_pass(freed, recorded):
+    positive = prompt(reference_latents=[latent(30, (4, 6))], reference_latents_method="offset")
+    out = sample(freed(), 1, positive=positive)
+    assert (out - sample(freed(), 1)).abs().mean() > 1e-3
+    assert same_keys(*recorded)
+
+
+def test_a_lora_acts_on_the_reference_too(freed, recorded):
+    name = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    change = 0.03 * torch.randn(3 * HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(0))
+    model = freed()
+    model.add_patches({name: ("diff", (change,))}, 1.0)
+    sample(model, 1)
+    sample(freed(), 1)
+    assert not same_keys(*recorded)
+
+
+def test_a_compiled_model_follows_the_reference_at_every_step(tiny_flux, freed):
+    torch._dynamo.reset()
+
+    def compiled(model):
+        model = model.clone()
+        options = {"guard_filter_fn": skip_torch_compile_dict}
+        set_torch_compile_wrapper(model=model, backend="eager", options=options)
+        return model
+
+    plain = freed(start=0.3, layers="0, 3")
+    expected = sample(plain, 3)
+    assert (expected - sample(tiny_flux, 3)).abs().mean() > 1e-3
+    close(sample(compiled(plain), 3), expected, atol=1e-4)
