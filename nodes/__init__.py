@@ -7,6 +7,7 @@ from . import (
     accelerate,
     easycontrol,
     embedded,
+    freecus,
     image_difference,
     in_context_lora,
     re_ttention,
@@ -18,6 +19,7 @@ from . import (
 FEATURES = (
     easycontrol,
     in_context_lora,
+    freecus,
     try_on,
     accelerate,
     step_cache,

@@ -1,0 +1,100 @@
+"""The nodes of FreeCus, as ComfyUI calls them."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from dit_toolkit.host import embedded
+from dit_toolkit.host.run import attached
+from dit_toolkit.nodes.freecus import OWN_NOISE, ApplyFreeCus, SubjectDescription
+from dit_toolkit.tests.host.tiny import sample
+
+pytestmark = pytest.mark.comfy
+
+
+def defaults(node):
+    return {
+        entry.id: entry.default for entry in node.GET_SCHEMA().inputs if getattr(entry, "default", None) is not None
+    }
+
+
+def freed(model, **values):
+    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(20))
+    given = {**defaults(ApplyFreeCus), "model": model, "vae": embedded.load_vae(), "reference": image, **values}
+    return ApplyFreeCus.execute(**given).args[0]
+
+
+def test_defaults_are_as_published(tiny_flux):
+    (settings,) = attached(freed(tiny_flux))
+    assert (settings.key_scale, settings.text_key_scale) == (1.1, 1.1)
+    assert (settings.start, settings.end, settings.seed) == (0.0, 1.0, None)
+    assert (settings.shift_mode, settings.reference_shift) == ("reversed", 0.459375)
+    assert settings.blocks == {("double", 0), ("double", 1), ("single", 0), ("single", 1)}
+    assert settings.prompts == "positive only"
+    assert not attached(tiny_flux)
+
+
+def test_every_input_reaches_the_method(tiny_flux):
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 16:48, 16:48] = 1
+    base = sample(freed(tiny_flux, subject=mask), 3, cfg=2.0)
+    for change in (
+        {"subject": None},
+        {"key_scale": 1.5},
+        {"text_key_scale": 1.5},
+        {"start_percent": 0.5},
+        {"end_percent": 0.5},
+        {"layers": "1-2"},
+        {"shift_mode": "twice"},
+        {"reference_shift": 1.0},
+        {"prompts": "positive and negative"},
+        {"noise": OWN_NOISE, "noise_seed": 3},
+    ):
+        assert not torch.equal(sample(freed(tiny_flux, **{"subject": mask, **change}), 3, cfg=2.0), base), change
+    assert torch.equal(
+        sample(freed(tiny_flux, subject=mask, noise_seed=9), 3, cfg=2.0), base
+    )  # read with own seed only
+
+
+def test_another_kind_of_noise_is_refused(tiny_flux):
+    with pytest.raises(ValueError, match="own seed"):
+        freed(tiny_flux, noise="pink")
+
+
+def test_execute_takes_what_the_schema_names():
+    for node in (ApplyFreeCus, SubjectDescription):
+        assert set(inspect.signature(node.execute).parameters) == {entry.id for entry in node.GET_SCHEMA().inputs}
+
+
+def words(subject="", prompt="", text="", aspect="subject"):
+    return SubjectDescription.execute(subject, prompt, text, aspect).args
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "joined"),
+    [
+        ("a teapot on a beach", "white porcelain, a blue spout", "a teapot on a beach. white porcelain, a blue spout"),
+        ("a teapot on a beach. ", " white porcelain\n", "a teapot on a beach. white porcelain"),
+        ("a teapot", "", "a teapot"),
+        ("", "white porcelain", "white porcelain"),
+        ("", "", ""),
+    ],
+)
+def test_prompt_and_description_are_joined(prompt, text, joined):
+    assert words(prompt=prompt, text=text)[0] == joined
+
+
+def test_instructions_name_the_subject_and_hold_the_description():
+    _, describe, keep = words("a teapot", text="A teapot stands on a table.")
+    assert "the teapot" in describe
+    assert "20 words" in describe
+    assert "the teapot" in keep
+    assert keep.endswith("A teapot stands on a table.")
+    assert "pose" in keep
+    _, describe, keep = words(aspect="style")
+    assert "style" in describe
+    assert "the subject" in keep
+    assert "technique" in keep
