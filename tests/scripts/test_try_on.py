@@ -1,0 +1,183 @@
+"""Try-on on the small world: what the trainer shows, that it trains and resumes, and what the shipped LoRAs do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from dit_toolkit.models.control.mc_vton_keys import parse
+from dit_toolkit.models.tiny_text import PAD, VOCABULARY
+from dit_toolkit.models.tiny_vae import TinyVAE
+from dit_toolkit.scripts.tiny import data, train, try_on, world
+from dit_toolkit.scripts.tiny.flux import Flux, Size
+
+
+def some_scenes(count, seed=3):
+    stream = world.scenes(seed, try_on.LEVELS)
+    return [next(stream) for _ in range(count)]
+
+
+def shirt_of(scene, size=96):
+    return world.garment_mask(world.render(scene, size), 1) > 0
+
+
+def test_another_shirt_changes_the_shirt_only():
+    rng = np.random.default_rng(0)
+    for scene in some_scenes(12):
+        other = try_on.redressed(scene, rng)
+        assert other.things[0].colour != scene.things[0].colour
+        a, b = world.render(scene, 96), world.render(other, 96)
+        assert np.array_equal(a.labels, b.labels)
+        around = try_on.widened(world.garment_mask(a, 1), 2) == 0  # past blended edges
+        assert np.array_equal(a.image[around], b.image[around])
+
+
+def test_the_person_picture_hides_the_shirt_and_keeps_the_rest():
+    rng = np.random.default_rng(0)
+    covered = []
+    for scene in some_scenes(40):
+        fitting = try_on.training_fitting(scene, 96, rng)
+        hidden = fitting.mask > 0
+        assert (fitting.person[hidden] == try_on.GREY).all()
+        covered.append((hidden & shirt_of(scene)).sum() / shirt_of(scene).sum())
+        if covered[-1] == 1.0:
+            # A mask without pixels around it may leave blended edges of the old shirt.
+            away = try_on.widened(fitting.mask, 2) == 0
+            assert np.array_equal(fitting.person[away], fitting.shown[away])
+    assert 0.8 < np.mean(np.array(covered) == 1.0) < 1.0  # some masks are tight or shifted, as people's are
+    assert min(covered) > 0.6
+
+
+def test_a_users_mask_leaves_nothing_of_the_old_shirt():
+    rng = np.random.default_rng(0)
+    for scene in some_scenes(12):
+        fitting = try_on.user_fitting(scene, rng)
+        assert np.array_equal(fitting.person[fitting.mask == 0], fitting.shown[fitting.mask == 0])
+        assert (fitting.mask > 0)[shirt_of(scene)].all()
+
+
+def test_a_wider_mask_reaches_as_far_as_it_says():
+    shirt = np.zeros((40, 40), np.uint8)
+    shirt[18:22, 10:30] = 255
+    assert np.array_equal(try_on.widened(shirt, 0), shirt)
+    rows, columns = np.nonzero(try_on.widened(shirt, 5))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (13, 26, 5, 34)
+    dots = np.zeros((40, 40), np.uint8)
+    dots[5, 5] = dots[20, 30] = 255
+    assert (try_on.widened(dots, 0, box=True) > 0).sum() == 16 * 26
+
+
+def test_words_never_name_the_shirt():
+    rng = np.random.default_rng(0)
+    told = []
+    for scene in some_scenes(60):
+        words = [VOCABULARY[i] for i in try_on.words_for(scene, rng) if i != PAD]
+        assert "shirt" not in words
+        assert scene.things[0].pattern == "plain" or scene.things[0].pattern not in words
+        told.append(tuple(words))
+    assert 0.4 < np.mean([words == ("doll",) for words in told]) < 0.9
+    assert any("hair" in words for words in told)
+    assert () in told
+
+
+def test_the_judge_is_right_on_the_worlds_own_pictures_and_on_wrong_ones():
+    scenes, fittings = try_on.held_out(32)
+    own = try_on.tally(np.stack([f.shown for f in fittings]), scenes, fittings)
+    assert own["garment"] == own["pose"] == own["things"] == 1.0
+    assert own["kept, dB"] > 100
+    for scene in scenes:
+        doll = scene.things[0]
+        colour = next(c for c in world.COLOURS if c not in (doll.colour, doll.bottom_colour))
+        pattern = next(p for p in world.PATTERNS if p != doll.pattern)
+        for wrong, name in ((replace(doll, colour=colour), "colour"), (replace(doll, pattern=pattern), "pattern")):
+            image = world.render(replace(scene, things=(wrong, *scene.things[1:])), 96).image
+            found = try_on.worn(image, scene)
+            assert not found[name]
+            assert not found["garment"]
+
+
+def test_eight_steps_are_nodes_of_twenty_four():
+    assert torch.allclose(try_on.levels_of(24)[::3], try_on.levels_of(8), atol=1e-7)
+    assert try_on.levels_of(8)[[0, -1]].tolist() == [1.0, 0.0]
+
+
+def random_base(live=8):
+    torch.manual_seed(0)
+    model = train.Base(Size(live=live, double=1, single=1))
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.05)
+    return model.requires_grad_(False).eval()
+
+
+def test_drawing_without_conditions_is_the_trainers_own_sampling():
+    model = random_base()
+    ids = torch.tensor([data.padded_ids("a doll"), data.padded_ids("a red ball")])
+    nothing = torch.zeros(2, 8, 4, 4)
+    for cfg in (1.0, 2.5):
+        expected = train.sample(model, ids, (4, 4), seed=5, steps=3, cfg=cfg)
+        noise = torch.randn((2, 8, 4, 4), generator=torch.Generator().manual_seed(5))
+        velocity = try_on.velocity_of(model, None, ids, nothing, nothing, cfg)
+        torch.testing.assert_close(try_on.draw(velocity, noise, try_on.levels_of(3)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_lora_on_the_base_starts_at_nothing_and_merges():
+    size = Size(live=4, double=1, single=1)
+    torch.manual_seed(0)
+    plain = Flux(size)
+    for weight in plain.parameters():
+        nn.init.normal_(weight, std=0.05)
+    inputs = (torch.randn(1, 4, 4, 4), torch.tensor([0.5]), torch.randn(1, 3, 128), torch.randn(1, 64), torch.ones(1))
+    adapted = Flux(size)
+    adapted.load_state_dict(plain.state_dict())
+    student = try_on.adapt(adapted, 3, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(*inputs), plain(*inputs), rtol=0, atol=0)
+        for low in student.values():
+            nn.init.normal_(low["up"].weight, std=0.2)
+            layer = plain.get_submodule(next(k for k, v in student.items() if v is low).replace("/", "."))
+            layer.weight += low["up"].weight @ low["down"].weight
+        torch.testing.assert_close(adapted(*inputs), plain(*inputs), rtol=1e-4, atol=1e-4)
+    linears = {name for name, m in plain.named_modules() if isinstance(m, nn.Linear) and "blocks." in name}
+    assert {name.replace("/", ".") for name in student} == linears
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    """A random base in place of the shipped one, and folders of its own."""
+    monkeypatch.setattr(train, "WORK", tmp_path / "work")
+    monkeypatch.setattr(train, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(train, "device_of", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    vae = TinyVAE(8, train.WIDTHS, operations=nn).requires_grad_(False)
+    monkeypatch.setattr(train, "load_shipped", lambda: (random_base(), vae))
+    return tmp_path / "weights"
+
+
+def test_both_stages_train_resume_and_are_exported_in_layouts_that_load(workshop):
+    base = train.Recipe(pixels=32)
+    first = try_on.TryOnRecipe(rank=4, pool=500, steps=2, batch=4)
+    for _ in range(2):  # the second time there is nothing left to do but the export
+        try_on.train_try_on(base, first)
+    made = parse(load_file(workshop / try_on.NAME))
+    assert (made.dim, made.hidden, made.double, made.single) == (128, 512, 1, 1)
+    for branch in made.branches.values():
+        assert set(branch.ranks.values()) == {4}
+        assert all(weight.any() for weight in branch.weights.values())
+
+    second = try_on.FastRecipe(rank=4, pool=8, substeps=1, steps=2, batch=4)
+    for _ in range(2):
+        try_on.train_fast(base, first, second)
+    state = load_file(workshop / try_on.FAST)
+    layers = {f"diffusion_model.{name}" for name in random_base().flux.state_dict() if name.endswith(".weight")}
+    assert {key.replace("lora_A.", "").replace("lora_B.", "") for key in state} <= layers
+    before = {name: weight.clone() for name, weight in random_base().flux.state_dict().items()}
+    after = try_on.with_fast(random_base()).flux.state_dict()
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+
+
+# ------------------------------------------------------------------------------------------------ the shipped LoRAs
