@@ -14,9 +14,10 @@ WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # what ships with the
 
 
 def register(kind: str) -> None:
-    """Make `kind` a folder of models: models/<kind>, every LoRA folder, and what ships with the pack."""
+    """Make `kind` a folder of models: models/<kind>, every LoRA folder of the user, and what ships with the pack."""
     known, _ = folder_paths.folder_names_and_paths.get(kind, ([], set()))
-    paths = [os.path.join(folder_paths.models_dir, kind), *known, *folder_paths.get_folder_paths("loras")]
+    loras = [path for path in folder_paths.get_folder_paths("loras") if path != str(WEIGHTS / "loras")]
+    paths = [os.path.join(folder_paths.models_dir, kind), *known, *loras]
     shipped = WEIGHTS / kind
     paths += [str(shipped)] if shipped.is_dir() else []
     # Set directly: add_model_folder_path would list files of every type.

@@ -55,7 +55,7 @@ class InContextRecipe:
     empty: float = 0.1
     rank: int = 16
     lr: float = 3e-3
-    steps: int = 1200
+    steps: int = 900
     batch: int = 32
     seed: int = 0
 
