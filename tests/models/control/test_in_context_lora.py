@@ -123,6 +123,7 @@ def test_given_that_is_no_panel_is_refused(text):
         ({"rows": 0}, "'rows' must be from 1 to 8, got 0"),
         ({"columns": 9}, "'columns' must be from 1 to 8, got 9"),
         ({"panel_width": 100}, "'panel_width' must be a multiple of 16 pixels, got 100. Take 96 or 112"),
+        ({"panel_width": 104}, "'panel_width' must be a multiple of 16 pixels, got 104. Take 96 or 112"),
         ({"panel_height": 0}, "'panel_height' must be a multiple of 16 pixels, got 0. Take 16 or more"),
         ({"panel_height": -16}, "'panel_height' must be a multiple of 16 pixels, got -16. Take 16 or more"),
         ({"tags": "position", "rows": 3}, r"not for 3 x 2\. Choose scene or image"),
