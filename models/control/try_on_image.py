@@ -92,16 +92,18 @@ def fitted_masks(mask: Tensor, pictures: Tensor, dilation: int = 0, what: str = 
         raise ValueError(f"A mask must be [N, H, W], got {tuple(mask.shape)}.")
     if mask.shape[0] not in (1, count):
         raise ValueError(f"Got {mask.shape[0]} masks for {count} {what}s. Give one mask for all, or one for each.")
+    for number, each in enumerate(mask):  # first: a picture without alpha comes with an empty mask of any size
+        if not (each > 0.5).any():
+            which = f" of {what} {number + 1}" if mask.shape[0] > 1 else ""
+            raise ValueError(f"The mask{which} is empty. Paint over the garment.")
     if not same_shape((mask.shape[1], mask.shape[2]), size):
         raise ValueError(
             f"The mask is {mask.shape[2]} x {mask.shape[1]} pixels and the {what} {size[1]} x {size[0]}. "
             "Use a mask that was made of this picture."
         )
     fitted = (resize(mask[..., None].float(), *size)[..., 0] > 0.5).expand(count, -1, -1)
-    for number, each in enumerate(fitted):
-        if not each.any():
-            which = f" of {what} {number + 1}" if count > 1 else ""
-            raise ValueError(f"The mask{which} is empty. Paint over the garment.")
+    if not fitted.flatten(1).any(1).all():
+        raise ValueError("The mask is too small: nothing is left of it at the picture's size. Paint a larger one.")
     return torch.stack([dilate(each, dilation) for each in fitted])
 
 

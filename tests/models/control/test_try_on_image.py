@@ -137,6 +137,8 @@ def test_masks_come_to_the_size_of_the_person():
     [
         (torch.zeros(1, 40, 60), 1, r"The mask is empty\. Paint over the garment"),
         (torch.stack([torch.ones(40, 60), torch.zeros(40, 60)]), 2, "The mask of person 2 is empty"),
+        (torch.zeros(1, 64, 64), 1, "The mask is empty"),  # of a picture without alpha
+        (torch.eye(400, 600)[None] * (torch.arange(600) == 7), 1, "The mask is too small: nothing is left of it"),
         (torch.ones(1, 64, 64), 1, r"The mask is 64 x 64 pixels and the person 60 x 40\. Use a mask that was made of"),
         (torch.ones(2, 40, 60), 3, r"Got 2 masks for 3 persons\. Give one mask for all, or one for each"),
         (torch.ones(1, 1, 40, 60), 1, r"A mask must be \[N, H, W\], got \(1, 1, 40, 60\)"),
@@ -261,6 +263,8 @@ def test_pixels_outside_the_mask_are_the_originals(seed):
         assert torch.equal(each[~masks[0]], original[0][~masks[0]])
         assert torch.equal(each[..., 3:], original[0][..., 3:])
     assert (pasted[0] != original[0]).any()
+    broken = composite(torch.full_like(result, math.nan), person, paste, feather)
+    assert torch.equal(broken[0][~masks[0]], original[0][~masks[0]])
     if feather == 0:
         assert (pasted[0][..., 0] != original[0][..., 0])[masks[0]].float().mean() > 0.8  # some are 0 or 1 in both
 
