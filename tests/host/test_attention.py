@@ -10,10 +10,14 @@ import torch
 from dit_toolkit.host.attention import (
     EXTRA_KEYS,
     ExtraKeys,
+    TextScale,
     append_extra_keys,
     install,
+    scale_text,
     widen_mask,
     with_keys,
+    with_recorder,
+    with_text_scale,
 )
 
 pytestmark = pytest.mark.comfy
@@ -187,3 +191,92 @@ def test_handing_over_keys_does_not_touch_the_options_of_other_calls():
     assert EXTRA_KEYS not in before
     assert len(with_keys(after, ExtraKeys([extra(2)]))[EXTRA_KEYS]) == 2
     assert len(after[EXTRA_KEYS]) == 1
+
+
+@pytest.mark.parametrize("log_weight", [0.0, -0.7])
+@pytest.mark.parametrize("masked", [None, "2-D", "3-D", "bool"])
+def test_conditions_that_are_blind_do_not_see_the_keys(log_weight, masked):
+    """Rows: two pictures of a condition that is blind, two of one that sees."""
+    q, k, v = queries(rows=4)
+    added = extra(10)
+    mask = None
+    if masked:
+        mask = random(*((LENGTH, LENGTH) if masked == "2-D" else (4, LENGTH, LENGTH)), seed=5)
+        mask = mask > -1 if masked == "bool" else mask
+    keys = options(ExtraKeys([added, added], log_weight, blind=frozenset({0})))
+    out = append_extra_keys(q, k, v, attn_mask=mask, extra_options=keys)
+    found = attend(out["q"], out["k"], out["v"], out["attn_mask"])
+    logits = torch.zeros(LENGTH, LENGTH) if mask is None else mask
+    if masked == "bool":
+        logits = torch.zeros(mask.shape).masked_fill(~mask, -float("inf"))
+    logits = logits.expand(4, LENGTH, LENGTH)[:, None]
+    torch.testing.assert_close(found[:2], attention_by_definition(q[:2], k[:2], v[:2], logits[:2]))
+    both = [torch.cat([own, more.expand(4, -1, -1, -1)], 2)[2:] for own, more in zip((k, v), added[BLOCK], strict=True)]
+    wider = torch.cat([logits, torch.full((4, 1, LENGTH, 3), log_weight)], -1)[2:]
+    torch.testing.assert_close(found[2:], attention_by_definition(q[2:], *both, wider))
+
+
+def test_the_keys_of_the_text_are_scaled():
+    q, k, v = queries(rows=2)
+    scale = TextScale(frozenset({BLOCK}), [1.0, 1.3])
+    given = {**with_text_scale(options(), scale), "img_slice": [2, LENGTH]}
+    out = append_extra_keys(q, k, v, extra_options=given)
+    expected = k.clone()
+    expected[1, :, :2] *= 1.3
+    torch.testing.assert_close(out["k"], expected)
+    assert torch.equal(out["v"], v)
+    assert torch.equal(out["q"], q)
+    assert append_extra_keys(q, k, v, extra_options={**given, "block_index": 4}) == {}
+    larger = with_text_scale(given, TextScale(frozenset({BLOCK}), [1.1, 1.1]))
+    torch.testing.assert_close(append_extra_keys(q, k, v, extra_options=larger)["k"], scale_text(k, 2, [1.1, 1.3]))
+
+
+def test_a_text_scale_of_1_changes_nothing():
+    q, k, v = queries()
+    neutral = with_text_scale(options(), TextScale(frozenset({BLOCK}), [1.0]))
+    assert append_extra_keys(q, k, v, extra_options={**neutral, "img_slice": [2, LENGTH]}) == {}
+
+
+class Listener:
+    def __init__(self, *blocks):
+        self.blocks, self.heard = blocks, []
+
+    def wants(self, block):
+        return block in self.blocks
+
+    def record(self, block, k, v, text):
+        self.heard.append((block, k, v, text))
+
+
+def test_a_listener_hears_and_changes_nothing():
+    """It gets rotated keys, and the call it listens to is free of what others were handed."""
+    from comfy.ldm.flux.layers import EmbedND
+    from comfy.ldm.flux.math import apply_rope
+
+    q, k, v = queries()
+    pe = EmbedND(DIM, 10000, [2, 2, 4])(torch.arange(LENGTH)[None, :, None].expand(1, LENGTH, 3))
+    listener = Listener(BLOCK)
+    given = with_text_scale(options(ExtraKeys([extra(10)])), TextScale(frozenset({BLOCK}), [1.3]))
+    given = {**with_recorder(given, listener), "img_slice": [2, LENGTH]}
+    assert append_extra_keys(q, k, v, pe=pe, extra_options=given) == {}
+    assert append_extra_keys(q, k, v, pe=pe, extra_options={**given, "block_index": 4}) == {}
+    ((block, heard_k, heard_v, text),) = listener.heard
+    assert (block, text) == (BLOCK, 2)
+    torch.testing.assert_close(heard_k, apply_rope(q, k, pe)[1], rtol=0, atol=0)
+    assert torch.equal(heard_v, v)
+
+
+def test_keys_are_made_when_a_block_asks_for_them():
+    asked = []
+
+    class Lazy(dict):
+        def __getitem__(self, block):
+            asked.append(block)
+            return extra(10)[block]
+
+    q, k, v = queries()
+    keys = options(ExtraKeys([Lazy({BLOCK: None})]))
+    append_extra_keys(q, k, v, extra_options={**keys, "block_index": 4})
+    assert asked == []
+    append_extra_keys(q, k, v, extra_options=keys)
+    assert set(asked) == {BLOCK}

@@ -21,6 +21,7 @@ from dit_toolkit.host.accelerate.re_ttention import attach as attach_re_ttention
 from dit_toolkit.host.attention import TEXT_SCALES
 from dit_toolkit.host.control import freecus
 from dit_toolkit.host.control.freecus_run import ReferencePass, ReferenceRun
+from dit_toolkit.host.run import Chunk, Condition, Run
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
 from dit_toolkit.models.accelerate.re_ttention import Schedule
 from dit_toolkit.models.accelerate.taylorseer import Interval
@@ -259,6 +260,19 @@ def test_re_ttention_keeps_reference_and_picture_apart(freed, recorded):
     assert torch.isfinite(out).all()
     assert len(recorded) == 6
     assert (out - sample(freed(), 6, cfg=2.0)).abs().mean() > 1e-4
+
+
+def test_the_reference_has_lanes_of_its_own():
+    """What another feature keeps for a prompt is not what it keeps for the reference under that prompt."""
+    conditions = tuple(Condition(name, i, 0, None, None, torch.device("cpu")) for i, name in enumerate("ab"))
+    chunk, run = Chunk(conditions, 3), Run()
+    aside = chunk.in_role("reference", [1])
+    assert aside.rows == 3
+    assert aside.conditions[0].uuid == "b"
+    assert aside.conditions == chunk.in_role("reference", [1]).conditions
+    owner = object()
+    assert run.lane(owner, aside.conditions[0], list) is not run.lane(owner, conditions[1], list)
+    assert aside.conditions != chunk.in_role("another", [1]).conditions
 
 
 def test_skip_layer_guidance_sees_the_reference_too(freed, recorded):
