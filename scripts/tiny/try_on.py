@@ -165,8 +165,8 @@ def pool(base: train.Recipe, recipe: TryOnRecipe, vae) -> dict[str, Tensor]:
         return torch.load(path, weights_only=True)
     rng, stream = np.random.default_rng(recipe.seed), world.scenes(95_000 + recipe.seed, LEVELS)
     kept: dict[str, list[Tensor]] = {name: [] for name in ("shown", "person", "garment", "weight", "ids")}
-    for _ in tqdm(range(recipe.pool // 500), desc="rendering for try-on"):
-        scenes = [next(stream) for _ in range(500)]
+    for count in tqdm([min(500, recipe.pool - k) for k in range(0, recipe.pool, 500)], desc="rendering for try-on"):
+        scenes = [next(stream) for _ in range(count)]
         fittings = [training_fitting(scene, base.pixels, rng) for scene in scenes]
         for name in ("shown", "person", "garment"):
             kept[name].append(data.encode(vae, np.stack([getattr(f, name) for f in fittings])).half())
@@ -467,9 +467,9 @@ def worn(image: np.ndarray, scene: world.Scene) -> dict[str, bool]:
     return found
 
 
-def kept_outside(image: np.ndarray, fitting: Fitting) -> float:
-    """PSNR in dB to the person picture where it was not masked."""
-    away = (image.astype(np.float64) - fitting.person)[fitting.mask == 0]
+def likeness(image: np.ndarray, wanted: np.ndarray, where: np.ndarray) -> float:
+    """PSNR in dB of `[S, S, 3]` uint8 pictures over the pixels `where`, `[S, S]` bool."""
+    away = (image.astype(np.float64) - wanted)[where]
     return float(10 * np.log10(255**2 / max(np.square(away).mean(), 1e-9)))
 
 
@@ -479,7 +479,10 @@ def tally(images: np.ndarray, scenes: list[world.Scene], fittings: list[Fitting]
     for image, scene, fitting in zip(images, scenes, fittings, strict=True):
         whole = score(image, scene)
         line = {**worn(image, scene), "ground and things": whole.ground and whole.objects}
-        line |= {"silhouette IoU": silhouette_agreement(image, scene), "kept, dB": kept_outside(image, fitting)}
+        line["silhouette IoU"] = silhouette_agreement(image, scene)
+        hidden = fitting.mask > 0
+        line["outside the mask, dB"] = likeness(image, fitting.person, ~hidden)
+        line["under the mask, dB"] = likeness(image, fitting.shown, hidden)
         lines.append(line)
     return {name: round(float(np.mean([line[name] for line in lines])), 3) for name in lines[0]}
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from dit_toolkit.models.control.mc_vton_keys import parse
+from dit_toolkit.models.control.mc_vton_keys import Settings, parse
 from dit_toolkit.models.tiny_text import PAD, VOCABULARY
 from dit_toolkit.models.tiny_vae import TinyVAE
 from dit_toolkit.scripts.tiny import data, train, try_on, world
@@ -86,10 +87,11 @@ def test_words_never_name_the_shirt():
 
 
 def test_the_judge_is_right_on_the_worlds_own_pictures_and_on_wrong_ones():
-    scenes, fittings = try_on.held_out(32)
+    scenes, fittings = try_on.held_out(16)
     own = try_on.tally(np.stack([f.shown for f in fittings]), scenes, fittings)
-    assert own["garment"] == own["pose"] == own["things"] == 1.0
-    assert own["kept, dB"] > 100
+    assert own["outside the mask, dB"] > 100
+    assert own["under the mask, dB"] > 100
+    assert all(value == 1.0 for name, value in own.items() if "dB" not in name and name != "silhouette IoU")
     for scene in scenes:
         doll = scene.things[0]
         colour = next(c for c in world.COLOURS if c not in (doll.colour, doll.bottom_colour))
@@ -160,7 +162,7 @@ def workshop(tmp_path, monkeypatch):
 
 def test_both_stages_train_resume_and_are_exported_in_layouts_that_load(workshop):
     base = train.Recipe(pixels=32)
-    first = try_on.TryOnRecipe(rank=4, pool=500, steps=2, batch=4)
+    first = try_on.TryOnRecipe(rank=4, pool=12, steps=2, batch=4)
     for _ in range(2):  # the second time there is nothing left to do but the export
         try_on.train_try_on(base, first)
     made = parse(load_file(workshop / try_on.NAME))
@@ -181,3 +183,78 @@ def test_both_stages_train_resume_and_are_exported_in_layouts_that_load(workshop
 
 
 # ------------------------------------------------------------------------------------------------ the shipped LoRAs
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return train.load_shipped()
+
+
+@pytest.fixture(scope="module")
+def room(shipped):
+    """Twelve held-out dolls, another shirt for each, and a function that dresses them in eight steps without cfg."""
+    model, vae = shipped
+    scenes, fittings = try_on.held_out(12)
+    persons, garments = (np.stack([getattr(f, name) for f in fittings]) for name in ("person", "garment"))
+
+    def dressed(loras, garments=garments, judged=scenes):
+        return try_on.tally(try_on.wear(model, vae, loras, persons, garments, steps=8, cfg=1.0), judged, fittings)
+
+    return dressed, try_on.load_try_on(model.flux.size), scenes, garments
+
+
+def wearing(scenes, others):
+    """The scenes with the shirts of others."""
+    pairs = zip(scenes, others, strict=True)
+    shirts = ((s, replace(s.things[0], colour=o.things[0].colour, pattern=o.things[0].pattern)) for s, o in pairs)
+    return [replace(s, things=(doll, *s.things[1:])) for s, doll in shirts]
+
+
+def test_dolls_wear_the_garment_they_are_given_and_stay_who_they_are(room):
+    """Measured on 32: garment, hair and things right in all, the rest in 94 % and more, 28.6 dB outside the mask."""
+    dressed, loras, _, _ = room
+    found = dressed(loras)
+    assert found["garment"] >= 0.9
+    assert min(found[name] for name in ("pose", "hair", "trousers or skirt", "skin", "ground and things")) >= 0.75
+    assert found["outside the mask, dB"] > 26
+
+
+def test_another_garment_makes_another_picture(room):
+    dressed, loras, scenes, garments = room
+    others = scenes[-1:] + scenes[:-1]
+    found = dressed(loras, np.roll(garments, 1, 0), wearing(scenes, others))
+    assert found["garment"] >= 0.8
+    assert found["pose"] >= 0.75
+
+
+def test_without_the_conditions_or_with_an_untrained_lora_nothing_is_right(room, shipped):
+    dressed, _, _, _ = room
+    for loras in (None, try_on.new_branches(shipped[0].flux.size, 4, 0).requires_grad_(False)):
+        found = dressed(loras)
+        assert found["garment"] <= 0.35
+        assert found["outside the mask, dB"] < 16
+
+
+def test_each_branch_does_its_own_part(room, shipped):
+    """Measured: the garment's LoRA alone brings the garment (1.00) and loses the person, the person's alone the
+    person's looks (0.92), not the garment (0.25); outside the mask 18.4 and 20.5 dB, both together 28.2."""
+    dressed, loras, _, _ = room
+    found = {}
+    for branch in ("person", "garment"):
+        half = try_on.Branches(shipped[0].flux.size, {})
+        half[branch] = loras[branch]
+        found[branch] = dressed(half)
+        assert found[branch]["outside the mask, dB"] < 24
+    assert found["garment"]["garment"] >= 0.8
+    assert found["garment"]["skin"] <= 0.6
+    assert found["person"]["garment"] <= 0.6
+    assert found["person"]["skin"] >= 0.7
+
+
+def test_the_shipped_file_says_how_it_was_trained():
+    path = train.WEIGHTS / try_on.NAME
+    with safe_open(path, "pt") as file:
+        made = parse({key: file.get_tensor(key) for key in file.keys()}, path.name, file.metadata())  # noqa: SIM118
+    assert (made.dim, made.hidden, made.double, made.single) == (128, 512, 2, 6)
+    assert made.settings == Settings(prompt="a doll")
+    assert set(made.branches) == {"person", "garment"}
