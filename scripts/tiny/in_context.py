@@ -163,7 +163,7 @@ def train_in_context(recipe: InContextRecipe) -> list[float]:
     clip, vae, model = host.embedded.load_clip(), host.embedded.load_vae(), host.embedded.load_model()
     live = vae.first_stage_model.live
     with torch.inference_mode():  # as ComfyUI runs every node
-        canvases, texts = host.PanelSets.execute(name, layout(), "crop").result
+        canvases, texts = host.PanelSets.execute(folder=name, panels=layout(), fit="crop").result
         latents, conditioning = host.MakeTrainingDataset.execute(canvases, [vae], [clip], texts).result
         torch.manual_seed(recipe.seed)  # Train LoRA draws batches, noise levels and first weights from torch's own
         lora, losses, steps = host.TrainLora.execute(**one_each(
@@ -226,18 +226,15 @@ class Drawer:
         """Left and right panels, by our nodes. `left`: pictures that are given."""
         host = comfyui()
         plan = layout("" if left is None else "1")
+        how = dict(panels=plan, vae=self.vae, fit="crop", encode="per panel", start="neutral")
         if left is None:
-            latent = host.PanelLatent.execute(plan, self.vae, "crop", "per panel", "neutral", len(texts)).result[0]
+            latent = host.PanelLatent.execute(**how, batch_size=len(texts)).result[0]
         else:
-            latents = [
-                host.PanelLatent.execute(
-                    plan, self.vae, "crop", "per panel", "neutral", 1, {"image_1": torch.from_numpy(one)[None] / 255}
-                ).result[0]
-                for one in left
-            ]
+            shown = [{"image_1": torch.from_numpy(one)[None] / 255} for one in left]
+            latents = [host.PanelLatent.execute(**how, batch_size=1, images=one).result[0] for one in shown]
             latent = {**latents[0], "samples": torch.cat([one["samples"] for one in latents])}
         canvas = torch.from_numpy(self.draw(texts, seed, latent))
-        split = host.SplitPanels.execute(canvas, plan, 0).result[0].numpy()
+        split = host.SplitPanels.execute(panels=plan, inset=0, image=canvas).result[0].numpy()
         return split[0::2], split[1::2]
 
 
