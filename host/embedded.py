@@ -151,8 +151,9 @@ def load_vae() -> EmbeddedVAE:
 
 
 def example_names() -> list[str]:
-    """File names of the example pictures: the outlines, the subject, the photograph."""
-    return sorted(path.name for kind in ("drawn", "painted", "photo") for path in EXAMPLES.glob(f"{kind}_*"))
+    """File names of the example pictures: outlines, garments, masks, painted subjects, the photograph."""
+    kinds = ("drawn", "garment", "mask", "painted", "photo")
+    return sorted(path.name for kind in kinds for path in EXAMPLES.glob(f"{kind}_*"))
 
 
 def load_example(name: str) -> Tensor:
