@@ -49,7 +49,7 @@ class ExamplePicture(io.ComfyNode):
                 io.Combo.Input(
                     "picture",
                     options=embedded.example_names(),
-                    tooltip="drawn_*: outlines drawn by hand. garment_*: shirts laid flat. mask_*: where a subject or a "
+                    tooltip="drawn_*: outlines drawn by hand. garment_*: shirts laid flat. mask_*: where a doll or a "
                     "shirt is, for Convert Image to Mask. painted_*: dolls. photo_*: a photograph.",
                 ),
             ],
