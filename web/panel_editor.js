@@ -355,7 +355,8 @@ class Editor {
     const tagged = make("span", "dit-panels-tag");
     const button = make("button", "", { type: "button" });
     button.title = "This panel is a picture that you give to Panel Latent";
-    const box = make("textarea", "", { "data-capture-wheel": "true", spellcheck: "false" });
+    const box = make("textarea", "", { "data-capture-wheel": "true" });
+    box.spellcheck = app.extensionManager.setting.get("Comfy.TextareaWidget.Spellcheck") === true;
     button.addEventListener("click", () => this.toggle(index));
     box.addEventListener("input", () => this.typed(index, box));
     box.addEventListener("change", () => this.step(() => {})); // typing is one step for undo, once it is over

@@ -51,7 +51,7 @@ return {
     words: editor.querySelector(".dit-panels-words").textContent,
     note: editor.querySelector(".dit-panels-note").textContent,
     label: grid.getAttribute("aria-label"),
-    ratio: inner.height ? inner.width / inner.height : null,
+    ratio: inner.height ? Math.round(1000 * inner.width / inner.height) / 1000 : null,
     inside: box(editor.lastElementChild).bottom <= outer.bottom + 1 && inner.width <= outer.width + 1
         && box(editor.querySelector(".dit-panels-words")).bottom <= outer.bottom + 1,
     seen: document.elementsFromPoint(outer.x + outer.width / 2, outer.y + 10)
