@@ -175,6 +175,7 @@ def train_in_context(recipe: InContextRecipe) -> list[float]:
         ), latents=latents, positive=conditioning).result  # fmt: skip
         host.SaveLora.execute(lora, f"loras/{name}", steps)
     export(Path(host.folder_paths.get_output_directory()) / "loras", f"{name}_{steps}_steps_*.safetensors")
+    train.WORK.mkdir(exist_ok=True)
     train.plot(train.WORK / f"{name}.png", losses["loss"])
     return losses["loss"]
 
