@@ -146,6 +146,20 @@ def test_an_evaluation_that_is_forecast_costs_no_reference(freed, recorded, tap)
     assert torch.isfinite(out).all()
 
 
+def test_the_reference_is_computed_in_full_where_the_picture_skips_blocks(tiny_flux, freed, recorded):
+    """Delta-DiT runs some blocks in a forecast, which ask: the pass that answers skips none."""
+    transformer = tiny_flux.model.diffusion_model
+    blocks = {f"double {i}": block for i, block in enumerate(transformer.double_blocks)}
+    blocks |= {f"single {i}": block for i, block in enumerate(transformer.single_blocks)}
+    counts = []
+    for model in (freed(), tiny_flux):
+        with calls(**blocks) as count:
+            sample(cached(model, Interval(2, 2), "span", 0), 8)
+        counts.append(dict(count))
+    assert min(counts[1].values()) < 8
+    assert counts[0] == {name: count + len(recorded) for name, count in counts[1].items()}
+
+
 def test_a_gate_that_forecasts(freed, recorded):
     """The probe runs the first block. With the reference in later layers only, a forecast costs none."""
     gate = FirstBlockGate(threshold=1e6, warm_up=2)
