@@ -25,6 +25,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 KEY = "dit_toolkit"
 CHUNK = "dit_toolkit.chunk"  # in transformer_options: the Chunk that is being computed
+VISIT = "dit_toolkit.step_cache"  # there too: the step cache's Visit. A pass of another picture takes it out
 
 State = TypeVar("State")
 
@@ -36,7 +37,8 @@ class Description(Protocol):
         """Add this feature's hooks to `model_options`, which belong to this run alone.
 
         A class attribute `outermost = True` binds before the others: what can make a call of the model needless should
-        meet it before anybody prepares for it.
+        meet it before anybody prepares for it. `innermost = True` binds behind them: what calls the model once more
+        should know all that the others have said of the call, whichever node came first.
         """
 
 
@@ -193,7 +195,7 @@ def sampler_run(executor, *args, **kwargs):
         add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, count, options, is_model_options=True)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, name_conditions, options, is_model_options=True)
         descriptions = options["transformer_options"].get(KEY, ())
-        for description in sorted(descriptions, key=lambda each: not getattr(each, "outermost", False)):
+        for description in sorted(descriptions, key=place):
             description.bind(run, options)
         run.replaced = dict(options["transformer_options"].get("patches_replace", {}).get("dit", {}))
         result = executor(*args, **kwargs)
@@ -202,6 +204,11 @@ def sampler_run(executor, *args, **kwargs):
     finally:
         guider.model_options = before
         run.close(completed)
+
+
+def place(description: Description) -> int:
+    """Where a description stands among the others, see `Description.bind`."""
+    return getattr(description, "innermost", False) - getattr(description, "outermost", False)
 
 
 def schedule_of(noise=None, latent_image=None, sampler=None, sigmas=None, *args, **kwargs) -> tuple[list[float], str]:

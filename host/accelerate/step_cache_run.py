@@ -27,9 +27,8 @@ from ...models.accelerate.cg_taylor import FirstBlockGate
 from ...models.accelerate.input_change import Change, InputChange
 from ...models.accelerate.step_cache import COMPUTE, FORECAST, PROBE, Choice, Moment, weighted_sum
 from ...models.accelerate.taylorseer import Forecaster, Point
-from ..run import KEY, Chunk, Run, chunk_of
+from ..run import KEY, VISIT, Chunk, Run, chunk_of
 from .report import Entry, RunReport
-from .step_cache_taps import VISIT
 
 if TYPE_CHECKING:
     from .step_cache import StepCache

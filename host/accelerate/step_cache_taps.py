@@ -30,11 +30,10 @@ from ...models.accelerate.step_cache import COMPUTE, FORECAST, PROBE
 from .. import flux
 from ..blocks import BlockFamily, Key, block_family, transformer_of, wrap_block
 from ..compiled import untraced
+from ..run import VISIT
 
 if TYPE_CHECKING:
     from .step_cache_run import StepCacheRun, Visit
-
-VISIT = "dit_toolkit.step_cache"  # in transformer_options: the Visit that is going on
 
 RunBlock = Callable[[dict], dict]
 Wrap = Callable[[dict, RunBlock], dict]

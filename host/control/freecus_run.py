@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ...models.control.freecus import reference_latent, reference_sigma, subject_keys
 from .. import flux, token_grid
-from ..accelerate.step_cache_taps import VISIT
 from ..attention import Block, BlockKeys, ExtraKeys, TextScale, with_keys, with_recorder, with_text_scale
-from ..run import CHUNK, Run, chunk_of
+from ..run import CHUNK, VISIT, Run, chunk_of
 
 if TYPE_CHECKING:
     from .freecus import FreeCus
