@@ -47,8 +47,8 @@ def path_of(kind: str, name: str) -> str:
     path = folder_paths.get_full_path(kind, name)
     if path is None:
         raise FileNotFoundError(
-            f"{name} is not in models/{kind} or models/loras. Put it there and refresh the page; the node's help page says "
-            "where such files come from."
+            f"{name} is not in models/{kind} or models/loras. Put it there and refresh the page; the node's help page "
+            "says where such files come from."
         )
     return path
 
