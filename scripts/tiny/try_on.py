@@ -525,8 +525,13 @@ def measure(count: int = 32) -> dict[str, dict[str, float]]:
         for s, o in zip(scenes, scenes[-1:] + scenes[:-1], strict=True)
     ]
 
+    whole = np.ones((SIDE, SIDE), bool)
+    teacher = wear(model, vae, loras, persons, garments, steps=24)  # as `journeys` draws
+
     def line(loras, garments=garments, judged=scenes, **options) -> dict[str, float]:
-        return tally(wear(model, vae, loras, persons, garments, **options), judged, fittings)
+        images = wear(model, vae, loras, persons, garments, **options)
+        like = [likeness(image, other, whole) for image, other in zip(images, teacher, strict=True)]
+        return {**tally(images, judged, fittings), "to 24 steps, dB": round(float(np.mean(like)), 3)}
 
     shown = np.stack([fitting.shown for fitting in fittings])
     found = {
@@ -539,12 +544,12 @@ def measure(count: int = 32) -> dict[str, dict[str, float]]:
         "the same, judged by that garment": line(loras, swapped, as_swapped),
         "untrained LoRA": line(new_branches(size, 4, 0).requires_grad_(False)),
         "8 steps": line(loras, steps=8),
-        "8 steps, cfg 1": line(loras, steps=8, cfg=1.0),
+        **{f"{steps} steps, cfg 1": line(loras, steps=steps, cfg=1.0) for steps in (8, 4, 2)},
     }
     if (train.WEIGHTS / FAST).exists():
         model = with_fast(model)
         found["8 steps, cfg 1, 8-step LoRA"] = line(loras, steps=8, cfg=1.0)
-        found["20 steps, cfg 1, 8-step LoRA"] = line(loras, cfg=1.0)
+        found["4 steps, cfg 1, 8-step LoRA"] = line(loras, steps=4, cfg=1.0)
     return found
 
 
