@@ -3,8 +3,8 @@
 Stages, in order: `vae` (components, then the decoder), `base` (transformer and text encoder), the EasyControl adapters
 `edge`, `pose` and `subject`, the try-on LoRAs `try_on` and, taught by them, `try_on_8_steps`; `in_context`, an
 In-Context LoRA by ComfyUI's own nodes. From the try-on on they train on the weights in `weights/`. `all` runs every
-one but `try_on_8_steps`. A stage that was stopped goes on where it was, and one that is done is only exported again; `--fresh` starts over.
-(`in_context` always starts over.)
+one but `try_on_8_steps`. A stage that was stopped goes on where it was, and one that is done is only exported again;
+`--fresh` starts over. (`in_context` always starts over.)
 """
 
 from __future__ import annotations
