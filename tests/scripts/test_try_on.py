@@ -13,7 +13,7 @@ from torch import nn
 
 from dit_toolkit.models.control.mc_vton_keys import Settings, parse
 from dit_toolkit.models.tiny_text import PAD, VOCABULARY
-from dit_toolkit.models.tiny_vae import TinyVAE
+from dit_toolkit.models.tiny_vae import SCALE, SHIFT, TinyVAE
 from dit_toolkit.scripts.tiny import data, train, try_on, world
 from dit_toolkit.scripts.tiny.flux import Flux, Size
 
@@ -258,3 +258,37 @@ def test_the_shipped_file_says_how_it_was_trained():
     assert (made.dim, made.hidden, made.double, made.single) == (128, 512, 2, 6)
     assert made.settings == Settings(prompt="a doll")
     assert set(made.branches) == {"person", "garment"}
+
+
+@pytest.mark.comfy
+@torch.inference_mode()
+def test_comfyui_draws_what_the_trainer_draws(room, shipped):
+    """The shipped file through the host part, on ComfyUI's own model, schedule and sampler; the same noise."""
+    import comfy.sample
+
+    from dit_toolkit.host import embedded
+    from dit_toolkit.host.control.try_on import attach
+    from dit_toolkit.host.control.try_on_files import load
+
+    model, _ = shipped
+    _, loras, _, _ = room
+    _, fittings = try_on.held_out(2)
+    vae, clip = embedded.load_vae(), embedded.load_clip()
+    person, garment = (
+        vae.encode(torch.from_numpy(np.stack([getattr(f, name) for f in fittings])).float() / 255)
+        for name in ("person", "garment")
+    )
+    noise = torch.zeros(2, 16, 12, 12)
+    noise[:, :8] = torch.randn(2, 8, 12, 12, generator=torch.Generator().manual_seed(1))
+    dressed = attach(embedded.load_model(), load("tiny_try_on.safetensors"), person, garment)
+    words = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("a doll", "")]
+    theirs = comfy.sample.sample(
+        dressed, noise, 4, 2.5, "euler", "simple", *words, torch.zeros_like(noise), seed=1, disable_pbar=True
+    )
+
+    ids = torch.tensor([data.padded_ids("a doll")] * 2)
+    live = [(latent[:, :8] - SHIFT) * SCALE for latent in (person, garment)]
+    ours = try_on.draw(try_on.velocity_of(model, loras, ids, *live, 2.5), noise[:, :8], try_on.levels_of(4))
+    torch.testing.assert_close((theirs[:, :8] - SHIFT) * SCALE, ours, rtol=0, atol=5e-3)  # its schedule is a table
+    alone = try_on.draw(try_on.velocity_of(model, None, ids, *live, 2.5), noise[:, :8], try_on.levels_of(4))
+    assert (alone - ours).abs().mean() > 0.3
