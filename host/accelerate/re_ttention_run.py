@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 UNUSED = 2  # evaluations that a condition may be away, as in a step cache
 SIGMA = "dit_toolkit.re_ttention.sigma"  # in transformer_options: the noise level of the call, a float
+WEIGHTS = "dit_toolkit.re_ttention.weights"  # in transformer_options: scheduled LoRAs and their strength in the call
 UNNUMBERED = ("SD3", "LTX video")  # families that run blocks without telling attention which
 
 
@@ -167,9 +168,10 @@ class ReTtentionRun:
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds
     ):
         """APPLY_MODEL: the noise level of the call, read once from the device for all layers, and whose turn it is."""
-        options = {**(transformer_options or {}), SIGMA: float(t.flatten()[0])}
         hooks = getattr(getattr(executor.class_obj.current_patcher, "current_hooks", None), "hooks", ())
-        self.visit(chunk_of(options), tuple((hook.hook_ref, hook.strength) for hook in hooks))
+        weights = tuple((hook.hook_ref, hook.strength) for hook in hooks)
+        options = {**(transformer_options or {}), SIGMA: float(t.flatten()[0]), WEIGHTS: weights}
+        self.visit(chunk_of(options), weights)
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
     def visit(self, chunk: Chunk, weights: tuple) -> None:
@@ -179,13 +181,18 @@ class ReTtentionRun:
                 self.evaluation, self.passes = self.run.evaluation, self.passes + 1
                 self._let_go()
             for condition in chunk.conditions:
-                lane = self._lane(condition)
-                if lane.weights != weights:
-                    lane.forget()
-                lane.weights, lane.used = weights, self.passes
+                self._use(condition, weights)
 
     def _lane(self, condition: Condition) -> Lane:
         return self.run.lane(self, condition, Lane)
+
+    def _use(self, condition: Condition, weights: tuple) -> Lane:
+        """The lane of a condition that is computed now, without what was taken with LoRAs of another strength."""
+        lane = self._lane(condition)
+        if lane.weights != weights:
+            lane.forget()
+        lane.weights, lane.used = weights, self.passes
+        return lane
 
     def _let_go(self) -> None:
         """Forget the conditions that were in none of the last `UNUSED` + 1 evaluations of the model."""
@@ -212,7 +219,9 @@ class ReTtentionRun:
             out = without_us()
             return out if by_head else out.unflatten(2, (own.q.shape[1], -1)).transpose(1, 2)
 
-        layers = [self._lane(each).layers.setdefault(own.layer, Layer()) for each in chunk.conditions]
+        # Used here, too: a pass for a feature of ours, as FreeCus makes, does not come by way of APPLY_MODEL.
+        lanes = [self._use(each, own.options[WEIGHTS]) for each in chunk.conditions]
+        layers = [lane.layers.setdefault(own.layer, Layer()) for lane in lanes]
         return Call(own, pattern, chunk, layers, full)
 
     def _leave(self, reason: str | None) -> None:

@@ -4,9 +4,9 @@ Hooks: an APPLY_MODEL wrapper hands the attention patch of `host/attention.py` k
 vital block that asks for them has the model denoise the reference, at the same evaluation; an evaluation that a step
 cache forecasts asks for nothing and costs nothing. PREPARE_SAMPLING asks core to leave room for keys and values.
 
-The reference pass is the plain model: same prompt, timestep, guidance and LoRAs, no ControlNet, no reference latents of
-an edit model, no other feature's keys, no step cache, no wrappers around the transformer; its conditions are lanes of
-their own.
+The reference pass is the plain model: same prompt, timestep, guidance and LoRAs, attention as sparse as the picture's,
+no ControlNet, no reference latents of an edit model, no other feature's keys, no step cache, no wrappers around the
+transformer; its conditions are lanes of their own.
 
 State: `freecus_run.py`, for one run. The reference is encoded when a run starts, since only then its size is known.
 """
@@ -122,6 +122,8 @@ class FreeCus:
     end: float = 1.0
     seed: int | None = None
     prompts: Prompts = "positive only"
+
+    innermost = True  # its pass of the reference goes by what sparse attention has said of the call
 
     def __post_init__(self):
         for title, value in (("key_scale", self.key_scale), ("text_key_scale", self.text_key_scale)):
