@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dit_toolkit.models.control.in_context_lora import PRESETS
 from dit_toolkit.scripts import workflows
 from dit_toolkit.scripts.client import Prompt, PromptFailed, Result
 from dit_toolkit.scripts.demo import ROWS
@@ -15,12 +16,20 @@ from dit_toolkit.scripts.server import Server
 pytestmark = pytest.mark.comfy
 
 STEMS = workflows.stems()
-LOADERS = {"UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader", "LoraLoaderModelOnly", "DiTEasyControlLoader"}
+LOADERS = {"UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader", "LoraLoaderModelOnly", "DiTEasyControlLoader",
+           "LoadBackgroundRemovalModel"}  # fmt: skip
+SEGMENTERS = {"LoadBackgroundRemovalModel", "RemoveBackground"}
 
 # The outputs of DiTLoadEmbedded, by the node of FLUX.1-dev that they stand in for.
 EMBEDDED = {"UNETLoader": 0, "DualCLIPLoader": 1, "T5TokenizerOptions": 1, "VAELoader": 2}
-TINY_FILES = {"canny.safetensors": "tiny_edge.safetensors", "subject.safetensors": "tiny_subject.safetensors"}
-TINY_NUMBERS = {"condition_size": 96, "width": 96, "height": 96, "steps": 4}
+TINY_FILES = {
+    "canny.safetensors": "tiny_edge.safetensors",
+    "subject.safetensors": "tiny_subject.safetensors",
+    "couple-profile.safetensors": "tiny_in_context.safetensors",
+}
+TINY_NUMBERS = {
+    "condition_size": 96, "width": 96, "height": 96, "panel_width": 96, "panel_height": 96, "steps": 4,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +60,7 @@ def test_the_workflow_runs_as_far_as_the_models_at_hand_allow(stem, prompt_of, s
         assert failed.value.class_type in LOADERS, failed.value
 
 
-@pytest.mark.parametrize("stem", [stem for stem in STEMS if "FLUX.1-dev" in stem])
+@pytest.mark.parametrize("stem", [stem for stem in STEMS if "FLUX.1" in stem])
 def test_what_comes_after_the_loaders_of_flux_runs(stem, prompt_of, server):
     """The same graph on the embedded model: links, values, conditions and sampler, to the saved picture."""
     prompt = on_the_embedded_model(prompt_of(stem))
@@ -61,22 +70,39 @@ def test_what_comes_after_the_loaders_of_flux_runs(stem, prompt_of, server):
 
 
 def on_the_embedded_model(prompt: Prompt) -> Prompt:
-    """A FLUX.1-dev prompt with the embedded model and files in the place of the loaders' ones, and at its size."""
-    replaced = {node_id: EMBEDDED[kind] for node_id, node in prompt.items() if (kind := node["class_type"]) in EMBEDDED}
-    assert {"UNETLoader", "DualCLIPLoader", "VAELoader"} <= {prompt[node_id]["class_type"] for node_id in replaced}
-    tiny = {node_id: copy.deepcopy(node) for node_id, node in prompt.items() if node_id not in replaced}
+    """A FLUX.1 prompt with the embedded model and files in the place of the loaders' ones, and at its size.
+
+    Pictures that a user would choose are the example's person, masks that one would draw or a segmenter find its shirt.
+    """
+    replaced = {
+        (node_id, 0): ["embedded", EMBEDDED[kind]]
+        for node_id, node in prompt.items()
+        if (kind := node["class_type"]) in EMBEDDED
+    }
+    assert {"UNETLoader", "DualCLIPLoader", "VAELoader"} <= {prompt[node_id]["class_type"] for node_id, _ in replaced}
+    for node_id, node in prompt.items():
+        if node["class_type"] in ("LoadImage", "RemoveBackground"):
+            replaced[node_id, 1 if node["class_type"] == "LoadImage" else 0] = ["mask", 0]
+    gone = EMBEDDED.keys() | SEGMENTERS
+    tiny = {node_id: copy.deepcopy(node) for node_id, node in prompt.items() if node["class_type"] not in gone}
     for node in tiny.values():
         inputs = node["inputs"]
-        for name, value in inputs.items():
-            if isinstance(value, list) and value[0] in replaced:
-                inputs[name] = ["embedded", replaced[value[0]]]
-            elif name in TINY_NUMBERS and not isinstance(value, list):
-                inputs[name] = TINY_NUMBERS[name]
-        if node["class_type"] == "DiTEasyControlLoader":
-            inputs["file"] = TINY_FILES[inputs["file"]]
+        if node["class_type"] == "LoadImage":
+            inputs["image"] = "painted_person.png"
+        if node["class_type"] == "DiTPanelLayout" and (preset := PRESETS.get(inputs["preset"])):
+            inputs.update(preset="custom", rows=preset.rows, columns=preset.columns)
         if node["class_type"] == "DiTClear":
             inputs["file"] = "none (mask only)"  # there are no such weights for a model of this size
+        for name, value in inputs.items():
+            if isinstance(value, list):
+                inputs[name] = replaced.get((value[0], value[1]), value)
+            elif name in TINY_NUMBERS:
+                inputs[name] = TINY_NUMBERS[name]
+            elif name in ("file", "lora_name"):
+                inputs[name] = TINY_FILES.get(value, value)
     tiny["embedded"] = {"class_type": "DiTLoadEmbedded", "inputs": {}}
+    tiny["mask picture"] = {"class_type": "DiTExamplePicture", "inputs": {"picture": "mask_person_shirt.png"}}
+    tiny["mask"] = {"class_type": "ImageToMask", "inputs": {"image": ["mask picture", 0], "channel": "red"}}
     return tiny
 
 
