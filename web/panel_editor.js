@@ -24,6 +24,7 @@ import {
   withMore,
   wordsText,
 } from "./lib/panels.js";
+import { leavePlace, takePlace } from "./lib/place.js";
 
 const WIDGETS = [
   ...["preset", "rows", "columns", "panel_width", "panel_height"],
@@ -94,8 +95,6 @@ const STYLE = `
 .dit-panels-note { height: ${NOTE}px; overflow: hidden; font-weight: 600; }
 `;
 
-const gone = new Map(); // node's number -> Editor of a node that was removed
-
 class Editor {
   constructor(node) {
     this.node = node;
@@ -118,7 +117,7 @@ class Editor {
     after(node, "onConfigure", () => this.restored());
     after(node, "onConnectionsChange", () => this.changed());
     after(node, "onResize", () => this.arrange());
-    after(node, "onRemoved", () => this.leave());
+    after(node, "onRemoved", () => leavePlace(this.node, this.element));
   }
 
   build() {
@@ -203,23 +202,7 @@ class Editor {
     this.spare = unpackSpare(this.node.properties?.[PROPERTY]);
     this.look();
     this.draw({ resize: false });
-    this.takePlace();
-  }
-
-  leave() {
-    const id = String(this.node.id);
-    gone.set(id, this);
-    setTimeout(() => gone.get(id) === this && gone.delete(id), 5000);
-  }
-
-  /** Undo makes new nodes with the old numbers, and Nodes 2.0 then goes on showing the old one's element. */
-  async takePlace() {
-    const id = String(this.node.id);
-    for (let frame = 0; frame < 10 && !this.element.isConnected; frame++) {
-      await new Promise(requestAnimationFrame);
-      const before = gone.get(id)?.element;
-      if (LiteGraph.vueNodesMode && before?.isConnected && !this.element.isConnected) before.replaceWith(this.element);
-    }
+    takePlace(this.node, this.element);
   }
 
   // What the user does

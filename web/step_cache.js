@@ -2,6 +2,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { leavePlace, takePlace } from "./lib/place.js";
 import {
   PROPERTY,
   SHOWN_ON,
@@ -173,7 +174,13 @@ app.registerExtension({
     node.onConfigure = function (...args) {
       const result = earlier?.apply(this, args);
       view.show(unpack(this.properties?.[PROPERTY]));
+      takePlace(this, view.element);
       return result;
+    };
+    const before = node.onRemoved;
+    node.onRemoved = function (...args) {
+      leavePlace(this, view.element);
+      return before?.apply(this, args);
     };
   },
 });

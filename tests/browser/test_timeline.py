@@ -160,6 +160,24 @@ def test_a_run_is_followed_and_stays_with_the_workflow(page, server, mode, tmp_p
     assert page.errors() == []
 
 
+def test_undo_leaves_the_strip_on_the_page(page, mode):
+    """Undo makes the nodes anew, and each new one must be the one that is seen."""
+    build(page)
+    send(page, start(), evaluation(0, True), evaluation(1, False), end())
+    shown = look(page)
+    page.evaluate("app.canvas.emitBeforeChange(); app.canvas.emitAfterChange();")
+    page.evaluate("app.canvas.emitBeforeChange(); seer.title = 'Renamed'; app.canvas.emitAfterChange();")
+    page.evaluate("await app.extensionManager.command.execute('Comfy.Undo')")
+    page.evaluate("globalThis.seer = app.graph.nodes.find(node => node.comfyClass === 'DiTTaylorSeer')")
+    page.wait_until("seer.title !== 'Renamed'", "the change is undone")
+    after = look(page)
+    assert after["seen"]
+    assert all(after[key] == shown[key] for key in ("label", "marks", "words"))
+    send(page, start(2), evaluation(0, True, 2), end(2))
+    assert look(page)["seen"]
+    assert page.errors() == []
+
+
 def test_a_gate_shows_how_near_it_was(page, mode, tmp_path):
     build(page)
     send(
