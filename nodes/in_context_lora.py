@@ -1,7 +1,8 @@
 """In-Context LoRA: sets of related pictures as panels of one canvas, for text to set, image to set and training.
 
 Paper: In-Context LoRA, arXiv:2410.23775. Panels and prompts are in `models/control/in_context_lora.py`, folders of
-sets in `host/control/in_context_lora.py`. ComfyUI loads the LoRAs, samples and trains; the model is never touched.
+sets in `host/control/in_context_lora.py`, and what training needs of the model in `host/control/training.py`. ComfyUI
+loads the LoRAs, samples and trains; the model is never touched.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from comfy.model_management import intermediate_device
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..host.control import training
 from ..host.control.in_context_lora import fingerprint, folders, read_sets
 from ..models.control.in_context_lora import (
     LIMIT,
@@ -330,6 +332,27 @@ class PanelSets(io.ComfyNode):
         return io.NodeOutput([found.canvas for found in sets], [found.caption for found in sets])
 
 
+class PrepareTraining(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiTPrepareTraining",
+            display_name=training.NODE,
+            category="DiT Toolkit/training",
+            description=(
+                "Goes between the model and Train LoRA, so that a FLUX.1 model learns from right gradients, with each "
+                "picture of a batch on its own caption. Pictures that are sampled with it do not change."
+            ),
+            search_aliases=["in-context lora", "ic-lora", "train lora", "gradient checkpointing", "batch size"],
+            inputs=[io.Model.Input("model", tooltip="A FLUX.1 model, to be trained by ComfyUI's Train LoRA.")],
+            outputs=[io.Model.Output(tooltip="The model for Train LoRA. Sampled, it is what was connected.")],
+        )
+
+    @classmethod
+    def execute(cls, model: io.Model.Type) -> io.NodeOutput:
+        return io.NodeOutput(training.attach(model))
+
+
 def pictures(images: dict[str, Tensor | None] | None) -> list[Tensor]:
     """Every picture `[1, H, W, C]`, in the order of the inputs' numbers; a batch gives several."""
     connected = [(int(name.rpartition("_")[2]), image) for name, image in (images or {}).items() if image is not None]
@@ -347,4 +370,4 @@ def checked_ratio(panels: Layout, vae: Any) -> int:
     return ratio
 
 
-NODES = [PanelLayout, PanelLatent, SplitPanels, PanelSets]
+NODES = [PanelLayout, PanelLatent, SplitPanels, PanelSets, PrepareTraining]

@@ -1,16 +1,18 @@
 """What ComfyUI's Train LoRA needs of a MODEL to train it right: additions out of place, one caption per picture.
 
-Two things go wrong in ComfyUI 0.30.0 on FLUX.1, and on its relatives:
+Three things go wrong in ComfyUI 0.30.0 on FLUX.1, and on its relatives:
 
 - Their blocks add to their streams in place (`img += ...` in `comfy/ldm/flux/layers.py`). Autograd needs the value
-  before the addition and refuses, unless gradient checkpointing is on: that computes blocks a second time, from streams
-  that were overwritten meanwhile, and its gradients are wrong without a word.
+  before the addition and refuses, unless gradient checkpointing is on: that computes blocks a second time, partly from
+  streams that were overwritten meanwhile, and its gradients are wrong without a word.
 - Train LoRA hands in one condition per picture of a batch. The sampler's code takes them for parts of one prompt: each
-  is run on every picture, and the results are averaged.
+  is run on every picture, and the results are averaged. This one holds for every family.
+- With offloading, single layers are checkpointed by a function that gives no gradient to the weights of a layer whose
+  input asks for none, such as the first that reads the text.
 
-Hooks, in training only: every block gets its streams as `Residual`, whose `+=` makes a new tensor; a CALC_COND_BATCH
-wrapper stacks the conditions of a batch, row by row, by ComfyUI's own rules of which can be stacked. Where they cannot,
-as with texts of different lengths, pictures with equal conditions run together and the others after them.
+Hooks, in training only: every block gets its streams as `Residual`, whose `+=` makes a new tensor. A CALC_COND_BATCH
+wrapper stacks the conditions of a batch, row by row, by ComfyUI's own rules of which can be stacked, and has them ask
+for gradients. Pictures whose conditions cannot be stacked, as with texts of different lengths, are computed apart.
 
 No state: `Training` binds to the training run as to any other, and to none outside of training.
 """
@@ -24,6 +26,7 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from comfy.ldm.lightricks.model import LTXVModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
@@ -71,12 +74,15 @@ def attach(model: ModelPatcher) -> ModelPatcher:
     """A clone of `model` that Train LoRA trains right. Sampled, it is `model` to the last bit.
 
     Raises:
-        ValueError: `model` is an LTX video model.
+        ValueError: blocks of `model` overwrite what gradients are computed from where this module cannot keep it.
     """
-    if isinstance(transformer_of(model), LTXVModel):
+    transformer = transformer_of(model)
+    overwrites = any(isinstance(module, DoubleStreamBlock | SingleStreamBlock) for module in transformer.modules())
+    if isinstance(transformer, LTXVModel) or (overwrites and block_family(model) is None):
+        family = type(model.model.model_config).__name__
         raise ValueError(
-            f"{NODE} cannot prepare LTX video: its blocks overwrite what gradients are computed from, by other means "
-            "than an addition. Connect a FLUX.1 model to 'model'."
+            f"{NODE} cannot prepare {family}: its blocks overwrite what gradients are computed from, in a way that "
+            "this node does not know. Connect a FLUX.1 model to 'model'."
         )
     return attach_description(model, Training())
 
@@ -106,11 +112,12 @@ class CaptionPerPicture:
     ) -> list[Tensor]:
         captions, others = conds[0], conds[1:]
         if len(captions) != x.shape[0]:
-            raise RuntimeError(f"Train LoRA gave {len(captions)} captions for {x.shape[0]} pictures; {NODE} needs one each")
+            found = f"{len(captions)} captions for {x.shape[0]} pictures"
+            raise RuntimeError(f"Train LoRA gave {found}; {NODE} needs one each.")
         groups = grouped(captions)
         if len(groups) > 1 and not self.told:
             self.told = True
-            logger.info("Captions of a batch differ in length: a step takes as many passes as it has lengths.")
+            logger.info("Captions of a batch differ in length: a step computes each length by itself.")
         parts = []
         for rows in groups:
             own, at = (x, timestep) if len(groups) == 1 else (x[rows], timestep[rows])

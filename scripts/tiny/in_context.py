@@ -5,8 +5,8 @@ ordinary LoRA. Here a set is one doll in two scenes, side by side on 192 x 96 pi
 the doll wears, so that the panels must take it from each other.
 
 There is no trainer here. The sets are written to a folder as a user would keep them, and the nodes run one after the
-other: Panel Layout, Panel Sets From Folder, Make Training Dataset, Train LoRA, Save LoRA. Three things about the model
-that is handed to Train LoRA are put right by `trainable`, with hooks that ComfyUI has for it.
+other: Panel Layout, Panel Sets From Folder, Make Training Dataset, Prepare Model for Train LoRA, Train LoRA, Save
+LoRA. Only that the small world has fewer channels than FLUX.1 is put right by `trainable`.
 
 `python -m scripts.tiny.in_context` measures the result with Load LoRA and the sampler.
 """
@@ -72,7 +72,6 @@ def comfyui() -> SimpleNamespace:
     if args.base_directory is None:  # tests have one already
         args.cpu = True
         args.base_directory = str(places.prepare_base(places.CACHE / "in_context"))
-    import comfy.conds
     import comfy.patcher_extension
     import folder_paths
     import nodes  # ComfyUI's
@@ -81,12 +80,18 @@ def comfyui() -> SimpleNamespace:
 
     from dit_toolkit.host import embedded
     from dit_toolkit.host.model_files import offer_loras
-    from dit_toolkit.nodes.in_context_lora import PanelLatent, PanelLayout, PanelSets, SplitPanels
+    from dit_toolkit.nodes.in_context_lora import (
+        PanelLatent,
+        PanelLayout,
+        PanelSets,
+        PrepareTraining,
+        SplitPanels,
+    )
 
     offer_loras()
     return SimpleNamespace(
         comfy=comfy, folder_paths=folder_paths, nodes=nodes, embedded=embedded, PanelLayout=PanelLayout,
-        PanelSets=PanelSets, PanelLatent=PanelLatent, SplitPanels=SplitPanels,
+        PanelSets=PanelSets, PanelLatent=PanelLatent, SplitPanels=SplitPanels, PrepareTraining=PrepareTraining,
         MakeTrainingDataset=MakeTrainingDataset, TrainLora=TrainLoraNode, SaveLora=SaveLoRA,
     )  # fmt: skip
 
@@ -119,39 +124,21 @@ def write_sets(folder: Path, recipe: InContextRecipe) -> None:
         (place / "caption.txt").write_text(text, encoding="utf-8")
 
 
-class Residual(Tensor):
-    """A tensor whose `+=` makes a new one."""
-
-    def __iadd__(self, other: Tensor) -> Tensor:
-        return self + other
-
-
 def trainable(model: Any, live: int) -> Any:
-    """`model`, a MODEL, made fit for Train LoRA of ComfyUI 0.30.0. Three things would go wrong without it:
+    """`model`, a MODEL, as Prepare Model for Train LoRA gives it, with `live` channels that count.
 
-    - FLUX.1's blocks add to their streams in place, which autograd refuses. Here `+=` makes a new tensor.
-    - Train LoRA hands in one condition per picture of a batch; the sampler's code takes them for parts of one prompt,
-      runs each on every picture and averages. Here they are stacked, picture by picture.
-    - Of the 16 latent channels only `live` carry anything. The base leaves noise in the others; the LoRA must not
-      spend itself on removing it. Here they count as right.
+    Of the 16 latent channels only `live` carry anything. The base leaves noise in the others; the LoRA must not spend
+    itself on removing it. Here they count as right.
     """
-    comfy = comfyui().comfy
+    host = comfyui()
 
-    def stacked(run: Callable, model: Any, conds: list, x: Tensor, sigmas: Tensor, options: dict) -> list[Tensor]:
-        rows = conds[0]
-        own = dict(rows[0]["model_conds"])
-        for name, first in own.items():
-            if type(first) is comfy.conds.CONDRegular:
-                every = torch.cat([row["model_conds"][name].cond for row in rows])
-                own[name] = comfy.conds.CONDRegular(every.as_subclass(Residual))
-        joint = [{**rows[0], "model_conds": own}]
-        denoised, *rest = run(model, [joint, *conds[1:]], x.as_subclass(Residual), sigmas, options)
-        denoised = denoised.as_subclass(Tensor)
+    def alive(run: Callable, *args: Any) -> list[Tensor]:
+        denoised, *rest = run(*args)
         return [torch.cat([denoised[:, :live], torch.zeros_like(denoised[:, live:])], 1), *rest]
 
-    patched = model.clone()
-    wrapper = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
-    patched.add_wrapper_with_key(wrapper, "dit_toolkit_training", stacked)
+    (patched,) = host.PrepareTraining.execute(model).result
+    wrapper = host.comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
+    patched.add_wrapper_with_key(wrapper, "dit_toolkit.live_channels", alive)
     return patched
 
 
