@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 class Residual(Tensor):
     """A tensor whose `+=` makes a new one. What anything else makes of it is a plain tensor, as of a Parameter."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     def __iadd__(self, other: Tensor) -> Tensor:
         return (self + other).as_subclass(Residual)

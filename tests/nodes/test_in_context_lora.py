@@ -17,7 +17,14 @@ pytestmark = pytest.mark.comfy
 from comfy_api.latest import io as schema_io  # noqa: E402
 
 from dit_toolkit.models.control.in_context_lora import PRESETS, panels_of  # noqa: E402
-from dit_toolkit.nodes.in_context_lora import PanelLatent, PanelLayout, PanelSets, SplitPanels, pictures  # noqa: E402
+from dit_toolkit.nodes.in_context_lora import (  # noqa: E402
+    PanelLatent,
+    PanelLayout,
+    PanelSets,
+    PrepareTraining,
+    SplitPanels,
+    pictures,
+)
 
 LAYOUT = {entry.id: entry.default for entry in PanelLayout.define_schema().inputs}
 
@@ -354,12 +361,9 @@ def test_a_given_panel_goes_through_a_workflow(server):
         assert saved[picture + 2].getcolors() == [(48 * 32, (0, 0, 255))]
 
 
-def test_the_example_sets_train_a_lora_with_comfyuis_own_nodes(default):
-    """One step of two sets; what comes out, core's loader puts on the model.
-
-    Without gradient checkpointing ComfyUI's trainer fails on FLUX.1: the model adds in place to what the backward pass
-    needs.
-    """
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_the_example_sets_train_a_lora_with_comfyuis_own_nodes(default, checkpoints):
+    """One step of two sets on the prepared model; what comes out, core's loader puts on the plain one."""
     from comfy_extras.nodes_dataset import MakeTrainingDataset
     from comfy_extras.nodes_train import TrainLoraNode
 
@@ -374,10 +378,10 @@ def test_the_example_sets_train_a_lora_with_comfyuis_own_nodes(default):
         chosen = {"batch_size": 2, "grad_accumulation_steps": 1, "steps": 1, "learning_rate": 0.001, "rank": 2,
                   "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": "fp32",
                   "lora_dtype": "bf16", "quantized_backward": False, "algorithm": "LoRA",
-                  "gradient_checkpointing": True, "checkpoint_depth": 1, "offloading": False,
+                  "gradient_checkpointing": checkpoints, "checkpoint_depth": 2, "offloading": False,
                   "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False}  # fmt: skip
         trained = TrainLoraNode.execute(
-            model=[default.model],
+            model=[PrepareTraining.execute(default.model).args[0]],
             latents=latents,
             positive=conditioning,
             **{name: [value] for name, value in chosen.items()},
