@@ -14,6 +14,7 @@ from ..host import model_files
 from ..host.accelerate.clear_files import FOLDER, load, with_weights
 from ..host.accelerate.sparse_attention import Scale, SparseAttention, attach, report, require_known_tokens
 from ..models.accelerate.clear import Variant
+from .inputs import part_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -78,23 +79,10 @@ class ApplyClear(io.ComfyNode):
                     advanced=True,
                     tooltip="Attention over fewer tokens than this, text included, stays dense. 0: none does.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
+                *part_of_run(
+                    "Where in the run attention becomes sparse. 0 is the start.",
+                    "Where in the run it becomes dense again. 1 is the end.",
                     advanced=True,
-                    tooltip="Where in the run attention becomes sparse. 0 is the start.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    advanced=True,
-                    tooltip="Where in the run it becomes dense again. 1 is the end.",
                 ),
             ],
             outputs=[

@@ -28,6 +28,7 @@ from ..models.accelerate.delta_dit import Stages
 from ..models.accelerate.input_change import InputChange
 from ..models.accelerate.step_cache import Guard, Listed, Policy
 from ..models.accelerate.taylorseer import FORECASTS, Forecaster, Interval
+from .inputs import part_of_run
 
 ReportType = io.Custom("DIT_REPORT")
 CATEGORY = "DiT Toolkit/model/patch"
@@ -49,11 +50,9 @@ def outputs() -> list[io.Output]:
 
 def range_inputs() -> list[io.Input]:
     """Where in the run forecasts are allowed."""
-    bounds = {"min": 0.0, "max": 1.0, "step": 0.001, "advanced": True}
-    return [
-        io.Float.Input("start_percent", default=0.0, tooltip="Before this part of the run all is computed.", **bounds),
-        io.Float.Input("end_percent", default=1.0, tooltip="From this part of the run on all is computed.", **bounds),
-    ]
+    return part_of_run(
+        "Before this part of the run all is computed.", "From this part of the run on all is computed.", advanced=True
+    )
 
 
 def last_full_input(default: int) -> io.Input:
