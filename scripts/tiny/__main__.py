@@ -4,7 +4,8 @@ Stages, in order: `vae` (components, then the decoder), `base` (transformer and 
 `edge`, `pose` and `subject`, the try-on LoRAs `try_on` and, taught by them, `try_on_8_steps`; `in_context`, an
 In-Context LoRA by ComfyUI's own nodes. From the try-on on they train on the weights in `weights/`. `all` runs every
 one but `try_on_8_steps`. A stage that was stopped goes on where it was, and one that is done is only exported again;
-`--fresh` starts over. (`in_context` always starts over.)
+`--fresh` starts it over and leaves what the others made. (`in_context` always starts over. The components of the
+autoencoder are what all latents are made of: only `all --fresh` fits them again.)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from pathlib import Path
 
 import torch
 
@@ -20,11 +22,30 @@ from .in_context import InContextRecipe, train_in_context
 from .train import Recipe, train_base, train_vae, work
 from .try_on import FastRecipe, TryOnRecipe, train_fast, train_try_on
 
+OWN = {  # what each stage keeps in the folder of its recipe
+    "vae": ("vae.*",),
+    "base": ("pool.pt", "base.*"),
+    **{kind: (f"pool-{kind}-*", f"easycontrol-{kind}-*") for kind in KINDS},
+    "try_on": ("try-on-pool-*", "try-on-lora-*"),
+    "try_on_8_steps": ("try-on-journeys-*", "try-on-8-steps-*"),
+    "in_context": (),
+}
+
+
+def forget(folder: Path, stage: str) -> None:
+    """Delete what `stage` keeps in `folder`, and nothing else; all of it for `all`."""
+    if stage == "all":
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for pattern in OWN[stage]:
+        for path in folder.glob(pattern):
+            path.unlink()
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "base", *KINDS, "try_on", "try_on_8_steps", "in_context", "all"])
-    parser.add_argument("--fresh", action="store_true", help="forget this recipe's checkpoints and start over")
+    parser.add_argument("stage", choices=[*OWN, "all"])
+    parser.add_argument("--fresh", action="store_true", help="forget the stage's checkpoints and start it over")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="processes that render the pool")
     for field in ("vae_steps", "base_steps", "pool", "pixels", "batch"):
@@ -35,7 +56,7 @@ def main() -> None:
     fresh = options.pop("fresh")
     recipe, started = Recipe(**options), time.time()
     if fresh:
-        shutil.rmtree(work(recipe), ignore_errors=True)
+        forget(work(recipe), stage)
     if stage in ("vae", "all"):
         train_vae(recipe)
     if stage in ("base", "all"):

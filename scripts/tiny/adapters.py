@@ -77,14 +77,20 @@ def caption_for(kind: str, scene: world.Scene) -> str:
 LEVELS = {"edge": train.LEVELS, "pose": (0, 0, 1.0, 0.6), "subject": (0, 0, 1.0, 0.6)}
 
 
-def place(kind: str, base: train.Recipe, recipe: AdapterRecipe, what: str = "easycontrol") -> Path:
-    """Beside the base it is trained on."""
-    return train.work(base) / f"{what}-{kind}-{train.digest(recipe)}.pt"
+def pool_place(kind: str, base: train.Recipe, recipe: AdapterRecipe) -> Path:
+    """Beside the components of the autoencoder, in whose terms it is."""
+    return train.work(base) / f"pool-{kind}-{train.digest(recipe)}.pt"
+
+
+def place(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: str = "base") -> Path:
+    """Beside the base it is trained on. Another base, or the same one trained further, never meets it."""
+    trained_on = train.contents(train.work(base) / f"{stage}.pt")
+    return train.work(base) / f"easycontrol-{kind}-{train.digest(recipe, trained_on)}.pt"
 
 
 def pool(kind: str, base: train.Recipe, recipe: AdapterRecipe) -> dict[str, Tensor]:
     """Latents of pictures and conditions, and word ids."""
-    path = place(kind, base, recipe, "pool")
+    path = pool_place(kind, base, recipe)
     if path.exists():
         return torch.load(path, weights_only=True)
     vae, rng = train.load_vae(base), np.random.default_rng(base.seed)
@@ -147,7 +153,7 @@ def train_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: s
     lora.init_for_training(torch.Generator().manual_seed(base.seed))
     optimiser = Muon(lora.parameters(), lr=recipe.muon_lr, weight_decay=0.0)
     average = {k: v.clone() for k, v in lora.state_dict().items()}
-    path, start, losses = place(kind, base, recipe), 0, []
+    path, start, losses = place(kind, base, recipe, stage), 0, []
     if path.exists():
         kept = torch.load(path, weights_only=True, map_location=device)
         lora.load_state_dict(kept["model"])
@@ -184,16 +190,16 @@ def train_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: s
             state = {"model": lora.state_dict(), "ema": average, "optimiser": optimiser.state_dict()}
             train.save(path, {**state, "step": step + 1, "losses": losses})
             train.plot(path.with_suffix(".png"), losses)
-    export_adapter(kind, base, recipe)
+    export_adapter(kind, base, recipe, stage)
 
 
-def load_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe) -> ConditionLora:
+def load_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: str = "base") -> ConditionLora:
     size = train.size_of(base)
     lora = ConditionLora(size.hidden, size.double, size.single, recipe.rank, operations=nn)
-    lora.load_state_dict(torch.load(place(kind, base, recipe), weights_only=True, map_location="cpu")["ema"])
+    lora.load_state_dict(torch.load(place(kind, base, recipe, stage), weights_only=True, map_location="cpu")["ema"])
     return lora.requires_grad_(False)
 
 
-def export_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe) -> None:
+def export_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: str = "base") -> None:
     """In the published layout, so that the loader has one path for theirs and ours."""
-    train.write(f"easycontrol/tiny_{kind}.safetensors", published_state([load_adapter(kind, base, recipe)]), {})
+    train.write(f"easycontrol/tiny_{kind}.safetensors", published_state([load_adapter(kind, base, recipe, stage)]), {})

@@ -31,6 +31,7 @@ from .pictures import to_unit, training_picture
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK, WEIGHTS = ROOT / ".training", ROOT / "weights"
+SHIPPED = ("tiny_flux.safetensors", "tiny_text_encoder.safetensors", "tiny_vae.safetensors")  # what LoRAs train on
 WIDTHS = (96, 48, 32)
 LEVELS = (1.0, 1.2, 2.2, 1.6)  # how often each difficulty of the world comes
 
@@ -58,6 +59,11 @@ def digest(*parts) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
+def contents(*paths: Path) -> str:
+    """A short name for what files hold: other weights, another name."""
+    return digest(*(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths))
+
+
 def work(recipe: Recipe) -> Path:
     """Where the checkpoints of `recipe` are kept. Another recipe, or another world, never meets them."""
     return WORK / digest(world.VERSION, recipe)
@@ -81,11 +87,12 @@ def save(path: Path, state: dict) -> None:
 
 
 def write(name: str, weights: dict[str, Tensor], metadata: dict[str, str]) -> Path:
-    """float16 safetensors in `weights/`, keys sorted: the same weights give the same file."""
+    """float16 safetensors in `weights/`, keys sorted: the same weights give the same file. Anyone may read it."""
     path = WEIGHTS / name
     path.parent.mkdir(parents=True, exist_ok=True)
     half = {key: value.detach().half().contiguous().cpu() for key, value in sorted(weights.items())}
     save_file(half, path, {"format": "pt", **metadata})
+    path.chmod(0o644)  # safetensors leaves it to its owner alone
     return path
 
 

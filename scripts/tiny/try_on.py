@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -42,6 +42,7 @@ SIDE = 96
 GREY = 127  # of the masked shirt
 PROMPT = "a doll"
 NAME, FAST = "try_on/tiny_try_on.safetensors", "loras/tiny_try_on_8_steps.safetensors"
+TEACHER = (*train.SHIPPED, NAME)  # of the 8 steps
 LEVELS = (0, 0, 1.0, 0.35)  # dolls alone, and with an object
 
 
@@ -160,7 +161,7 @@ def words_for(scene: world.Scene, rng: np.random.Generator) -> list[int]:
 
 def pool(base: train.Recipe, recipe: TryOnRecipe, vae) -> dict[str, Tensor]:
     """Latents of the wanted pictures, persons and garments, weight of the loss, word ids."""
-    path = place(base, recipe, "pool")
+    path = place(base, "pool", recipe, files=train.SHIPPED[-1:])  # in the terms of the autoencoder
     if path.exists():
         return torch.load(path, weights_only=True)
     rng, stream = np.random.default_rng(recipe.seed), world.scenes(95_000 + recipe.seed, LEVELS)
@@ -178,9 +179,16 @@ def pool(base: train.Recipe, recipe: TryOnRecipe, vae) -> dict[str, Tensor]:
     return made
 
 
-def place(base: train.Recipe, recipe: TryOnRecipe | FastRecipe, what: str) -> Path:
-    """Where a stage keeps what it makes."""
-    return train.work(base) / f"try-on-{what}-{train.digest(recipe)}.pt"
+def place(
+    base: train.Recipe, what: str, *recipes: TryOnRecipe | FastRecipe, files: Sequence[str] = train.SHIPPED
+) -> Path:
+    """Where a stage keeps what it makes. With other recipes, or other weights in `files`, it never meets it again.
+
+    Args:
+        files: of `weights/`, on which the stage trains.
+    """
+    made_from = train.contents(*(train.WEIGHTS / name for name in files))
+    return train.work(base) / f"try-on-{what}-{train.digest(*recipes, made_from)}.pt"
 
 
 # ----------------------------------------------------------------------------------------------------------- models
@@ -335,7 +343,7 @@ def train_try_on(base: train.Recipe, recipe: TryOnRecipe) -> None:
         v = quick(x, t, stock["ids"][index].long().to(device), guidance, person, garment)
         return (weight * (v.float() - (noise - x0)).square()).mean() / weight.mean()
 
-    loras.load_state_dict(learn(place(base, recipe, "lora"), loras, recipe.steps, recipe.muon_lr, loss_of))
+    loras.load_state_dict(learn(place(base, "lora", recipe), loras, recipe.steps, recipe.muon_lr, loss_of))
     export_try_on(loras, model.flux.size)
 
 
@@ -386,7 +394,7 @@ def adapt(flux: Flux, rank: int, seed: int) -> nn.ModuleDict:
 
 def journeys(base: train.Recipe, first: TryOnRecipe, recipe: FastRecipe) -> dict[str, Tensor]:
     """The teacher's states at the nodes of the student's schedule, `[N, 9, live, h, w]`, and their conditions."""
-    path = place(base, recipe, "journeys")
+    path = place(base, "journeys", first, recipe, files=TEACHER)
     if path.exists():
         return torch.load(path, weights_only=True)
     model, vae = train.load_shipped()
@@ -431,7 +439,8 @@ def train_fast(base: train.Recipe, first: TryOnRecipe, recipe: FastRecipe) -> No
         v = quick(x.to(device), levels[node].to(device), words, guidance, person, garment)
         return F.mse_loss(v.float(), wanted.to(device))
 
-    student.load_state_dict(learn(place(base, recipe, "8-steps"), student, recipe.steps, recipe.muon_lr, loss_of))
+    path = place(base, "8-steps", first, recipe, files=TEACHER)
+    student.load_state_dict(learn(path, student, recipe.steps, recipe.muon_lr, loss_of))
     export_fast(student)
 
 

@@ -129,22 +129,51 @@ def test_training_resumes_where_it_stopped(tmp_path, monkeypatch, one_thread):
         assert torch.allclose(a, b, atol=1e-6), name
 
 
-@pytest.mark.parametrize("kind", adapters.KINDS)
-def test_an_adapter_trains_resumes_and_is_exported_in_the_published_layout(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "WORK", tmp_path)
-    monkeypatch.setattr(train, "WEIGHTS", tmp_path)
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    """Folders of its own, and no compilation."""
+    monkeypatch.setattr(train, "WORK", tmp_path / "work")
+    monkeypatch.setattr(train, "WEIGHTS", tmp_path / "weights")
     monkeypatch.setattr(train, "device_of", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch, "compile", lambda model: model)
     vae = TinyVAE(8, train.WIDTHS, operations=nn).requires_grad_(False)
     monkeypatch.setattr(train, "load_vae", lambda recipe: vae)
-    base, recipe = train.Recipe(pixels=32), adapters.AdapterRecipe(pool=500, steps=2, batch=4, rank=4)
-    model = train.Base(train.size_of(base))
+    return tmp_path / "weights"
+
+
+def keep_base(recipe: train.Recipe, seed: int) -> None:
+    """A checkpoint of a base that never learned anything."""
+    torch.manual_seed(seed)
+    model = train.Base(train.size_of(recipe))
     for weight in model.parameters():  # as made, its last layer is zero and passes no gradient on
         nn.init.normal_(weight, std=0.05)
-    train.save(train.work(base) / "base.pt", {"ema": model.state_dict()})
+    train.save(train.work(recipe) / "base.pt", {"ema": model.state_dict()})
+
+
+@pytest.mark.parametrize("kind", adapters.KINDS)
+def test_an_adapter_trains_resumes_and_is_exported_in_the_published_layout(kind, workshop):
+    base, recipe = train.Recipe(pixels=32), adapters.AdapterRecipe(pool=500, steps=2, batch=4, rank=4)
+    keep_base(base, 0)
     for _ in range(2):  # the second time there is nothing left to do but the export
         adapters.train_adapter(kind, base, recipe)
-    checkpoint = parse(load_file(tmp_path / "easycontrol" / f"tiny_{kind}.safetensors"))
+    checkpoint = parse(load_file(workshop / "easycontrol" / f"tiny_{kind}.safetensors"))
     ups = [weight for key, weight in checkpoint.slots[0].weights.items() if key.endswith("up.weight")]
     assert (checkpoint.dim, checkpoint.double, checkpoint.single) == (128, 2, 6)
     assert sum(bool(weight.any()) for weight in ups) >= len(ups) - 4  # they start at 0; the last block needs no proj
+
+
+def test_another_base_gets_an_adapter_of_its_own_and_the_first_base_its_own_again(workshop):
+    base, recipe = train.Recipe(pixels=32), adapters.AdapterRecipe(pool=500, steps=1, batch=2, rank=2)
+    made = []
+    for seed in (0, 1, 0):
+        keep_base(base, seed)
+        adapters.train_adapter("pose", base, recipe)
+        made.append(load_file(workshop / "easycontrol" / "tiny_pose.safetensors"))
+    first, second, again = made
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_files_in_weights_can_be_read_by_anyone(workshop):
+    path = train.write("one.safetensors", {"a": torch.zeros(1)}, {})
+    assert path.stat().st_mode & 0o777 == 0o644

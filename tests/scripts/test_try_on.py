@@ -155,9 +155,22 @@ def workshop(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "WEIGHTS", tmp_path / "weights")
     monkeypatch.setattr(train, "device_of", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch, "compile", lambda model: model)
-    vae = TinyVAE(8, train.WIDTHS, operations=nn).requires_grad_(False)
-    monkeypatch.setattr(train, "load_shipped", lambda: (random_base(), vae))
+    ship(0)
     return tmp_path / "weights"
+
+
+def ship(seed: int) -> None:
+    """A base with random weights and a decoder, as the first two stages leave them."""
+    torch.manual_seed(seed)
+    model = train.Base(train.size_of(train.Recipe()))
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.05)
+    train.export_base(model, train.Recipe(), "base")
+    train.write("tiny_vae.safetensors", TinyVAE(8, train.WIDTHS, operations=nn).state_dict(), {})
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_both_stages_train_resume_and_are_exported_in_layouts_that_load(workshop):
@@ -166,7 +179,7 @@ def test_both_stages_train_resume_and_are_exported_in_layouts_that_load(workshop
     for _ in range(2):  # the second time there is nothing left to do but the export
         try_on.train_try_on(base, first)
     made = parse(load_file(workshop / try_on.NAME))
-    assert (made.dim, made.hidden, made.double, made.single) == (128, 512, 1, 1)
+    assert (made.dim, made.hidden, made.double, made.single) == (128, 512, 2, 6)
     for branch in made.branches.values():
         assert set(branch.ranks.values()) == {4}
         assert all(weight.any() for weight in branch.weights.values())
@@ -175,11 +188,42 @@ def test_both_stages_train_resume_and_are_exported_in_layouts_that_load(workshop
     for _ in range(2):
         try_on.train_fast(base, first, second)
     state = load_file(workshop / try_on.FAST)
-    layers = {f"diffusion_model.{name}" for name in random_base().flux.state_dict() if name.endswith(".weight")}
+    flux = train.load_shipped()[0].flux.state_dict()
+    layers = {f"diffusion_model.{name}" for name in flux if name.endswith(".weight")}
     assert {key.replace("lora_A.", "").replace("lora_B.", "") for key in state} <= layers
-    before = {name: weight.clone() for name, weight in random_base().flux.state_dict().items()}
-    after = try_on.with_fast(random_base()).flux.state_dict()
-    assert any(not torch.equal(after[name], before[name]) for name in before)
+    after = try_on.with_fast(train.load_shipped()[0]).flux.state_dict()
+    assert any(not torch.equal(after[name], flux[name]) for name in flux)
+
+
+def test_another_base_gets_loras_of_its_own_and_the_first_base_its_own_again(workshop):
+    base, first = train.Recipe(pixels=32), try_on.TryOnRecipe(rank=2, pool=4, steps=1, batch=2)
+    second = try_on.FastRecipe(rank=2, pool=4, substeps=1, steps=1, batch=2)
+    made = []
+    for seed in (0, 1, 0):
+        ship(seed)
+        try_on.train_try_on(base, first)
+        try_on.train_fast(base, first, second)
+        made.append([load_file(workshop / name) for name in (try_on.NAME, try_on.FAST)])
+    for a, b, again in zip(*made, strict=True):
+        assert not same(a, b)
+        assert same(a, again)
+
+
+def test_another_first_stage_gets_a_student_of_its_own(workshop):
+    """One that differs by its recipe alone, and one whose file alone was exchanged."""
+    base, first = train.Recipe(pixels=32), try_on.TryOnRecipe(rank=2, pool=4, steps=1, batch=2)
+    second = try_on.FastRecipe(rank=2, pool=4, substeps=1, steps=1, batch=2)
+    try_on.train_try_on(base, first)
+    students = []
+    for recipe in (first, replace(first, seed=9), first):
+        try_on.train_fast(base, recipe, second)
+        students.append(load_file(workshop / try_on.FAST))
+    assert not same(*students[:2])
+    assert same(students[0], students[2])
+
+    try_on.train_try_on(base, replace(first, seed=9))
+    try_on.train_fast(base, first, second)
+    assert not same(students[0], load_file(workshop / try_on.FAST))
 
 
 # ------------------------------------------------------------------------------------------------ the shipped LoRAs
