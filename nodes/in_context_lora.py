@@ -94,7 +94,7 @@ class PanelLayout(io.ComfyNode):
                     "prefix",
                     default="",
                     tooltip="What the prompt begins with, such as [MOVIE-SHOTS]. Empty: the preset's own, if it has "
-                    "one. Where the summary contains it, it is not repeated.",
+                    "one. Where the summary has it, as a word of its own, it is not repeated.",
                 ),
                 io.String.Input(
                     "summary",
@@ -186,7 +186,7 @@ class PanelLatent(io.ComfyNode):
                     options=["neutral", "first given panel"],
                     default="neutral",
                     tooltip="What the other panels begin as, for a sampler with denoise below 1. At denoise 1 it has "
-                    "no effect. neutral is grey.",
+                    "no effect on flow models such as FLUX, and a slight one on others. neutral is grey.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many canvases to sample at once."),
             ],
@@ -194,6 +194,11 @@ class PanelLatent(io.ComfyNode):
                 io.Latent.Output(tooltip="The canvas, with a mask that keeps the given panels. For any sampler."),
                 io.Image.Output(
                     display_name="canvas", tooltip="What was encoded: given panels in their places, the rest grey."
+                ),
+                io.Mask.Output(
+                    display_name="mask",
+                    tooltip="1 on the panels to be generated, at the canvas's size. With 'canvas' into "
+                    "InpaintModelConditioning for models that are made to inpaint, such as FLUX.1-Fill.",
                 ),
             ],
         )
@@ -213,10 +218,11 @@ class PanelLatent(io.ComfyNode):
         fill = start_panel(panels, given, start)
         canvas = compose(panels, given, fill)
         ratio = checked_ratio(panels, vae)
+        mask = unknown_mask(panels).to(canvas)
         if not given:
             size = (panels.height // ratio, panels.width // ratio)
             zeros = torch.zeros(batch_size, vae.latent_channels, *size, device=intermediate_device())
-            return io.NodeOutput({"samples": zeros, "downscale_ratio_spacial": ratio}, canvas)
+            return io.NodeOutput({"samples": zeros, "downscale_ratio_spacial": ratio}, canvas, mask[0])
         if encode == "per panel":
             latent = encode_panels(panels, given, fill, vae.encode)
         elif encode == "whole canvas":
@@ -224,7 +230,7 @@ class PanelLatent(io.ComfyNode):
         else:
             raise ValueError(f"'encode' must be per panel or whole canvas, got {encode!r}.")
         samples = latent.repeat(batch_size, *[1] * (latent.ndim - 1))
-        return io.NodeOutput({"samples": samples, "noise_mask": unknown_mask(panels)}, canvas)
+        return io.NodeOutput({"samples": samples, "noise_mask": mask}, canvas, mask[0])
 
 
 class SplitPanels(io.ComfyNode):
@@ -261,7 +267,7 @@ class SplitPanels(io.ComfyNode):
                     "latent",
                     optional=True,
                     tooltip="The sampled canvas, instead of 'image': each panel is decoded by itself, without its "
-                    "neighbours. Needs 'vae'.",
+                    "neighbours. Of a video, each frame counts as a canvas. Needs 'vae'.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes 'latent'. Not read for 'image'."),
             ],
@@ -287,7 +293,8 @@ class SplitPanels(io.ComfyNode):
         if vae is None:
             raise ValueError("Split Panels needs 'vae' to decode 'latent'. Connect it, or use 'image' instead.")
         decoded = vae.decode(latent_panels(panels, latent["samples"]))
-        decoded = decoded.reshape(-1, *decoded.shape[-3:])  # autoencoders for video give a frame each
+        if decoded.ndim == 5:  # an autoencoder for video: the frames come one after the other, as VAE Decode gives them
+            decoded = decoded.unflatten(0, (-1, panels.count)).transpose(1, 2).flatten(0, 2)
         return io.NodeOutput(finished(panels, decoded, inset, canvas))
 
 

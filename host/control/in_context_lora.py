@@ -158,9 +158,11 @@ def read_picture(one: Path, path: Path) -> Tensor:
     try:
         picture = node_helpers.pillow(Image.open, path)
         upright = node_helpers.pillow(ImageOps.exif_transpose, picture)
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"Set {one.name!r}: {path.name} is no picture that can be read. {error}") from error
     if upright.mode.startswith("I"):  # 16 bits grey
-        grey = torch.from_numpy(np.array(upright, np.float32) / 65535)
-        return grey[None, ..., None].expand(-1, -1, -1, 3)
+        values = np.array(upright, np.float32) / 65535
+        if values.min() < 0 or values.max() > 1:
+            raise ValueError(f"Set {one.name!r}: {path.name} has more than 16 bits. Save it with 8 or 16.")
+        return torch.from_numpy(values)[None, ..., None].expand(-1, -1, -1, 3)
     return torch.from_numpy(np.array(upright.convert("RGB"), np.float32) / 255)[None]

@@ -26,6 +26,11 @@ TOKEN = 16  # pixels: 8 of the autoencoder times 2 of the patch
 LIMIT = 8  # rows or columns
 FILL = 0.5  # grey of a panel that is not given, and around a padded picture
 
+STOPS = ".。"  # between two panels, the layout's joint stands for them
+JOINTS = ",;:，；：、"  # stay between two panels; dropped at the end  # noqa: RUF001
+ENDS = "!?！？…"  # stay  # noqa: RUF001
+QUOTES = "\"'”’»」』"  # after which no full stop is put, where one stands before them  # noqa: RUF001
+
 Tags = Literal["auto", "position", "scene", "image"]
 Fit = Literal["crop", "pad", "stretch"]
 
@@ -191,7 +196,7 @@ def parse_given(text: str, count: int) -> tuple[int, ...]:
     for word in re.split(r"[\s,;]+", text.strip()):
         if not word:
             continue
-        if not word.isdecimal() or not 1 <= int(word) <= count:
+        if not re.fullmatch("[0-9]+", word) or not 1 <= int(word) <= count:
             raise ValueError(
                 f"'given' must list panel numbers from 1 to {count}, like 1, 3, or stay empty; got {word!r}."
             )
@@ -222,25 +227,31 @@ def joint_prompt(layout: Layout, summary: str, texts: Sequence[str]) -> str:
 
     Full stops inside are turned into the layout's joint; a comma, semicolon, `!` or `?` that ends a part stays. A text
     that has its tag already keeps it where it is ("while [RIGHT] a white cat"), as some published prompts do; so does
-    a summary that has the prefix ("This [FOUR-PANEL] image ..."). A panel without text keeps its tag, because panels
-    without tags tend to run together.
+    a summary that has the prefix as a word of its own ("This [FOUR-PANEL] image ..."). A panel without text keeps its
+    tag, because panels without tags tend to run together.
 
     Raises:
         ValueError: unless there is one text per panel.
     """
     if len(texts) != layout.count:
         raise ValueError(f"{layout.count} panels need {layout.count} texts, got {len(texts)}.")
-    parts = [one_line(summary)] if summary.strip() else []
+    summary = one_line(summary)
+    parts = [summary] if summary.strip(f" {STOPS}") else []
     for tag, text in zip(layout.tags, texts, strict=True):
         text = one_line(text)
         parts.append(text if tag in text else f"{tag} {text}".rstrip())
     sentence = parts[0]
     for part in parts[1:]:
-        sentence = sentence.rstrip(" .")
-        sentence += (" " if sentence.endswith((",", ";", ":", "!", "?")) else layout.joint) + part
-    sentence = sentence.rstrip(" ,;:")
-    sentence += "" if sentence.endswith((".", "!", "?")) else "."
-    return sentence if not layout.prefix or layout.prefix in sentence else f"{layout.prefix} {sentence}"
+        sentence = sentence.rstrip(f" {STOPS}")
+        sentence += (" " if sentence.endswith((*JOINTS, *ENDS)) else layout.joint) + part
+    sentence = sentence.rstrip(f" {JOINTS}")
+    sentence += "" if sentence.rstrip(QUOTES).endswith((*STOPS, *ENDS)) else "."
+    return f"{layout.prefix} {sentence}" if layout.prefix and not has_word(summary, layout.prefix) else sentence
+
+
+def has_word(text: str, word: str) -> bool:
+    """Whether it stands there by itself: "sks" does in "a sks dog", but not in "tasks"."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
 
 
 def one_line(text: str) -> str:
@@ -288,8 +299,14 @@ def compose(layout: Layout, panels: Mapping[int, Tensor], fill: Tensor | None = 
         fill: the same shape, for all other panels; `None` is mid-grey.
     """
     if fill is None:
-        fill = torch.full((1, layout.panel_height, layout.panel_width, 3), FILL)
+        fill = grey(layout, panels)
     return tiled([panels.get(index, fill) for index in range(layout.count)], layout.rows, -3, -2)
+
+
+def grey(layout: Layout, panels: Mapping[int, Tensor]) -> Tensor:
+    """A panel of it, as the others are in dtype and device."""
+    like = next(iter(panels.values()), torch.zeros(0))
+    return like.new_full((1, layout.panel_height, layout.panel_width, 3), FILL)
 
 
 def compose_latent(layout: Layout, panels: Mapping[int, Tensor], fill: Tensor) -> Tensor:
@@ -383,8 +400,9 @@ def finished(layout: Layout, panels: Tensor, inset: int = 0, canvas: Tensor | No
         untouched = panels_of(layout, canvas)
         if untouched.shape[1:] != panels.shape[1:] or canvas.shape[0] not in (1, batch):
             raise ValueError(
-                f"'canvas' must be one picture of {w * layout.columns} x {h * layout.rows}, as what is split, got "
-                f"{size_of(canvas)}. Scale both alike, or disconnect 'canvas'."
+                f"'canvas' must be one picture of {w * layout.columns} x {h * layout.rows} with {panels.shape[3]} "
+                f"channels, as what is split, got {size_of(canvas)}. Bring both to the same size and channels, or "
+                "disconnect 'canvas'."
             )
         untouched = untouched.repeat(batch // canvas.shape[0], 1, 1, 1).to(panels)
         is_given = torch.tensor([index in layout.given for index in range(layout.count)]).repeat(batch)
@@ -448,6 +466,6 @@ def encode_panels(
     missing = len(latents) < layout.count
     same = next((latents[index] for index, panel in panels.items() if panel is fill), None)
     if fill is None:
-        fill = torch.full((1, layout.panel_height, layout.panel_width, 3), FILL)
+        fill = grey(layout, panels)
     rest = same if same is not None else encode(fill) if missing else next(iter(latents.values()))
     return compose_latent(layout, latents, rest)

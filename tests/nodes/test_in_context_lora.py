@@ -113,15 +113,16 @@ def test_numbers_that_come_over_a_link_are_checked(values, sentence):
 
 def test_without_pictures_it_is_an_empty_latent(default):
     panels, *_ = layout(rows=2, columns=2)
-    samples, canvas = latent(panels, default.vae, batch_size=3)
+    samples, canvas, mask = latent(panels, default.vae, batch_size=3)
     assert samples.keys() == {"samples", "downscale_ratio_spacial"}
     assert torch.equal(samples["samples"], torch.zeros(3, 16, 24, 24))
     assert torch.equal(canvas, torch.full((1, 192, 192, 3), 0.5))
+    assert torch.equal(mask, torch.ones(1, 192, 192))
 
 
 def test_given_panels_are_encoded_by_themselves_and_masked_on_token_lines(default, drawings):
     panels, *_ = layout(rows=2, columns=3, given="2, 6")
-    samples, canvas = latent(panels, default.vae, drawings[:1], drawings[1:2], batch_size=2)
+    samples, canvas, _ = latent(panels, default.vae, drawings[:1], drawings[1:2], batch_size=2)
     assert torch.equal(panels_of(panels, canvas)[[1, 5]], drawings[:2])
     grey = default.vae.encode(torch.full((1, 96, 96, 3), 0.5))
     parts = [grey, default.vae.encode(drawings[:1]), grey, grey, grey, default.vae.encode(drawings[1:2])]
@@ -139,18 +140,39 @@ def test_given_panels_are_encoded_by_themselves_and_masked_on_token_lines(defaul
 
 def test_the_whole_canvas_can_be_encoded_at_once(default, drawings):
     panels, *_ = layout(given="1")
-    samples, canvas = latent(panels, default.vae, drawings[:1], encode="whole canvas")
+    samples, canvas, _ = latent(panels, default.vae, drawings[:1], encode="whole canvas")
     assert torch.equal(samples["samples"], default.vae.encode(canvas))
     assert "noise_mask" in samples
 
 
 def test_other_panels_can_begin_as_the_first_given_one(default, drawings):
     panels, *_ = layout(rows=1, columns=3, given="2, 3")
-    samples, canvas = latent(panels, default.vae, drawings[:1], drawings[1:2], start="first given panel")
+    samples, canvas, _ = latent(panels, default.vae, drawings[:1], drawings[1:2], start="first given panel")
     first, second, third = samples["samples"].split(12, -1)
     assert torch.equal(first, second)
     assert not torch.equal(first, third)
     assert torch.equal(canvas[:, :, :96], drawings[:1])
+
+
+def test_canvas_and_mask_fit_comfyuis_own_inpainting(default, drawings):
+    """What a model that is made to inpaint is given: the mask, and the canvas without the panels to be generated."""
+    from nodes import InpaintModelConditioning
+
+    panels, *_ = layout(rows=2, columns=2, given="1, 4")
+    samples, canvas, mask = latent(panels, default.vae, drawings[:1], drawings[1:2], encode="whole canvas",
+                                   start="first given panel", batch_size=3)  # fmt: skip
+    assert mask.shape == canvas.shape[:3] == (1, 192, 192)
+    expected = torch.ones(2, 96, 2, 96)
+    expected[0, :, 0] = expected[1, :, 1] = 0
+    assert torch.equal(mask, expected.view(1, 192, 192))
+
+    text = [[torch.zeros(1, 20, 128), {}]]
+    positive, _, start = InpaintModelConditioning().encode(text, text, canvas, default.vae, mask, True)
+    grey = torch.full((1, 96, 96, 3), 0.5)
+    blank = torch.cat([torch.cat([drawings[:1], grey], 2), torch.cat([grey, drawings[1:2]], 2)], 1)
+    assert torch.equal(positive[0][1]["concat_latent_image"], default.vae.encode(blank))
+    assert torch.equal(positive[0][1]["concat_mask"], samples["noise_mask"])
+    assert torch.equal(start["samples"], samples["samples"][:1])
 
 
 def test_inputs_are_taken_by_number_and_batches_one_by_one():
@@ -222,7 +244,7 @@ def sampled(model, samples, steps=4, sampler="euler", scheduler="simple", denois
 @pytest.fixture(scope="module")
 def one_given(default, drawings):
     panels, *_ = layout(rows=1, columns=3, given="2")
-    samples, canvas = latent(panels, default.vae, drawings[:1], batch_size=2)
+    samples, canvas, _ = latent(panels, default.vae, drawings[:1], batch_size=2)
     return panels, samples, canvas
 
 
@@ -257,8 +279,8 @@ def test_the_model_sees_given_panels_at_the_noise_level_of_the_step(default, one
 
 def test_at_denoise_1_nothing_depends_on_what_the_others_begin_as(default, drawings):
     panels, *_ = layout(given="1")
-    neutral, _ = latent(panels, default.vae, drawings[:1])
-    copied, _ = latent(panels, default.vae, drawings[:1], start="first given panel")
+    neutral, *_ = latent(panels, default.vae, drawings[:1])
+    copied, *_ = latent(panels, default.vae, drawings[:1], start="first given panel")
     assert not torch.equal(neutral["samples"], copied["samples"])
     assert torch.equal(sampled(default.model, neutral, 3), sampled(default.model, copied, 3))
     assert not torch.equal(sampled(default.model, neutral, 3, denoise=0.6),
@@ -268,8 +290,8 @@ def test_at_denoise_1_nothing_depends_on_what_the_others_begin_as(default, drawi
 def test_panels_see_each_other(default, drawings):
     """One sequence: with another picture given, the panel beside it comes out otherwise."""
     panels, *_ = layout(given="1")
-    one, _ = latent(panels, default.vae, drawings[:1])
-    two, _ = latent(panels, default.vae, drawings[1:2])
+    one, *_ = latent(panels, default.vae, drawings[:1])
+    two, *_ = latent(panels, default.vae, drawings[1:2])
     assert not torch.equal(sampled(default.model, one, 3)[..., 12:], sampled(default.model, two, 3)[..., 12:])
 
 
@@ -279,7 +301,7 @@ def psnr(a, b):
 
 def test_with_everything_given_the_panels_come_back_within_the_round_trip_of_the_vae(default, drawings):
     panels, *_ = layout(rows=2, columns=2, given="1, 2, 3, 4")
-    samples, canvas = latent(panels, default.vae, *drawings.split(1))
+    samples, canvas, _ = latent(panels, default.vae, *drawings.split(1))
     assert torch.count_nonzero(samples["noise_mask"]) == 0
     out = sampled(default.model, samples)
     alone = torch.cat([default.vae.decode(default.vae.encode(each)) for each in drawings.split(1)])
@@ -313,6 +335,20 @@ def test_it_says_what_there_is_to_split(values, sentence):
     panels, *_ = layout()
     with pytest.raises(ValueError, match=sentence):
         split(panels, **values)
+
+
+def test_of_a_video_each_frame_is_a_canvas():
+    """As VAE Decode and Split Panels with its frames would have it, the given panels untouched."""
+    panels, *_ = layout(columns=3, given="2", panel_width=32, panel_height=16)
+    video = noise(2, 4, 5, 2, 12)  # two videos of five frames
+    frames = video[:, :3].movedim(1, -1).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    vae = SimpleNamespace(
+        decode=lambda z: z[:, :3].movedim(1, -1).repeat_interleave(8, 2).repeat_interleave(8, 3)  # [B, T, H, W, C]
+    )
+    for canvas in (None, noise(1, 16, 96, 3, seed=1), noise(10, 16, 96, 3, seed=2)):
+        parts = split(panels, latent={"samples": video}, vae=vae, canvas=canvas)
+        assert parts.shape == (2 * 5 * 3, 16, 32, 3)
+        assert torch.equal(parts, split(panels, frames.reshape(10, 16, 96, 3), canvas=canvas))
 
 
 def test_split_is_exact_for_every_preset():

@@ -40,6 +40,13 @@ const BETWEEN_NUMBERS = new RegExp(`[${WHITE},;]+`, "u");
 const LINE_BREAK = /\r\n|[\n-\r\x1c-\x1e\x85\u2028\u2029]/u;
 const LINE_BREAKS = new RegExp(`(?:${LINE_BREAK.source})+`, "gu");
 
+// The marks that end a part of a caption.
+const STOPS_AT_END = /[ .。]+$/;
+const STAYS_BETWEEN = /[,;:，；：、!?！？…]$/;
+const DROPPED_AT_END = /[ ,;:，；：、]+$/;
+const QUOTES_AT_END = /["'”’»」』]+$/;
+const IS_ENDED = /[.。!?！？…]$/;
+
 function preset(rows, columns, width, height, tags = "position", prefix = "") {
   return Object.freeze({ rows, columns, width, height, tags, prefix });
 }
@@ -161,20 +168,26 @@ export const formatGiven = (numbers) => [...numbers].sort((a, b) => a - b).join(
 
 /** One flowing sentence: prefix, a sentence on the whole set, each panel introduced by its tag. */
 export function joinedCaption({ tags, joint, prefix, summary, texts }) {
-  const parts = strip(summary) ? [squeeze(summary)] : [];
+  const about = squeeze(summary);
+  const parts = about.replace(STOPS_AT_END, "") ? [about] : [];
   tags.forEach((tag, index) => {
     const said = squeeze(texts[index]);
     parts.push(said.includes(tag) ? said : rstrip(`${tag} ${said}`));
   });
   let sentence = parts[0];
   for (let index = 1; index < parts.length; index++) {
-    const before = parts[index - 1];
-    if (before.endsWith(".")) sentence = sentence.replace(/[ .]+$/, "");
-    sentence += (/[,;:!?]$/.test(before) ? " " : joint) + parts[index];
+    sentence = sentence.replace(STOPS_AT_END, "");
+    sentence += (STAYS_BETWEEN.test(sentence) ? " " : joint) + parts[index];
   }
-  sentence = sentence.replace(/[ ,;:]+$/, "");
-  if (!/[.!?]$/.test(sentence)) sentence += ".";
-  return !prefix || sentence.includes(prefix) ? sentence : `${prefix} ${sentence}`;
+  sentence = sentence.replace(DROPPED_AT_END, "");
+  if (!IS_ENDED.test(sentence.replace(QUOTES_AT_END, ""))) sentence += ".";
+  return prefix && !hasWord(about, prefix) ? `${prefix} ${sentence}` : sentence;
+}
+
+/** Whether it stands there by itself: "sks" does in "a sks dog", but not in "tasks". */
+function hasWord(said, word) {
+  const letter = "[\\p{L}\\p{N}_]"; // what Python calls \w
+  return new RegExp(`(?<!${letter})${word.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&")}(?!${letter})`, "u").test(said);
 }
 
 export const words = (caption) => caption.split(SPACES).filter(Boolean).length;

@@ -125,6 +125,10 @@ def broken(place):
     (place / "first" / "2.png").write_bytes(b"not a picture")
 
 
+def deep(place):
+    Image.fromarray(np.full((7, 9), 70000, np.int32)).save(place / "first" / "2.png", format="TIFF")
+
+
 def no_sets(place):
     for file in (place / "first").iterdir():
         file.rename(place / file.name)
@@ -142,6 +146,7 @@ def no_sets(place):
         (one_too_many, "Set 'first' needs 2 pictures, one per panel, and has 3: 1.png, 2.png, 3.png."),
         (one_too_few, "Set 'first' needs 2 pictures, one per panel, and has 1: 1.png."),
         (broken, "Set 'first': 2.png is no picture that can be read."),
+        (deep, "Set 'first': 2.png has more than 16 bits. Save it with 8 or 16."),
         (no_sets, "'sets' has no sets: put the pictures of each set into a folder of their own inside it."),
     ],
 )  # fmt: skip
@@ -149,6 +154,12 @@ def test_what_a_set_lacks_is_said_with_its_name(folder, change, sentence):
     read_sets("sets", layout(), "crop")
     change(folder)
     with pytest.raises(ValueError, match=re.escape(sentence)):
+        read_sets("sets", layout(), "crop")
+
+
+def test_a_picture_too_large_to_be_opened_is_said_with_its_set(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"Set 'first': 1\.png is no picture that can be read\. Image size"):
         read_sets("sets", layout(), "crop")
 
 

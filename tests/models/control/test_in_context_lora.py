@@ -111,7 +111,7 @@ def test_given_panels_are_numbers_from_1(text, expected):
     assert parse_given(text, 4) == expected
 
 
-@pytest.mark.parametrize("text", ["0", "5", "-1", "left", "1-3", "1.5", "²"])
+@pytest.mark.parametrize("text", ["0", "5", "-1", "left", "1-3", "1.5", "²", "٢"])
 def test_given_that_is_no_panel_is_refused(text):
     with pytest.raises(ValueError, match=r"panel numbers from 1 to 4, like 1, 3, or stay empty; got"):
         parse_given(text, 4)
@@ -176,6 +176,20 @@ def test_marks_tags_and_prefixes_that_were_typed_stay():
         "This [FOUR-PANEL] image shows a painter: [TOP-LEFT] she stands, [TOP-RIGHT] she sits; [BOTTOM-LEFT] does she "
         "rest? and [BOTTOM-RIGHT] she leaves!"
     )
+
+
+def test_only_the_summary_can_have_the_prefix_already_and_as_a_word():
+    def prompt(summary, *texts):
+        return joint_prompt(grid(1, 2, prefix="sks"), summary, texts)
+
+    assert prompt("A sks dog, twice", "a", "b") == "A sks dog, twice; [LEFT] a; [RIGHT] b."
+    for summary, texts in (("Tasks", "ab"), ("", ("a sks dog", "b")), ("sks_2", "ab"), ("2sks", "ab")):
+        assert prompt(summary, *texts).startswith("sks ")
+
+
+def test_a_sentence_has_one_end_whatever_the_script():
+    assert joint_prompt(grid(1, 2), "Well?..", ["雨。", "「風。」"]) == "Well? [LEFT] 雨; [RIGHT] 「風。」"
+    assert joint_prompt(grid(1, 2), "...", ["“no.”", "“yes”"]) == "[LEFT] “no.”; [RIGHT] “yes”."
 
 
 def test_panels_without_text_keep_their_tags():
@@ -277,9 +291,11 @@ def test_given_panels_come_back_untouched_from_the_canvas():
         split(grid(2, 2), sampled, canvas=canvas), split(layout, sampled)
     )  # nothing given, nothing taken
     with pytest.raises(
-        ValueError, match="'canvas' must be one picture of 64 x 32, as what is split, got 1 of 128 x 64"
+        ValueError, match="one picture of 64 x 32 with 3 channels, as what is split, got 1 of 128 x 64 with 3 channels"
     ):
         split(layout, sampled, canvas=canvas.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    with pytest.raises(ValueError, match="64 x 32 with 4 channels, as what is split, got 1 of 64 x 32 with 3 channels"):
+        split(layout, torch.cat([sampled, sampled[..., :1]], -1), canvas=canvas)
 
 
 # Masks and latents
@@ -328,6 +344,14 @@ def test_each_panel_is_encoded_by_itself_and_once():
     copies = encode_panels(layout, panels, panels[1], encode)
     assert len(seen) == 2
     assert torch.equal(copies, encode(compose(layout, panels, panels[1])))
+
+
+def test_grey_is_of_the_pictures_kind():
+    """ComfyUI can keep pictures in half precision."""
+    layout = grid(1, 2, given="1")
+    panels = {0: noise(1, 16, 32, 3).half()}
+    assert compose(layout, panels).dtype == torch.float16
+    assert encode_panels(layout, panels, None, lambda picture: picture.movedim(-1, 1)).dtype == torch.float16
 
 
 def test_unknown_panels_begin_grey_or_as_the_first_given_one():
