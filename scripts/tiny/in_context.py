@@ -33,12 +33,14 @@ from torch import Tensor
 
 from dit_toolkit.scripts import places
 
-from . import train, world
+from . import data, train, world
+from .evaluate import pictures
 from .score import OUTFIT, agreement, ground_of, pose_of, read_doll
 
 SIDE = 96
 NAME = "loras/tiny_in_context.safetensors"
 STEPS, CFG = 20, 2.5  # of the sampler, as in the example workflows
+JUDGED = 200  # sets on which the reader of dolls is tried
 
 SILENCE = "A picture."  # filler to the tiny text encoder, which reads it as the empty prompt
 
@@ -256,20 +258,36 @@ def alone(scene: world.Scene) -> str:
     return f"a doll, {pose}, on a {scene.ground} ground"
 
 
-def measure(count: int = 32, seed: int = 1) -> dict[str, dict[str, float]]:
-    """What the model card says of the LoRA: the same held-out prompts and seeds with and without it."""
-    sets = cases(count)
+def chance(left: Pictures, right: Pictures, sets: Sequence[Set]) -> dict[str, float]:
+    """The right panels beside the left panels of other cases."""
+    return tally(np.roll(left, 1, 0), right, sets)
+
+
+def judge(sets: Sequence[Set]) -> dict[str, dict[str, float]]:
+    """What the reader of dolls says of the world's own pictures: the best that it could say of drawn ones."""
+    _, vae = train.load_shipped()
+    panels = [np.stack([world.render(scenes[k], SIDE).image for scenes in sets]) for k in range(2)]
+    coded = [pictures(vae, data.encode(vae, shown)) for shown in panels]
+    return {"world's own pictures": tally(*panels, sets), "after the autoencoder": tally(*coded, sets)}
+
+
+def measure(count: int = 32, seed: int = 1, drawn: int = 5) -> dict[str, dict[str, float]]:
+    """What the model card says of the LoRA: the same held-out prompts and seeds with and without it.
+
+    Args:
+        seed: of the noise. drawn: of the sets.
+    """
+    sets = cases(count, drawn)
     silent = [world.set_caption(scenes, named=False) for scenes in sets]
     named = [world.set_caption(scenes, named=True) for scenes in sets]
     given = np.stack([world.render(first, SIDE).image for first, _ in sets])
-    found = {}
+    found = judge(cases(JUDGED, drawn))
     for name, drawer in (("with", Drawer()), ("without", Drawer(0.0))):
-        left, right = drawer.panels(silent, seed)
-        found[f"{name}, silent"] = tally(left, right, sets)
-        if name == "with":
-            found["with, silent, left panel of another case"] = tally(np.roll(left, 1, 0), right, sets)
-        found[f"{name}, named"] = tally(*drawer.panels(named, seed), sets)
-        found[f"{name}, left panel given"] = tally(*drawer.panels(silent, seed, given), sets)
+        for kind, texts, shown in (("silent", silent, None), ("named", named, None), ("given", silent, given)):
+            panels = drawer.panels(texts, seed, shown)
+            found[f"{name}, {kind}"] = tally(*panels, sets)
+            if name == "with":
+                found[f"{name}, {kind}, left panel of another case"] = chance(*panels, sets)
     apart = Drawer(0.0)
     pair = [apart.single([alone(scenes[k]) for scenes in sets], seed + k) for k in range(2)]
     found["two separate pictures"] = tally(*pair, sets)
@@ -279,7 +297,10 @@ def measure(count: int = 32, seed: int = 1) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=32)
-    print(json.dumps(measure(parser.parse_args().count), indent=1))
+    parser.add_argument("--seed", type=int, default=1, help="of the noise")
+    parser.add_argument("--drawn", type=int, default=5, help="seed of the cases")
+    options = parser.parse_args()
+    print(json.dumps(measure(options.count, options.seed, options.drawn), indent=1))
 
 
 if __name__ == "__main__":

@@ -187,7 +187,8 @@ def pattern_of(image: np.ndarray, mask: np.ndarray) -> str:
 
 def _long_hair(image: np.ndarray, fitted: Thing, hair: str) -> bool:
     """Whether hair of that colour falls beside the neck and the shoulders of a fitted doll."""
-    falls = render(Scene("white", (replace(fitted, hairstyle="long", arms=(14.0, 14.0)),)), image.shape[0])
+    dressed = replace(fitted, colour="red", pattern="plain", bottom_colour="blue", hair="black")  # any: it is the shape
+    falls = render(Scene("white", (replace(dressed, hairstyle="long", arms=(14.0, 14.0)),)), image.shape[0])
     rows = np.arange(image.shape[0])[:, None] / image.shape[0] - (fitted.y - fitted.size / 2)
     beside = (falls.labels == LABELS.index("hair")) & (rows > 0.2 * fitted.size)
     shade = nearest_colour_with_skin(image)

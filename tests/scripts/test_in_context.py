@@ -110,6 +110,17 @@ def test_an_object_or_nothing_is_no_doll():
     assert read_doll(world.render(world.Scene("grey", ()), SIDE).image) is None
 
 
+def test_the_judge_is_right_on_the_truth_and_chance_is_beside_it(sets):
+    sets = sets[:12]
+    found = in_context.judge(sets)
+    assert found["world's own pictures"]["outfit"] >= 0.95
+    assert found["after the autoencoder"]["outfit"] >= 0.9
+    assert in_context.tally(pictures(sets, 0), pictures(sets, 1), sets) == found["world's own pictures"]
+    other = in_context.chance(pictures(sets, 0), pictures(sets, 1), sets)
+    assert other["outfit"] <= 0.1
+    assert other["dolls"] == found["world's own pictures"]["dolls"]
+
+
 # Training by ComfyUI's own nodes
 
 

@@ -80,6 +80,16 @@ def test_details_of_dolls_are_seen():
     assert not any(score(picture(a), b).details["pattern"] for a, b in zip(scenes, swapped, strict=True))
 
 
+def test_a_doll_whose_hair_has_no_colour_of_hair_is_judged_all_the_same():
+    for scene in (s for s in some(2, 20) if max(s.things[0].arms) < 100):
+        drawn = world.render(scene, SIZE)
+        image = np.where((drawn.labels == world.LABELS.index("hair"))[..., None], np.uint8([210, 45, 45]), drawn.image)
+        found = score(image, scene)
+        assert found.objects
+        assert not found.colours
+        assert found.details["hairstyle"] == (scene.things[0].hairstyle == "short")  # no hair falls
+
+
 def test_captions_are_understood_whole():
     """Every word of every caption is known, and none is too long."""
     for level in range(4):
