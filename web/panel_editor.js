@@ -102,6 +102,7 @@ class Editor {
     this.spare = {};
     this.asLines = false; // the user wants the plain widgets
     this.writing = false;
+    this.configuring = false; // widgets are being filled one by one, and some call back
     this.boxes = [];
     this.build();
     this.widget = node.addDOMWidget("panels_editor", "panels_editor", this.element, {
@@ -114,6 +115,15 @@ class Editor {
     this.look();
     this.draw();
     for (const widget of Object.values(this.widgets)) after(widget, "callback", () => this.changed());
+    const configure = node.configure;
+    node.configure = (...args) => {
+      this.configuring = true;
+      try {
+        return configure.apply(node, args);
+      } finally {
+        this.configuring = false;
+      }
+    };
     after(node, "onConfigure", () => this.restored());
     after(node, "onConnectionsChange", () => this.changed());
     after(node, "onResize", () => this.arrange());
@@ -181,20 +191,27 @@ class Editor {
     this.links = this.linked();
     this.state = panels(values, this.links, sent);
     this.preset = values.preset;
+    this.read = BEHIND.map((name) => values[name]);
   }
 
   /** A widget or a link is another: texts follow the grid, and the picture follows both. */
   changed() {
-    if (this.writing) return;
-    const [before, preset] = [this.state, this.preset];
+    if (this.writing || this.configuring) return;
+    this.follow();
+    this.draw();
+  }
+
+  /** Look again. Where the grid is another and the texts are not, bring them along. Returns whether it did. */
+  follow() {
+    const [before, preset, read] = [this.state, this.preset, this.read];
     this.look();
     const { grid } = this.state;
-    if (grid && before.grid && (grid.rows !== before.grid.rows || grid.columns !== before.grid.columns)) {
-      const byHand = preset === "custom" && this.preset === "custom";
-      const spare = withMore(this.spare, before.more, before.grid);
-      this.store(byHand ? moved(before.cells, spare, before.grid, grid) : refilled(before.cells, spare, grid));
-    }
-    this.draw();
+    if (!grid || !before.grid || (grid.rows === before.grid.rows && grid.columns === before.grid.columns)) return false;
+    if (this.read.some((value, index) => value !== read[index])) return false; // written by who knew the new grid
+    const byHand = preset === "custom" && this.preset === "custom";
+    const spare = withMore(this.spare, before.more, before.grid);
+    this.store(byHand ? moved(before.cells, spare, before.grid, grid) : refilled(before.cells, spare, grid));
+    return true;
   }
 
   /** A saved workflow has been put into the widgets. Nothing is written: it shows as it is. */
@@ -209,6 +226,7 @@ class Editor {
 
   /** One row or column more or less, as one step for undo. */
   resize(rows, columns) {
+    this.changed();
     const { grid, cells, more } = this.state;
     if (!grid) return;
     const to = { rows: grid.rows + rows, columns: grid.columns + columns };
@@ -227,15 +245,28 @@ class Editor {
       box.value = clean;
       box.setSelectionRange(caret, caret);
     }
-    const texts = this.state.cells.map((cell, each) => (each === index ? clean : cell.text));
-    this.quietly(() => this.write("panel_prompts", formatTexts(texts.concat(this.state.more))));
+    this.edit(index, { text: clean });
     this.look();
     this.draw();
+    if (!box.isConnected) (this.boxes.find(({ box: { value } }) => value === clean) ?? this.boxes[0])?.box.focus();
   }
 
   toggle(index) {
-    const numbers = this.state.cells.filter(({ given }, each) => given !== (each === index)).map(({ number }) => number);
-    this.step(() => this.write("given", formatGiven(numbers)));
+    this.step(() => this.edit(index, { given: !this.state.cells[index].given }));
+  }
+
+  /** Of a cell that is shown. A program may have set widgets since: then the cell goes where its row and column went. */
+  edit(index, change) {
+    const shown = this.state.cells;
+    shown[index] = { ...shown[index], ...change };
+    if (this.follow()) return;
+    const { more } = this.state;
+    const cells = this.state.cells.map((cell, each) => (each === index ? { ...cell, ...change } : cell));
+    const numbers = cells.filter(({ given }) => given).map(({ number }) => number);
+    this.quietly(() => {
+      if ("text" in change) this.write("panel_prompts", formatTexts(cells.map(({ text }) => text).concat(more)));
+      else this.write("given", formatGiven(numbers));
+    });
   }
 
   store({ cells, spare }) {
@@ -418,7 +449,8 @@ function hide(widget, hidden) {
 function keepToItself(event) {
   if (event.type === "keydown" && (event.ctrlKey || event.metaKey) && THROUGH.has(event.key)) return;
   event.stopPropagation();
-  if (event.type === "keydown" && event.key === "Escape") event.target.blur();
+  const choosing = event.isComposing || event.keyCode === 229; // from an input method; Safari says 229
+  if (event.type === "keydown" && event.key === "Escape" && !choosing) event.target.blur();
 }
 
 /** On the classic canvas an element lies over it: zooming and panning there should work as beside it. */

@@ -240,6 +240,83 @@ def test_text_follows_the_grid_and_comes_back(page, server, mode):
     assert page.errors() == []
 
 
+def test_texts_without_a_place_come_back_after_opening_and_pasting(page, mode):
+    kept = "return layout.properties['dit_toolkit.panels'] ?? null"
+    build(page, rows=2, panel_prompts="a\nb\nc\nd")
+    set_widget(page, "preset", "film-storyboard")
+    look(page)
+    spare = page.evaluate(kept)
+    assert list(spare.values()) == ["d"]
+    saved = page.graph()
+    page.clear()
+    page.load_workflow(saved)
+    look(page)
+    assert page.evaluate(kept) == spare
+
+    page.evaluate("""
+        app.canvas.selectItems([layout]);
+        app.canvas.copyToClipboard();
+        app.graph.remove(layout);
+        app.canvas.pasteFromClipboard();
+    """)
+    look(page)
+    assert page.evaluate(kept) == spare
+    set_widget(page, "preset", "font-design")
+    assert look(page)["texts"] == ["a", "b", "c", "d"]
+    assert page.evaluate(kept) is None
+    assert page.errors() == []
+
+
+def test_what_a_program_set_without_a_word_is_read_before_anything_is_written(page, mode):
+    def quietly(**values):
+        page.evaluate("for (const w of layout.widgets) if (w.name in a) w.value = a[w.name]", values)
+
+    def fresh(**values):
+        page.clear()
+        build(page, rows=2, panel_prompts="a\nb\nc\nd")
+        look(page)
+        quietly(**values)
+
+    # Drawn before: 2 x 2. Now 1 x 3, to which the first row belongs.
+    fresh(rows=1, columns=3)
+    page.evaluate("globalThis.area = editor.querySelectorAll('textarea')[1]; area.focus(); area.select()")
+    write(page, "x")
+    shown = look(page)
+    assert (shown["texts"], shown["values"]["panel_prompts"], shown["note"]) == (["a", "x", ""], "a\nx", "")
+    assert focused(page) == "Prompt of panel 2, IMAGE2"
+    write(page, "y")
+    assert look(page)["texts"] == ["a", "xy", ""]
+
+    fresh(rows=1, columns=3)
+    page.evaluate("editor.querySelectorAll('.dit-panels-cell button')[1].click()")
+    shown = look(page)
+    assert (shown["texts"], shown["values"]["given"]) == (["a", "b", ""], "2")
+
+    fresh(rows=3, columns=1)
+    start_at(page, "Add a row")
+    press(page, " ")
+    shown = look(page)
+    assert (shown["texts"], shown["values"]["rows"], shown["values"]["columns"]) == (["a", "c", "", ""], 4, 1)
+
+    fresh(rows=1, columns=3, panel_prompts="p\nq\nr", given="3")
+    page.evaluate("editor.querySelectorAll('.dit-panels-cell button')[0].click()")
+    shown = look(page)
+    assert (shown["texts"], shown["values"]["given"]) == (["p", "q", "r"], "1, 3")
+    assert page.errors() == []
+
+
+def test_escape_ends_the_choice_of_a_character_and_not_the_typing(page, mode):
+    build(page, panel_prompts="one\ntwo")
+    start_at(page, "Prompt of panel 1, LEFT")
+    escape = """
+        const area = document.activeElement;
+        area.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true, isComposing: a }));
+        return document.activeElement === area;
+    """
+    assert page.evaluate(escape, True)
+    assert not page.evaluate(escape, False)
+
+
 def test_undo_takes_back_what_was_done_in_the_editor(page, mode):
     build(page, panel_prompts="one\ntwo")
     page.evaluate("app.canvas.emitBeforeChange(); app.canvas.emitAfterChange();")
