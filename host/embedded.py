@@ -157,8 +157,10 @@ def example_names() -> list[str]:
 
 
 def load_example(name: str) -> Tensor:
-    """An example picture as IMAGE, `[1, H, W, 3]` in 0..1."""
+    """An example picture as IMAGE, `[1, H, W, 3]` in 0..1, where and as ComfyUI's Load Image puts it."""
     if name not in example_names():
         raise FileNotFoundError(f"There is no example picture {name!r}. Choose one of: {', '.join(example_names())}.")
     with Image.open(EXAMPLES / name) as picture:
-        return torch.from_numpy(np.array(picture.convert("RGB"), np.float32) / 255)[None]
+        pixels = torch.from_numpy(np.array(picture.convert("RGB"), np.float32) / 255)[None]
+    manage = comfy.model_management
+    return pixels.to(device=manage.intermediate_device(), dtype=manage.intermediate_dtype())

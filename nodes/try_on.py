@@ -12,6 +12,7 @@ import math
 from typing import Any, Literal
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..host import model_files
 from ..host.control.conditions import PATCH, Cache, check_numbers
@@ -61,7 +62,8 @@ class TryOnPrepare(io.ComfyNode):
                 io.Mask.Input(
                     "garment_mask",
                     optional=True,
-                    tooltip="Where the garment is in its picture, if there is more to see. The rest becomes white.",
+                    tooltip="Where the garment is in its picture, if there is more to see; the rest becomes white. "
+                    "From Load Image, put Invert Mask between: its mask is 1 where the picture is transparent.",
                 ),
                 io.Combo.Input(
                     "size",
@@ -95,7 +97,8 @@ class TryOnPrepare(io.ComfyNode):
                     default=8,
                     min=0,
                     max=512,
-                    tooltip="Pixels by which the mask grows first. Loose garments need more. 0 leaves it as it is.",
+                    tooltip="Pixels by which the mask grows first. Loose garments need more. Try-On Composite fades "
+                    "the result in over these pixels at most. 0 leaves the mask as it is, with a hard edge.",
                 ),
                 io.Float.Input(
                     "margin",
@@ -149,9 +152,15 @@ class TryOnPrepare(io.ComfyNode):
             fitted_masks(mask, person, dilation),
             None if crop == "whole picture" else margin,
             (height, width) if size == "fixed" else megapixels * 1e6,
+            dilation,
         )
         if garment_mask is not None:
             garment_mask = fitted_masks(garment_mask, garment, what="garment")
+            if any(around_something(each) for each in garment_mask):
+                logger.warning(
+                    "Try-On Prepare: garment_mask covers all corners of its picture and not the middle. From Load "
+                    "Image, put Invert Mask between."
+                )
         persons, masks = masked_persons(person, paste, fill)
         garments = garments_on_white(garment, garment_mask, paste.working)
         return io.NodeOutput(persons, garments, masks, paste.working[1], paste.working[0], max(counts), paste)
@@ -188,7 +197,8 @@ class LoadTryOn(io.ComfyNode):
     def execute(cls, file: str) -> io.NodeOutput:
         loaded = load(file)
         settings = loaded.checkpoint.settings
-        prompt = f", prompt '{settings.prompt}'" if settings.prompt else ""
+        words = " ".join(settings.prompt.split())  # in one line, whatever the file holds
+        prompt = f", prompt '{words}'" if words else ""
         report = f"{file}: {loaded.checkpoint.summary}; fill {settings.fill}, {settings.steps} steps{prompt}"
         logger.info("Try-On %s", report)
         return io.NodeOutput(loaded, report)
@@ -310,16 +320,19 @@ class ApplyTryOn(io.ComfyNode):
             if not math.isfinite(strength):
                 raise ValueError(f"{title} must be a finite number, got {strength}.")
         check_numbers(1.0, start_percent, end_percent)
-        for title, side in (("person_size", person_size), ("garment_size", garment_size)):
-            if side < 0 or side % PATCH:
+        for title, strength, side in (
+            ("person_size", person_strength, person_size),
+            ("garment_size", garment_strength, garment_size),
+        ):
+            if strength != 0 and (side < 0 or side % PATCH):
                 raise ValueError(f"{title} must be 0 or a positive multiple of {PATCH}, got {side}.")
         if person_strength == garment_strength == 0:
             return io.NodeOutput(model)
         patched = attach(
             model,
             try_on,
-            vae.encode(brought_to(person, person_size)),
-            vae.encode(brought_to(garment, garment_size)),
+            vae.encode(brought_to(person, person_size)) if person_strength != 0 else None,
+            vae.encode(brought_to(garment, garment_size)) if garment_strength != 0 else None,
             position=None if garment_position == "auto" else garment_position,
             person_strength=person_strength,
             garment_strength=garment_strength,
@@ -357,8 +370,8 @@ class TryOnComposite(io.ComfyNode):
                     default=8,
                     min=0,
                     max=512,
-                    tooltip="Pixels over which the result fades in, from the border of the mask inwards. "
-                    "0 is a hard edge.",
+                    tooltip="Pixels over which the result fades in, from the border of the grown mask inwards; at most "
+                    "the dilation of Try-On Prepare, so that the old garment does not shine through. 0 is a hard edge.",
                 ),
             ],
             outputs=[io.Image.Output(tooltip="The original pictures with the new garments.")],
@@ -368,8 +381,22 @@ class TryOnComposite(io.ComfyNode):
     def execute(cls, result: Any, person: Any, crop: Paste, feather: int, mask: Any = None) -> io.NodeOutput:
         if feather < 0:
             raise ValueError(f"feather must be at least 0 pixels, got {feather}.")
+        if feather > crop.dilation:
+            logger.info(
+                "Try-On Composite: feather is %d and the mask grew by %d pixels, so the feather is %d. For a softer "
+                "edge, raise 'dilation' in Try-On Prepare.",
+                feather,
+                crop.dilation,
+                crop.dilation,
+            )
         masks = None if mask is None else placed_masks(mask, crop)
         return io.NodeOutput(composite(result, person, crop, feather, masks))
+
+
+def around_something(mask: Tensor) -> bool:
+    """Whether a mask `[H, W]` bool has all four corners and not the middle, as that of a background does."""
+    corners = mask[:: mask.shape[0] - 1 or 1, :: mask.shape[1] - 1 or 1]
+    return bool(corners.all()) and not mask[mask.shape[0] // 2, mask.shape[1] // 2]
 
 
 def check_numbers_of_prepare(

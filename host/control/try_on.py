@@ -49,8 +49,8 @@ class Garment(ConditionImage):
 def attach(
     model: ModelPatcher,
     file: TryOnFile,
-    person: Tensor,
-    garment: Tensor,
+    person: Tensor | None,
+    garment: Tensor | None,
     *,
     position: str | None = None,
     person_strength: float = 1.0,
@@ -60,7 +60,8 @@ def attach(
     """A clone of `model` that puts the garment on the person; `model` itself where both strengths are 0.
 
     Args:
-        person, garment: as a VAE gives them, `[N, C, h, w]`; N is 1, or one per picture of the batch.
+        person, garment: as a VAE gives them, `[N, C, h, w]`; N is 1, or one per picture of the batch. Not read, and
+            None will do, where the branch has strength 0.
         position: of the garment, "beside" or "below"; None takes the file's.
         person_strength, garment_strength: factor on the LoRA of a branch. 0 takes the branch away.
         settings: start, end, cache of `ConditionImage`.
@@ -71,8 +72,18 @@ def attach(
     """
     transformer = flux.require_flux1(model, NODE)
     checkpoint = file.checkpoint
-    counts = (person.shape[0], garment.shape[0])
-    if 1 not in counts and counts[0] != counts[1]:
+    images: list[tuple[type[ConditionImage], str, Tensor, str, float]] = []
+    for kind, branch, latent, place, strength in (
+        (Person, "person", person, "over", person_strength),
+        (Garment, "garment", garment, position or checkpoint.settings.position, garment_strength),
+    ):
+        if strength == 0:
+            continue
+        if latent is None:
+            raise ValueError(f"Give a {branch}, or set {branch}_strength to 0.")
+        images.append((kind, branch, latent, place, strength))
+    counts = [latent.shape[0] for _, _, latent, _, _ in images]
+    if len(counts) == 2 and 1 not in counts and counts[0] != counts[1]:
         raise ValueError(f"Got {counts[0]} persons and {counts[1]} garments. Give one of either, or as many of both.")
     blocks = (len(transformer.double_blocks), len(transformer.single_blocks))
     made_for = (checkpoint.dim, checkpoint.double, checkpoint.single)
@@ -88,10 +99,6 @@ def attach(
                 f"{file.name} is made for {checkpoint.hidden} channels in the MLP, the model has {hidden}. "
                 "Use a LoRA that was trained for this model."
             )
-    images = (
-        (Person, "person", person, "over", person_strength),
-        (Garment, "garment", garment, position or checkpoint.settings.position, garment_strength),
-    )
     for kind, branch, latent, place, strength in images:
         image = kind("", f"{file.name} ({branch})", latent, place, strength, **settings)
         model = conditions.attach(model, image, file.adapter(branch, blocks) if fits else None, made_for)

@@ -26,9 +26,11 @@ PREFIXES = ("", "transformer.", "module.", "model.", "diffusion_model.", "base_m
 PARTS = {"double_blocks": ("q", "k", "v", "proj"), "single_blocks": ("q", "k", "v")}
 STREAMS = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
 FOLDERS = {stream: folder for folder, stream in STREAMS.items()}
+# One way to write a number: no two keys of a file fall on one layer.
 KEY = re.compile(
-    r"(?P<folder>transformer_blocks|single_transformer_blocks)\.(?P<block>\d+)\.attn\.processor\."
-    r"(?P<part>q|k|v|proj)_loras\.(?P<slot>\d+)\.(?P<leaf>down\.weight|up\.weight|alpha|network_alpha)"
+    r"(?P<folder>transformer_blocks|single_transformer_blocks)\.(?P<block>0|[1-9]\d{0,3})\.attn\.processor\."
+    r"(?P<part>q|k|v|proj)_loras\.(?P<slot>0|[1-9]\d{0,3})\.(?P<leaf>down\.weight|up\.weight|alpha|network_alpha)",
+    re.ASCII,
 )
 
 
@@ -182,6 +184,8 @@ def _checked_dim(slots: list[Slot], name: str) -> int:
                 )
             if down.shape[1] != dim or up.shape[0] != dim:
                 raise ValueError(f"{name}: '{label}' must map {dim} channels to {dim}, got {_shapes(down, up)}.")
+            if not all(weight.float().sum().isfinite() for weight in (down, up)):
+                raise ValueError(f"{name}: '{label}' holds NaN or infinite values. Download it again.")
     return dim
 
 

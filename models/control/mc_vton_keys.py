@@ -58,9 +58,11 @@ PARTS = {
 FOLDERS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
 STREAMS = {folder: stream for stream, folder in FOLDERS.items()}
 LEAVES = {"lora_A.weight": "down.weight", "lora_B.weight": "up.weight"}
+# One way to write a number: no two keys of a file fall on one layer.
 KEY = re.compile(
-    r"(?P<branch>person|garment)\.(?P<folder>transformer_blocks|single_transformer_blocks)\.(?P<block>\d{1,4})\."
-    r"(?P<layer>[\w.]+?)\.(?P<leaf>lora_[AB]\.weight|alpha)"
+    r"(?P<branch>person|garment)\.(?P<folder>transformer_blocks|single_transformer_blocks)\.(?P<block>0|[1-9]\d{0,3})\."
+    r"(?P<layer>[\w.]+?)\.(?P<leaf>lora_[AB]\.weight|alpha)",
+    re.ASCII,
 )
 TEXT_STREAM = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context")
 
@@ -311,6 +313,8 @@ def _blocks(branches: dict[str, Branch], stream: str, said: object, name: str) -
 def _checked_matrix(weight: Tensor, key: str, name: str) -> Tensor:
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(f"{name}: '{key}' must be a floating-point matrix, got {tuple(weight.shape)} {weight.dtype}.")
+    if not weight.float().sum().isfinite():
+        raise ValueError(f"{name}: '{key}' holds NaN or infinite values. Get the file again.")
     return weight
 
 

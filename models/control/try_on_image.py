@@ -8,7 +8,8 @@ Three things hold, whatever the sizes:
 
 - What was under the mask does not show in the masked person: it is filled before anything is resampled.
 - Pixels outside the mask are the original's, bit for bit: they are never computed.
-- A crop that keeps its size comes back bit for bit where the feather has ended.
+- A crop that keeps its size comes back bit for bit where the feather has ended, which is before the mask as it was
+  drawn: what the dilation added is all that fades.
 
 Shapes: pictures `[N, H, W, C]` in 0..1, C being 1, 3 or 4; masks `[N, H, W]`. Units: pixels.
 """
@@ -27,6 +28,7 @@ from .pixels import around, bounds, dilate, distance_to, resize, rgb
 
 TOKEN = 16  # pixels
 SHAPE_TOLERANCE = 0.02  # by which the proportions of two pictures that belong together may differ
+MOST = 0.75  # of a crop's area that is left where rounding made it smaller
 FILLS = {"grey": 127 / 255, "black": 0.0}
 
 Fill = Literal["grey", "black"]
@@ -53,10 +55,29 @@ class Crop:
         rows = slice(max(self.top, 0), min(self.top + self.height, size[0]))
         return rows, slice(max(self.left, 0), min(self.left + self.width, size[1]))
 
+    def holds(self, other: Crop) -> bool:
+        """Whether `other` lies within this one."""
+        return (
+            self.left <= other.left
+            and self.top <= other.top
+            and self.left + self.width >= other.left + other.width
+            and self.top + self.height >= other.top + other.height
+        )
+
     def grown(self, working: Size, picture: Size) -> Crop:
         """The smallest crop around this one with the proportions of `working`; within the picture if it fits."""
         width = max(self.width, math.ceil(self.height * working[1] / working[0]))
         height = max(self.height, math.ceil(self.width * working[0] / working[1]))
+        left = _shifted(self.left - (width - self.width) // 2, width, picture[1])
+        return Crop(left, _shifted(self.top - (height - self.height) // 2, height, picture[0]), width, height)
+
+    def largest_around(self, working: Size, picture: Size) -> Crop:
+        """The largest crop within the picture with the proportions of `working`, this one in its middle if it can be.
+
+        It may be too small to hold this one.
+        """
+        width = min(picture[1], max(picture[0] * working[1] // working[0], 1))
+        height = min(picture[0], max(picture[1] * working[0] // working[1], 1))
         left = _shifted(self.left - (width - self.width) // 2, width, picture[1])
         return Crop(left, _shifted(self.top - (height - self.height) // 2, height, picture[0]), width, height)
 
@@ -67,11 +88,13 @@ class Paste:
 
     masks: `[N, H, W]` bool at the size of the person's picture, dilated: what may change.
     working: height and width of the pictures that were made of the crops.
+    dilation: pixels that the masks were dilated by.
     """
 
     crops: tuple[Crop, ...]
     masks: Tensor
     working: Size
+    dilation: int = 0
 
     @property
     def picture(self) -> Size:
@@ -86,7 +109,7 @@ def fitted_masks(mask: Tensor, pictures: Tensor, dilation: int = 0, what: str = 
     Raises:
         ValueError: an empty mask, one of another picture, or another number of them.
     """
-    mask = mask[None] if mask.ndim == 2 else mask
+    mask = (mask[None] if mask.ndim == 2 else mask).to(pictures.device)
     count, size = pictures.shape[0], (pictures.shape[1], pictures.shape[2])
     if mask.ndim != 3:
         raise ValueError(f"A mask must be [N, H, W], got {tuple(mask.shape)}.")
@@ -101,10 +124,10 @@ def fitted_masks(mask: Tensor, pictures: Tensor, dilation: int = 0, what: str = 
             f"The mask is {mask.shape[2]} x {mask.shape[1]} pixels and the {what} {size[1]} x {size[0]}. "
             "Use a mask that was made of this picture."
         )
-    fitted = (resize(mask[..., None].float(), *size)[..., 0] > 0.5).expand(count, -1, -1)
+    fitted = resize(mask[..., None].float(), *size)[..., 0] > 0.5
     if not fitted.flatten(1).any(1).all():
         raise ValueError("The mask is too small: nothing is left of it at the picture's size. Paint a larger one.")
-    return torch.stack([dilate(each, dilation) for each in fitted])
+    return torch.stack([dilate(each, dilation) for each in fitted]).expand(count, -1, -1)
 
 
 def crop_around(mask: Tensor, margin: float) -> Crop:
@@ -122,19 +145,31 @@ def size_for(crops: Sequence[Crop], pixels: float) -> Size:
     return max(round(height * factor), 1) * TOKEN, max(round(width * factor), 1) * TOKEN
 
 
-def plan(masks: Tensor, margin: float | None, size: Size | float) -> Paste:
+def plan(masks: Tensor, margin: float | None, size: Size | float, dilation: int = 0) -> Paste:
     """Where to crop.
+
+    A crop reaches over the picture's border where a given size leaves no other way. Where the size is ours, rounded to
+    whole tokens, it is made smaller instead, as long as it holds the mask and most of what it should.
 
     Args:
         masks: `[N, H, W]` bool, none of them empty.
         margin: around the mask, as a part of its longer side; None takes the whole picture.
         size: height and width of the crops' pictures, or about how many pixels they are to have.
+        dilation: pixels that the masks were dilated by.
     """
     picture = (masks.shape[1], masks.shape[2])
     whole = Crop(0, 0, picture[1], picture[0])
     boxes = [whole if margin is None else crop_around(mask, margin) for mask in masks]
     working = size if isinstance(size, tuple) else size_for(boxes, size)
-    return Paste(tuple(box.grown(working, picture) for box in boxes), masks, working)
+    crops = [box.grown(working, picture) for box in boxes]
+    if not isinstance(size, tuple):
+        for number, (crop, mask) in enumerate(zip(crops, masks, strict=True)):
+            smaller, needed = crop.largest_around(working, picture), Crop(*bounds(mask))
+            smaller = needed.largest_around(working, picture) if not smaller.holds(needed) else smaller
+            most = MOST * min(crop.width, picture[1]) * min(crop.height, picture[0])
+            if not whole.holds(crop) and smaller.holds(needed) and smaller.width * smaller.height >= most:
+                crops[number] = smaller
+    return Paste(tuple(crops), masks, working, dilation)
 
 
 def masked_persons(person: Tensor, paste: Paste, fill: Fill) -> tuple[Tensor, Tensor]:
@@ -152,10 +187,11 @@ def masked_persons(person: Tensor, paste: Paste, fill: Fill) -> tuple[Tensor, Te
 
 
 def smaller_mask(mask: Tensor, crop: Crop, working: Size) -> Tensor:
-    """A mask `[H, W]` bool on the working picture of a crop: True wherever it touches a pixel."""
-    rows, columns = crop.inside((mask.shape[0], mask.shape[1]))
-    cut = torch.zeros(crop.height, crop.width, dtype=torch.bool, device=mask.device)
-    cut[_moved(rows, crop.top), _moved(columns, crop.left)] = mask[rows, columns]
+    """A mask `[H, W]` bool on the working picture of a crop: True wherever it touches a pixel.
+
+    Beyond the picture's border it is repeated, as the pixels are that it hides.
+    """
+    cut = crop.of(mask)
     if cut.shape == working:
         return cut
     return torch.nn.functional.adaptive_max_pool2d(cut[None].float(), working)[0] > 0
@@ -197,7 +233,8 @@ def composite(result: Tensor, person: Tensor, paste: Paste, feather: int, masks:
     Args:
         result: `[M, h, w, C]` with the proportions of the crops, at any scale.
         person: `[N, H, W, C]`, the original; N is 1 or M.
-        feather: pixels over which a result fades in, from the border of the mask inwards. 0 is a hard edge.
+        feather: pixels over which a result fades in, from the border of the mask inwards. 0 is a hard edge. At most
+            the dilation: further in, what the result is to replace would shine through.
         masks: narrows what may change, `[N, H, W]` bool. Outside of `paste.masks` nothing does.
 
     Returns:
@@ -207,7 +244,8 @@ def composite(result: Tensor, person: Tensor, paste: Paste, feather: int, masks:
         ValueError: other persons than the crops were made of, another number of results, or other proportions.
     """
     refuse_strangers(result, person, paste)
-    masks = paste.masks if masks is None else masks & paste.masks
+    feather = min(feather, paste.dilation)
+    masks = (paste.masks if masks is None else masks & paste.masks).to(person.device)
     weights = [paste_weight(mask, crop, feather) for mask, crop in zip(masks, paste.crops, strict=True)]
     person = person if person.shape[-1] == 4 else rgb(person)
     pasted = []
@@ -242,7 +280,7 @@ def placed_masks(mask: Tensor, paste: Paste) -> Tensor:
     Raises:
         ValueError: a mask of neither size, or another number of them.
     """
-    mask = mask[None] if mask.ndim == 2 else mask
+    mask = (mask[None] if mask.ndim == 2 else mask).to(paste.masks.device)
     size, count = tuple(mask.shape[1:]), len(paste.crops)
     if mask.shape[0] not in (1, count) or size not in (paste.picture, paste.working):
         raise ValueError(
@@ -261,9 +299,10 @@ def placed_masks(mask: Tensor, paste: Paste) -> Tensor:
 
 
 def paste_weight(mask: Tensor, crop: Crop, feather: int) -> Tensor:
-    """How much of a result shows, `[H, W]` in 0..1: 0 outside of mask and crop, 1 from `feather` + 1 pixels inwards.
+    """How much of a result shows, `[H, W]` in 0..1: 0 outside of mask and crop, 1 more than `feather` pixels inwards.
 
-    Where the picture ends, the mask has no border.
+    It is exactly 1 there, so that a mask that was dilated by `feather` pixels hides all that it hid before. Where the
+    picture ends, the mask has no border.
     """
     within = torch.zeros_like(mask)
     within[crop.inside((mask.shape[0], mask.shape[1]))] = True
@@ -271,7 +310,8 @@ def paste_weight(mask: Tensor, crop: Crop, feather: int) -> Tensor:
     weight = torch.zeros(mask.shape, device=mask.device)
     if within.any():
         near = around(within, 1)  # beyond its border there is nothing nearer
-        weight[near] = distance_to(~within[near], feather) / (feather + 1)
+        distance = distance_to(~within[near], feather)
+        weight[near] = torch.where(distance > feather, 1.0, distance / (feather + 1))
     return weight
 
 

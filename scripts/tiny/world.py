@@ -240,6 +240,8 @@ def _fill(canvas: np.ndarray, points: np.ndarray, value: int, smooth: bool) -> N
 def _paint(part: Part, size: int) -> np.ndarray:
     """Colour of a part at every pixel, `[H, W, 3]` float32 or `[3]` when plain. Patterns move with their owner."""
     base = np.array(part.colour, np.float32)
+    if part.pattern not in PATTERNS:
+        raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, got '{part.pattern}'")
     if part.pattern == "plain":
         return base
     x0, y0, s = part.frame

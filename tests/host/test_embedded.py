@@ -7,6 +7,7 @@ well below what weights/README.md measured, and well above what a broken model r
 import logging
 from dataclasses import dataclass
 
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.sd
@@ -326,3 +327,14 @@ def test_two_conditions_act_together(stack, apply):
     share = {name: np.mean(values) for name, values in right.items()}
     assert share["edge and subject"] >= share["edge alone"] + 0.4, share
     assert np.mean(overlap) >= 0.8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_example_pictures_lie_where_load_image_puts_its_own(monkeypatch, dtype):
+    """--gpu-only and --fp16-intermediates. No other device can be had here but one that holds no numbers."""
+    name = embedded.example_names()[0]
+    plain = embedded.load_example(name)
+    monkeypatch.setattr(comfy.model_management, "intermediate_dtype", lambda: dtype)
+    assert torch.equal(embedded.load_example(name), plain.to(dtype))
+    monkeypatch.setattr(comfy.model_management, "intermediate_device", lambda: torch.device("meta"))
+    assert embedded.load_example(name).device.type == "meta"

@@ -35,7 +35,7 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
     loras = tmp_path / "loras"
     loras.mkdir()
-    known = {**folder_paths.folder_names_and_paths, "loras": ([str(loras)], {".safetensors"})}
+    known = {**folder_paths.folder_names_and_paths, "loras": ([str(loras)], folder_paths.supported_pt_extensions)}
     known.pop("easycontrol", None)
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})

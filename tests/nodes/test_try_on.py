@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 
 import folder_paths
@@ -68,7 +69,7 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
     loras = tmp_path / "loras"
     loras.mkdir()
-    known = {**folder_paths.folder_names_and_paths, "loras": ([str(loras)], {".safetensors"})}
+    known = {**folder_paths.folder_names_and_paths, "loras": ([str(loras)], folder_paths.supported_pt_extensions)}
     known.pop("try_on", None)
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
@@ -102,6 +103,18 @@ def test_nodes_say_what_they_are():
 
 
 # Prepare and Composite
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_mask_of_the_background_is_noticed(caplog, background):
+    """As core's Load Image gives it of a cut-out garment: 1 where the picture is transparent."""
+    mask = torch.zeros(1, 30, 30)
+    mask[:, 8:22, 8:22] = 1
+    prepare(garment_mask=1 - mask if background else mask)
+    prepare(garment_mask=torch.ones(1, 30, 30))
+    prepare(garment=image(1, 1), garment_mask=torch.ones(1, 1, 1))
+    said = [record.getMessage() for record in caplog.records if "put Invert Mask between" in record.getMessage()]
+    assert len(said) == background
 
 
 def test_prepared_pictures_have_one_size():
@@ -140,6 +153,21 @@ def test_what_is_pasted_back_leaves_the_rest_bit_for_bit(channels, crop):
     allowed = torch.nn.functional.max_pool2d(hole(75, 53)[None], 17, 1, 8)[0] > 0  # 8 pixels of dilation
     assert not (changed & ~allowed).any()
     assert changed.sum() > 0.5 * (hole(75, 53) > 0).sum()
+
+
+@pytest.mark.parametrize("dilation", [0, 3])
+def test_the_feather_stays_within_the_dilation_and_says_so(caplog, dilation):
+    crop = prepare(size="fixed", width=32, height=48, dilation=dilation)[6]
+    result, person = image(48, 32, seed=3), image(60, 44)
+    with caplog.at_level(logging.INFO):
+        wide = TryOnComposite.execute(result, person, crop, 8).args[0]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"Try-On Composite: feather is 8 and the mask grew by {dilation} pixels, so the feather is")
+    caplog.clear()
+    assert torch.equal(wide, TryOnComposite.execute(result, person, crop, dilation).args[0])
+    assert not caplog.records
+    hard = TryOnComposite.execute(result, person, crop, 0).args[0]
+    assert torch.equal(wide, hard) == (dilation == 0)
 
 
 def test_a_mask_narrows_what_composite_changes():
@@ -234,6 +262,25 @@ def test_settings_reach_the_model(tiny_flux, file):
     ):
         assert (tiny.sample(apply(tiny_flux, file, **change), 4) - whole).abs().mean() > 1e-4
     assert torch.equal(tiny.sample(apply(tiny_flux, file, kv_cache="offload to CPU"), 4), whole)
+
+
+@pytest.mark.parametrize("off", ["person", "garment"])
+def test_a_branch_of_strength_0_is_neither_encoded_nor_checked(tiny_flux, file, off):
+    vae = Vae()
+    odd = {off: image(64, 64, 3), f"{off}_size": 40, f"{off}_strength": 0.0}
+    other = {"person": "garment", "garment": "person"}[off]
+    out = tiny.sample(apply(tiny_flux, file, vae=vae, **odd, **{other: image(64, 64, 2, seed=5)}), 1, batch=2)
+    assert len(vae.seen) == 1
+    assert torch.equal(vae.seen[0], image(64, 64, 2, seed=5))
+    assert (out - tiny.sample(tiny_flux, 1, batch=2)).abs().mean() > 1e-3
+
+
+def test_the_report_is_one_line_whatever_the_file_holds(folders):
+    made = Checkpoint({"person": random_branch(1)}, 256, 1024, 2, 2, Settings(prompt="a doll\nin\r\n  red\n"))
+    save_file(write(made), folders / "loras" / "mine.safetensors", write_metadata(made))
+    report = LoadTryOn.execute("mine.safetensors").args[1]
+    assert report.endswith("20 steps, prompt 'a doll in red'")
+    assert len(report.splitlines()) == 1
 
 
 def test_off_passes_the_model_on_and_encodes_nothing(tiny_flux, file):

@@ -84,7 +84,7 @@ class Stage:
         shirt = world.garment_mask(drawn, 1)
         self.doll, self.subject = image(drawn.image), image((drawn.owners > 0).astype(np.uint8) * 255)[..., 0]
         self.person = image(np.where(shirt[..., None] > 0, np.uint8(127), drawn.image))
-        self.garment = image(world.garment_flat(world.Thing("doll", 0.5, 0.5, 0.9, "red", "stripes"), SIDE))
+        self.garment = image(world.garment_flat(world.Thing("doll", 0.5, 0.5, 0.9, "red", "striped"), SIDE))
         self.conditions = {"edge": image(world.edge_map(other)), "pose": image(world.pose_map(second, SIDE))}
         self.negative = self.words("")
 

@@ -38,19 +38,23 @@ pytestmark = pytest.mark.comfy
 PERSON, GARMENT = latent(20, (8, 8)), latent(21, (8, 6))
 
 
-def random_branch(seed, size=1.0, ranks=None) -> Branch:
-    """Every layer of the image stream, strong enough to show."""
-    lora = BranchLora(HIDDEN, DOUBLE, SINGLE, ranks or dict.fromkeys(layers(DOUBLE, SINGLE), 4), operations=torch.nn)
+SCALES = {name: (0.25, 1.0, 1.75)[i % 3] for i, name in enumerate(layers(DOUBLE, SINGLE))}
+
+
+def random_branch(seed, size=1.0, ranks=None, scales=None) -> Branch:
+    """Every layer of the image stream, strong enough to show. `scales`: alpha / rank, by layer."""
+    ranks = ranks or dict.fromkeys(layers(DOUBLE, SINGLE), 4)
+    lora = BranchLora(HIDDEN, DOUBLE, SINGLE, ranks, scales, operations=torch.nn)
     generator = torch.Generator().manual_seed(seed)
     for weight in lora.parameters():
         weight.data = torch.randn(weight.shape, generator=generator) * 0.5 * size / weight.shape[-1] ** 0.5
     return lora.branch()
 
 
-def checkpoint(person=1, garment=2, size=1.0, **settings) -> Checkpoint:
+def checkpoint(person=1, garment=2, size=1.0, scales=None, **settings) -> Checkpoint:
     """Seeds of the branches; None leaves one out."""
     seeds = {"person": person, "garment": garment}
-    branches = {name: random_branch(seed, size) for name, seed in seeds.items() if seed is not None}
+    branches = {name: random_branch(seed, size, scales=scales) for name, seed in seeds.items() if seed is not None}
     return Checkpoint(branches, HIDDEN, 4 * HIDDEN, DOUBLE, SINGLE, Settings(**settings))
 
 
@@ -206,10 +210,11 @@ def merged(transformer, branch: Branch, strength: float):
     """A copy of diffusers' transformer with the branch's LoRA in its weights."""
     whole = copy.deepcopy(transformer)
     state = write(Checkpoint({"person": branch}, HIDDEN, 4 * HIDDEN, DOUBLE, SINGLE))
-    for name in {key.removeprefix("person.").rsplit(".lora_", 1)[0] for key in state}:
+    for name in {key.removeprefix("person.").rsplit(".lora_", 1)[0] for key in state if ".lora_" in key}:
         down, up = (state[f"person.{name}.lora_{letter}.weight"] for letter in "AB")
+        alpha = state.get(f"person.{name}.alpha", down.shape[0])
         layer = whole.get_submodule(name)
-        layer.weight.data = layer.weight.data + strength * (up @ down)
+        layer.weight.data = layer.weight.data + strength * float(alpha) / down.shape[0] * (up @ down)
     return whole
 
 
@@ -224,12 +229,16 @@ class Branched(Image):
         return self.transformer
 
 
-@pytest.mark.parametrize(("position", "strengths"), [("beside", (1.0, 1.0)), ("below", (0.7, 1.2))])
-def test_it_equals_diffusers_modules_in_one_masked_sequence(position, strengths):
+@pytest.mark.parametrize(
+    ("position", "strengths", "scales"),
+    [("beside", (1.0, 1.0), None), ("below", (0.7, 1.2), None), ("beside", (1.0, 0.8), SCALES)],
+)
+def test_it_equals_diffusers_modules_in_one_masked_sequence(position, strengths, scales):
     """Picture and text see both conditions, each condition itself alone; each has its LoRA merged into its weights."""
     diffusers = pytest.importorskip("diffusers")
     transformer = random_transformer(diffusers)
-    flux, file = load_flux(transformer.state_dict()), file_of(position=position)
+    flux, file = load_flux(transformer.state_dict()), file_of(scales=scales, position=position)
+    assert bool(file.checkpoint.branches["person"].alphas) == (scales is not None)
     scaled = flux.model.process_latent_in
     noise, ((text, about),) = latent(7, (8, 12)), prompt()
     person, garment = latent(20, (6, 6)), latent(21, (4, 6))
@@ -249,6 +258,21 @@ def test_it_equals_diffusers_modules_in_one_masked_sequence(position, strengths)
     got = noise - scaled(sample(model, 1, noise=noise))  # one step from 1 to 0 ends at noise - velocity
     assert (expected - plain).abs().mean() > 0.02 * plain.abs().mean()
     close(got, expected)
+
+
+def test_alpha_in_a_file_scales_its_layer(tiny_flux, tmp_path):
+    """A file with alphas is the file without them whose `up` has been multiplied by alpha / rank."""
+    made, path = checkpoint(scales=SCALES), str(tmp_path / "alphas.safetensors")
+    save_file(write(made), path, write_metadata(made))
+    loaded = TryOnFile("alphas", try_on_files.read(path, "alphas"), path)
+    assert len(loaded.checkpoint.branches["garment"].alphas) == sum(scale != 1 for scale in SCALES.values())
+    folded, bare = checkpoint(), file_of()
+    for branch in folded.branches.values():
+        for layer, scale in SCALES.items():
+            branch.weights[f"{layer}.up.weight"] = branch.weights[f"{layer}.up.weight"] * scale
+    out = sample(dressed(tiny_flux, loaded), 1)
+    close(out, sample(dressed(tiny_flux, TryOnFile("folded", folded)), 1))
+    assert (out - sample(dressed(tiny_flux, bare), 1)).abs().mean() > 0.003
 
 
 def taylor(model, **values):

@@ -656,7 +656,11 @@ BAD = "transformer_blocks.0.attn.processor.q_loras.0"
             "mixes '.alpha' and '.network_alpha'",
         ),
         (lambda s: s.update({"transformer_blocks.0.attn.processor.q_loras.2.alpha": torch.ones(1)}), "missing"),
-        (lambda s: s.update({f"{BAD.replace('0', '9' * 18, 1)}.up.weight": torch.zeros(8, 2)}), "more missing"),
+        (lambda s: s.update({f"{BAD.replace('0', '9999', 1)}.up.weight": torch.zeros(8, 2)}), "more missing"),
+        (lambda s: s.update({f"{BAD.replace('0', '9' * 18, 1)}.up.weight": torch.zeros(8, 2)}), "which no EasyControl"),
+        (lambda s: s.update({f"{BAD.replace('0', '00', 1)}.up.weight": torch.zeros(8, 2)}), "which no EasyControl"),
+        (lambda s: s.update({BAD.replace("0", "\u0660", 1) + ".up.weight": torch.zeros(8, 2)}), "which no EasyControl"),
+        (lambda s: s.update({f"{BAD}.up.weight": torch.full((8, 2), float("nan"))}), "holds NaN or infinite values"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_with_a_reason(change, message):

@@ -44,6 +44,15 @@ def rectangle(height, width, left, top, right, bottom):
     return mask
 
 
+def clamp(index, length):
+    return min(max(index, 0), length - 1)
+
+
+def disc(height, width, x, y, radius):
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return ((rows - y) ** 2 + (columns - x) ** 2 <= radius**2).float()[None]
+
+
 def random_case(seed):
     """Sizes, a mask and settings of a user: odd, small, at the border, upright and lying."""
     rng = random.Random(seed)
@@ -164,7 +173,7 @@ def test_a_crop_has_its_margin_and_the_proportions_of_the_working_picture():
 @pytest.mark.parametrize("seed", range(30))
 def test_plans_hold_the_mask_and_the_proportions(seed):
     person, mask, dilation, settings, _ = random_case(seed)
-    paste = plan(fitted_masks(mask, person, dilation), **settings)
+    paste = plan(fitted_masks(mask, person, dilation), **settings, dilation=dilation)
     (crop,), (rows, columns) = paste.crops, paste.crops[0].inside(paste.picture)
     assert paste.masks[0][rows, columns].sum() == paste.masks.sum()  # nothing of the mask is cut off
     assert all(side % 16 == 0 and side > 0 for side in paste.working)
@@ -176,6 +185,40 @@ def test_plans_hold_the_mask_and_the_proportions(seed):
         assert (start >= 0 and start + length <= available) or length > available
 
 
+@pytest.mark.parametrize("size", [(100, 67), (768, 1000), (96, 96), (333, 61), (75, 53)])
+@pytest.mark.parametrize("margin", [None, 4.0])
+@pytest.mark.parametrize("pixels", [6e3, 3e4])
+def test_rounding_to_tokens_does_not_reach_over_the_border(size, margin, pixels):
+    mask = rectangle(*size, size[1] // 3, size[0] - 9, size[1] // 2, size[0])  # at the lower border
+    paste = plan(fitted_masks(mask, picture(*size)), margin, pixels)
+    (crop,), whole = paste.crops, Crop(0, 0, size[1], size[0])
+    box = whole if margin is None else crop_around(paste.masks[0], margin)
+    assert whole.holds(crop)
+    assert crop.holds(Crop(*bounds(paste.masks[0])))
+    assert margin or crop.width == size[1] or crop.height == size[0]  # as large as it can be
+    assert crop.width * crop.height >= 0.75 * box.width * box.height
+    assert abs(crop.width * paste.working[0] - crop.height * paste.working[1]) < max(paste.working)
+
+
+def test_a_mask_that_needs_all_of_the_picture_gets_it():
+    person = picture(100, 67)
+    paste = plan(fitted_masks(torch.ones(1, 100, 67), person), None, 6e3)
+    assert paste.crops[0].holds(Crop(0, 0, 67, 100))
+    flat = plan(fitted_masks(rectangle(3, 400, 5, 0, 9, 3), picture(3, 400)), None, 600)
+    assert flat.crops[0].holds(Crop(0, 0, 400, 3))  # cut to the size's proportions, little would be left
+    assert plan(fitted_masks(rectangle(9, 9, 2, 2, 5, 5), picture(9, 9)), None, (32, 64)).crops[0].width == 18
+
+
+def test_one_mask_for_many_persons_is_grown_once(monkeypatch):
+    from dit_toolkit.models.control import try_on_image
+
+    grown = []
+    monkeypatch.setattr(try_on_image, "dilate", lambda mask, by: grown.append(by) or dilate(mask, by))
+    masks = fitted_masks(rectangle(40, 60, 3, 3, 9, 9), picture(40, 60, count=5), dilation=2)
+    assert masks.shape == (5, 40, 60)
+    assert grown == [2]
+
+
 # What the model gets
 
 
@@ -184,7 +227,7 @@ def test_plans_hold_the_mask_and_the_proportions(seed):
 def test_what_was_under_the_mask_does_not_show(seed, fill):
     person, mask, dilation, settings, _ = random_case(seed)
     masks = fitted_masks(mask, person, dilation)
-    paste = plan(masks, **settings)
+    paste = plan(masks, **settings, dilation=dilation)
     shown, small = masked_persons(person, paste, fill)
     assert shown.shape == (1, *paste.working, 3)
     assert small.shape == (1, *paste.working)
@@ -197,19 +240,33 @@ def test_what_was_under_the_mask_does_not_show(seed, fill):
 @pytest.mark.parametrize("seed", range(12))
 def test_a_working_pixel_is_masked_when_any_part_of_it_is(seed):
     person, mask, dilation, settings, _ = random_case(seed)
-    paste = plan(fitted_masks(mask, person, dilation), **settings)
+    paste = plan(fitted_masks(mask, person, dilation), **settings, dilation=dilation)
     (crop,), small = paste.crops, masked_persons(person, paste, "grey")[1][0]
     for y in range(0, paste.working[0], 5):
         for x in range(0, paste.working[1], 5):
             rows = range(y * crop.height // paste.working[0], math.ceil((y + 1) * crop.height / paste.working[0]))
             columns = range(x * crop.width // paste.working[1], math.ceil((x + 1) * crop.width / paste.working[1]))
             touched = [
-                bool(paste.masks[0, row + crop.top, column + crop.left])
+                bool(
+                    paste.masks[0, clamp(row + crop.top, paste.picture[0]), clamp(column + crop.left, paste.picture[1])]
+                )
                 for row in rows
                 for column in columns
-                if 0 <= row + crop.top < paste.picture[0] and 0 <= column + crop.left < paste.picture[1]
             ]
             assert bool(small[y, x]) == any(touched)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_beyond_the_border_the_mask_goes_on_as_the_picture_does(side):
+    """Else a strip of fill would be shown as if it were the person's."""
+    person = picture(100, 60) * 0.9
+    mask = rectangle(100, 60, 0, 0, 20, 100) if side == "left" else rectangle(100, 60, 40, 0, 60, 100)
+    paste = plan(fitted_masks(mask, person), None, (96, 96))
+    assert paste.crops == (Crop(-20, 0, 100, 100),)
+    shown, small = masked_persons(person, paste, "grey")
+    assert torch.equal((shown == GREY).all(-1), small > 0.5)
+    edge = small[0, :, 0 if side == "left" else -1]
+    assert edge.all()
 
 
 def test_persons_of_a_batch_have_crops_of_their_own_and_one_size():
@@ -247,6 +304,21 @@ def test_a_garment_is_cut_out_along_its_mask_or_its_alpha():
     assert torch.equal(fitted[0, ..., 0] < 0.5, rectangle(20, 40, 10, 4, 20, 14)[0] > 0)
 
 
+def test_a_garment_of_soft_alpha_is_mixed_with_white():
+    garment = picture(20, 40, 4)
+    expected = garment[..., 3:] * garment[..., :3] + (1 - garment[..., 3:])
+    torch.testing.assert_close(garments_on_white(garment, None, (20, 40)), expected)
+
+
+def test_garments_of_a_batch_have_masks_of_their_own():
+    garments = picture(20, 40, count=2)
+    masks = torch.cat([rectangle(20, 40, 10, 4, 20, 14), rectangle(20, 40, 0, 9, 30, 20)]) > 0
+    both = garments_on_white(garments, masks, (32, 32))
+    alone = [garments_on_white(garments[[i]], masks[[i]], (32, 32)) for i in range(2)]
+    assert torch.equal(both, torch.cat(alone))
+    assert not torch.equal(both, garments_on_white(garments, masks.flip(0), (32, 32)))
+
+
 # Pasting back
 
 
@@ -254,7 +326,7 @@ def test_a_garment_is_cut_out_along_its_mask_or_its_alpha():
 def test_pixels_outside_the_mask_are_the_originals(seed):
     person, mask, dilation, settings, feather = random_case(seed)
     masks = fitted_masks(mask, person, dilation)
-    paste = plan(masks, **settings)
+    paste = plan(masks, **settings, dilation=dilation)
     result = picture(*paste.working, count=2, seed=seed + 1)
     pasted = composite(result, person, paste, feather)
     original = person if person.shape[-1] == 4 else rgb(person)
@@ -274,7 +346,7 @@ def test_a_crop_that_nobody_edited_comes_back(seed):
     """Exactly outside, within the error of resampling twice inside."""
     _, mask, dilation, settings, feather = random_case(seed)
     person = smooth(*mask.shape[1:])
-    paste = plan(fitted_masks(mask, person, dilation), **settings)
+    paste = plan(fitted_masks(mask, person, dilation), **settings, dilation=dilation)
     (crop,) = paste.crops
     pasted = composite(resize(crop.of(person[0]), *paste.working)[None], person, paste, feather)
     assert torch.equal(pasted[0][~paste.masks[0]], person[0][~paste.masks[0]])
@@ -286,6 +358,7 @@ def test_a_crop_of_its_own_size_comes_back_bit_for_bit():
     person = picture(96, 64)
     paste = plan(fitted_masks(rectangle(96, 64, 10, 20, 50, 70), person), None, (96, 64))
     assert torch.equal(composite(person, person, paste, 0), person)
+    paste = plan(fitted_masks(rectangle(96, 64, 14, 24, 46, 66), person, 4), None, (96, 64), 4)
     result = picture(96, 64, seed=5)
     pasted = composite(result, person, paste, 4)
     assert torch.equal(pasted[0, 24:66, 14:46], result[0, 24:66, 14:46])  # 4 pixels of feather, then the result itself
@@ -300,6 +373,42 @@ def test_the_feather_rises_from_the_border_inwards():
     cut = paste_weight(mask, Crop(0, 5, 40, 40), 3)  # the crop ends inside the picture above, with it below
     assert torch.equal(cut[4:9, 20], torch.tensor([0, 1, 2, 3, 4]) / 4)
     assert cut[39, 20] == 1
+
+
+@pytest.mark.parametrize("dilation", [0, 1, 2, 8])
+@pytest.mark.parametrize("feather", [0, 1, 3, 8, 40])
+def test_what_was_masked_never_shines_through(dilation, feather):
+    """A round mask: at its border, what the dilation added is wider along the axes than between them."""
+    drawn = disc(80, 80, 38, 41, 20)
+    person = 0.5 * picture(80, 80)
+    paste = plan(fitted_masks(drawn, person, dilation), None, (80, 80), dilation)
+    result = picture(80, 80, seed=5)
+    pasted = composite(result, person, paste, feather)
+    assert torch.equal(pasted[drawn > 0], result[drawn > 0])
+    between = paste.masks & (drawn == 0)
+    mixed = (pasted != result).any(-1) & between
+    assert bool(mixed.any()) == (min(feather, dilation) > 0)
+    assert torch.equal(pasted, composite(result, person, paste, min(feather, dilation)))
+
+
+def test_persons_of_a_batch_get_their_own_results_crops_and_masks():
+    person, result = picture(60, 60, count=2), picture(48, 32, count=2, seed=9)
+    drawn = torch.cat([rectangle(60, 60, 2, 2, 12, 30), rectangle(60, 60, 40, 20, 58, 40)])
+    narrow = torch.cat([rectangle(60, 60, 0, 0, 60, 20), rectangle(60, 60, 50, 0, 60, 60)])
+    paste = plan(fitted_masks(drawn, person, 2), 0.2, (48, 32), 2)
+    pasted = composite(result, person, paste, 2, placed_masks(narrow, paste))
+    for i in range(2):
+        alone = plan(fitted_masks(drawn[[i]], person[[i]], 2), 0.2, (48, 32), 2)
+        expected = composite(result[[i]], person[[i]], alone, 2, placed_masks(narrow[[i]], alone))
+        assert torch.equal(pasted[[i]], expected)
+        assert (expected != person[[i]]).any()
+    wide = composite(result, person, paste, 2)
+    assert all((pasted[i] != wide[i]).any() for i in range(2))
+    working = (picture(48, 32, count=2, seed=3)[..., 0] > 0.5).float()
+    both = placed_masks(working, paste)
+    for i in range(2):
+        alone = plan(fitted_masks(drawn[[i]], person[[i]], 2), 0.2, (48, 32), 2)
+        assert torch.equal(placed_masks(working[[i]], alone)[0], both[i])
 
 
 def test_results_may_be_of_another_scale_but_not_of_another_shape():
@@ -342,7 +451,7 @@ def test_a_second_mask_narrows_what_changes_and_never_widens_it():
 def test_nothing_that_was_handed_over_is_written_to():
     person, mask = picture(40, 40, 4), rectangle(40, 40, 4, 4, 30, 30)
     before = person.clone(), mask.clone()
-    paste = plan(fitted_masks(mask, person, 3), 0.2, (32, 32))
+    paste = plan(fitted_masks(mask, person, 3), 0.2, (32, 32), 3)
     kept = paste.masks.clone()
     shown, _ = masked_persons(person, paste, "black")
     composite(shown, person, paste, 3)
