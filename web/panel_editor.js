@@ -255,7 +255,7 @@ class Editor {
     this.step(() => this.edit(index, { given: !this.state.cells[index].given }));
   }
 
-  /** Of a cell that is shown. A program may have set widgets since: then the cell goes where its row and column went. */
+  /** Of a cell that is shown. If a program has set widgets since, the cell goes where its row and column went. */
   edit(index, change) {
     const shown = this.state.cells;
     shown[index] = { ...shown[index], ...change };
