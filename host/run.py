@@ -7,15 +7,16 @@ and counts evaluations. A *lane* is what one feature keeps for one condition wit
 lets every description `bind` its hooks to the run's own copy of the options, and drops all of it in `finally`. So the
 order of nodes does not matter, and nothing stays on the MODEL, its weights or its modules.
 
-Two hooks are the run's own. PREDICT_NOISE is one evaluation by the sampler, whatever the guider makes of it.
-APPLY_MODEL is one call of the model, with one or more conditions side by side in its batch: a `Chunk`.
+Three hooks are the run's own. PREDICT_NOISE is one evaluation by the sampler, whatever the guider makes of it.
+CALC_COND_BATCH tells which prompts a guider has computed: core's guiders do not agree on their order. APPLY_MODEL is
+one call of the model, with one or more conditions side by side in its batch: a `Chunk`.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -25,7 +26,9 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 KEY = "dit_toolkit"
 CHUNK = "dit_toolkit.chunk"  # in transformer_options: the Chunk that is being computed
+PROMPTS = "dit_toolkit.prompts"  # there too: the name of each list of prompts, by number
 VISIT = "dit_toolkit.step_cache"  # there too: the step cache's Visit. A pass of another picture takes it out
+POSITIVE = "positive"  # what core's guiders call the prompt of the picture
 
 State = TypeVar("State")
 
@@ -51,13 +54,18 @@ class Condition:
     """
 
     uuid: Hashable
-    index: int  # place in the guider's list: 0 positive, 1 negative
+    index: int  # number of its list in the call of the guider, which says nothing of what it is: see `name`
     occurrence: int
     window: tuple[int, ...] | None  # frames of the context window, where there is one
     hooks: Hashable  # ComfyUI's HookGroup, or None
     device: torch.device
     patched: tuple[Hashable, ...] = ()  # blocks that somebody replaced for this pass alone, as SkipLayerGuidance does
     role: Hashable = None  # what a feature of ours calls the model for, where it is not the picture itself
+    name: str = ""  # the guider's: "positive", "negative", "middle", ...; empty for a prompt that it does not know
+
+    @property
+    def positive(self) -> bool:
+        return self.name == POSITIVE
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class Run:
     sigmas: the schedule, as the sampler node gave it; empty where it gave none.
     sampler: ComfyUI's name of the sampler function, such as "sample_euler"; empty where it has none.
     noise: what the run starts from, in the shape of the latent, `[B, C, (frames,) h, w]`; None when it is over.
+    names: the guider's name for each prompt, by uuid.
     """
 
     def __init__(
@@ -91,8 +100,10 @@ class Run:
         sigmas: Sequence[float] = (),
         sampler: str = "",
         noise: torch.Tensor | None = None,
+        names: Mapping[Hashable, str] | None = None,
     ):
         self.model = model
+        self.names = dict(names or {})
         self.noise = noise
         self.sigmas = tuple(sigmas)
         self.sampler = sampler
@@ -116,11 +127,23 @@ class Run:
             self.evaluation += 1
             self._seen.clear()
 
+    def name_of(self, uuid: Hashable, index: int) -> str:
+        """The guider's name for a prompt. Where a prompt has no uuid, or the guider no "positive", the first is it."""
+        if uuid is None or POSITIVE not in self.names.values():
+            return POSITIVE if index == 0 else "negative"
+        return self.names.get(uuid, "")
+
+    def names_of(self, lists: Sequence[Sequence[Mapping] | None]) -> tuple[str, ...]:
+        """The name of each list of prompts, told by its first: core puts copies of others behind, with their uuids."""
+        firsts = [prompts[0].get("uuid") if prompts else None for prompts in lists]
+        return tuple(self.name_of(uuid, index) for index, uuid in enumerate(firsts))
+
     def open_chunk(self, x: torch.Tensor, options: dict, hooks: Hashable) -> Chunk:
         """The conditions of a model call with batch `x` and these transformer_options."""
         uuids, indices = options.get("uuids"), options.get("cond_or_uncond")
         indices = indices or [0] * len(uuids or [None])
         uuids = uuids or [None] * len(indices)
+        names = options.get(PROMPTS, ())
         window = options.get("context_window")
         frames = None if window is None else tuple(window.index_list)
         blocks = options.get("patches_replace", {}).get("dit", {})
@@ -129,7 +152,9 @@ class Run:
         with self._lock:
             for uuid, index in zip(uuids, indices, strict=True):
                 same = (uuid, index, frames, hooks, x.device, patched)
-                conditions.append(Condition(uuid, index, self._seen[same], frames, hooks, x.device, patched))
+                name = names[index] if index < len(names) else self.name_of(uuid, index)
+                place = (uuid, index, self._seen[same], frames, hooks, x.device, patched)
+                conditions.append(Condition(*place, name=name))
                 self._seen[same] += 1
         return Chunk(tuple(conditions), x.shape[0] // len(conditions))
 
@@ -177,13 +202,17 @@ def sampler_run(executor, *args, **kwargs):
     """OUTER_SAMPLE: one run from first to last."""
     guider = executor.class_obj
     noise = args[0] if args else kwargs.get("noise")
-    run = Run(guider.model_patcher, *schedule_of(*args, **kwargs), noise)
+    run = Run(guider.model_patcher, *schedule_of(*args, **kwargs), noise, names_in(getattr(guider, "conds", {})))
     completed, before = False, guider.model_options
     guider.model_options = options = create_model_options_clone(before)
 
     def count(executor, *args, **kwargs):
         run.begin_evaluation()
         return executor(*args, **kwargs)
+
+    def name_prompts(executor, model, conds, x, timestep, model_options):
+        options = {**model_options["transformer_options"], PROMPTS: run.names_of(conds)}
+        return executor(model, conds, x, timestep, {**model_options, "transformer_options": options})
 
     def name_conditions(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         hooks = getattr(executor.class_obj.current_patcher, "current_hooks", None)
@@ -193,6 +222,7 @@ def sampler_run(executor, *args, **kwargs):
 
     try:
         add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, count, options, is_model_options=True)
+        add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, name_prompts, options, is_model_options=True)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, name_conditions, options, is_model_options=True)
         descriptions = options["transformer_options"].get(KEY, ())
         for description in sorted(descriptions, key=place):
@@ -209,6 +239,11 @@ def sampler_run(executor, *args, **kwargs):
 def place(description: Description) -> int:
     """Where a description stands among the others, see `Description.bind`."""
     return getattr(description, "innermost", False) - getattr(description, "outermost", False)
+
+
+def names_in(conds: Mapping[str, Sequence[Mapping]]) -> dict[Hashable, str]:
+    """The guider's name for each of its prompts, by uuid."""
+    return {prompt["uuid"]: name for name, prompts in conds.items() for prompt in prompts if "uuid" in prompt}
 
 
 def schedule_of(noise=None, latent_image=None, sampler=None, sigmas=None, *args, **kwargs) -> tuple[list[float], str]:

@@ -38,14 +38,17 @@ class ApplyFreeCus(io.ComfyNode):
             search_aliases=["freecus", "subject reference", "subject driven", "personalization", "customization",
                             "consistent character", "attention sharing"],
             inputs=[
-                io.Model.Input("model", tooltip="A FLUX.1 model: dev, or a fine-tune or LoRA of it."),
+                io.Model.Input(
+                    "model", tooltip="A FLUX.1 model: dev, or a fine-tune or LoRA of it; not Fill, Canny or Depth."
+                ),
                 io.Vae.Input("vae", tooltip="The model's VAE, which encodes the reference at the picture's size."),
                 io.Image.Input("reference", tooltip="One picture of the subject."),
                 io.Mask.Input(
                     "subject",
                     optional=True,
-                    tooltip="Where the subject is on the reference. Every token it touches counts in full, so draw it "
-                    "tight. Without it the whole picture is the subject, its background too.",
+                    tooltip="Where the subject is on the reference. A token of 16 x 16 pixels counts in full where its "
+                    "middle is inside; of parts too thin for that, the tokens they lie in. Draw it tight. Without a "
+                    "mask the whole picture is the subject, its background too.",
                 ),
                 io.Float.Input(
                     "key_scale",
@@ -122,7 +125,7 @@ class ApplyFreeCus(io.ComfyNode):
                     default=SAME_NOISE,
                     advanced=True,
                     tooltip="Noise on the reference: that which the picture starts from, as published, or noise drawn "
-                    "from noise_seed.",
+                    "from noise_seed. A second stage, which starts without noise, has that of seed 0.",
                 ),
                 io.Int.Input(
                     "noise_seed",

@@ -347,7 +347,7 @@ def free_memory(base: Any, where: torch.device) -> float:
 
 def rows_of_positive(visit: Visit) -> Tensor:
     """`[B]` bool: the batch rows of positive prompts."""
-    positive = [condition.index == 0 for condition in visit.chunk.conditions]
+    positive = [condition.positive for condition in visit.chunk.conditions]
     return torch.tensor(positive).repeat_interleave(visit.chunk.rows).to(visit.device)
 
 

@@ -13,7 +13,9 @@ State: `freecus_run.py`, for one run. The reference is encoded when a run starts
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -26,9 +28,11 @@ from torch.nn import functional as F
 
 from ...models.control.freecus import (
     KEY_SCALE,
+    PUBLISHED_DEPTH,
     REFERENCE_SHIFT,
     Grid,
     ShiftMode,
+    in_bytes,
     layers_from,
     reference_sigma,
     subject_tokens,
@@ -37,7 +41,9 @@ from .. import attention, flux
 from ..attention import Block
 from ..run import KEY, Run
 from ..run import attach as attach_description
-from .freecus_run import ReferenceRun
+from .freecus_run import NO_CONCAT, ReferenceRun
+
+logger = logging.getLogger(__name__)
 
 NODE = "Apply FreeCus"
 PIXELS = 8  # of one cell of the latent
@@ -66,7 +72,7 @@ class Reference:
             pixels = self.image[..., :3].movedim(-1, 1)
             if pixels.shape[1] == 1:
                 pixels = pixels.expand(-1, 3, -1, -1)  # grey
-            fitted = fit(pixels, height * PIXELS, width * PIXELS, self.fit, "lanczos")
+            fitted = fit(pixels, height * PIXELS, width * PIXELS, self.fit, resize_picture)
             encoded = self.vae.encode(fitted.movedim(1, -1))
             if encoded.ndim != 4 or encoded.shape[-2:] != (height, width):
                 raise ValueError(
@@ -86,11 +92,10 @@ class Reference:
         if self.mask is None:
             mask = self.image.new_ones((1, 1, *self.image.shape[1:3]))
         else:
-            mask = self.mask[:, None].float()
-            if mask.shape[-2:] != self.image.shape[1:3]:
-                mask = F.interpolate(mask, self.image.shape[1:3], mode="bilinear", align_corners=False)
+            height_of_image, width_of_image = self.image.shape[1:3]
+            mask = resize_mask(in_bytes(self.mask)[:, None], height_of_image, width_of_image)
         size = (height * PIXELS, width * PIXELS)
-        mask = fit(mask, *size, self.fit, "bilinear", fill=0.0)
+        mask = fit(mask, *size, self.fit, resize_mask, fill=0.0)
         whole = tuple(2 * PIXELS * n for n in grid)  # odd latents: the last token is half outside
         found = subject_tokens(F.pad(mask, (0, whole[1] - size[1], 0, whole[0] - size[0]))[0, 0], grid)
         if not len(found):
@@ -167,9 +172,12 @@ def attach(
         settings: the other fields of `FreeCus`.
 
     Raises:
-        ValueError: another model family, several images, an empty mask, or settings that mean nothing.
+        ValueError: another model family, a model that takes a second picture in its channels, several images, an empty
+            mask, or settings that mean nothing.
     """
     transformer = flux.require_flux1(model, NODE)
+    if transformer.in_channels > transformer.out_channels:
+        raise ValueError(NO_CONCAT)
     if image.ndim != 4 or image.shape[0] != 1:
         raise ValueError(
             f"{NODE} takes one reference picture, got {image.shape[0]}. Chain the node, once for each picture."
@@ -180,34 +188,57 @@ def attach(
         mask = mask[None] if mask.ndim == 2 else mask
         if mask.ndim != 3 or mask.shape[0] != 1:
             raise ValueError(f"{NODE} takes one mask `[1, H, W]` for its picture, got {tuple(mask.shape)}.")
-        if not (mask > 0).any():
+        if not torch.isfinite(mask).all():
+            raise ValueError(f"{NODE}: the mask holds NaN or infinite values. Check it.")
+        if not (in_bytes(mask) > 0).any():
             raise ValueError(f"{NODE}: the mask is empty. Paint it over the subject, or disconnect it.")
     if fit not in get_args(Fit):
         raise ValueError(f"fit must be one of {', '.join(get_args(Fit))}, got '{fit}'.")
     names = flux.block_names(transformer)
     doubles = len(transformer.double_blocks)
-    chosen = layers_from(layers, doubles, len(names) - doubles)
+    depth = (doubles, len(names) - doubles)
+    chosen = layers_from(layers, *depth)
+    if layers.strip().lower() == "published" and depth != PUBLISHED_DEPTH:
+        logger.info(
+            "FreeCus: the published layers are those of FLUX.1-dev. This model has %d double and %d single blocks, "
+            "so all of them see the subject",
+            *depth,
+        )
     blocks = frozenset(names[i] for i in chosen)
     return attach_description(model, FreeCus(Reference(image, mask, vae, fit), blocks, **settings))
 
 
-def fit(pixels: Tensor, height: int, width: int, how: Fit, method: str, fill: float | None = None) -> Tensor:
+def resize_picture(pixels: Tensor, height: int, width: int, crop: str = "disabled") -> Tensor:
+    return comfy.utils.common_upscale(pixels, width, height, "lanczos", crop)
+
+
+def resize_mask(mask: Tensor, height: int, width: int, crop: str = "disabled") -> Tensor:
+    """By area where it shrinks: what is thinner than a pixel of the result leaves a trace."""
+    if tuple(mask.shape[-2:]) == (height, width):
+        return mask
+    shrinks = height < mask.shape[-2] or width < mask.shape[-1]
+    return comfy.utils.common_upscale(mask, width, height, "area" if shrinks else "bilinear", crop)
+
+
+def fit(
+    pixels: Tensor, height: int, width: int, how: Fit, resize: Callable[..., Tensor], fill: float | None = None
+) -> Tensor:
     """Bring `[1, C, H, W]` to `height` x `width`: cropped, padded evenly, or stretched.
 
     Args:
-        method: of ComfyUI's resize.
+        resize: `resize_picture` or `resize_mask`.
         fill: what pads; None repeats the border.
     """
     if how != "pad":
         if pixels.shape[-2:] == (height, width):
             return pixels
-        return comfy.utils.common_upscale(pixels, width, height, method, "center" if how == "crop" else "disabled")
+        return resize(pixels, height, width, "center" if how == "crop" else "disabled")
     factor = min(height / pixels.shape[-2], width / pixels.shape[-1])
     inner = [
         max(min(round(side * factor), most), 1) for side, most in zip(pixels.shape[-2:], (height, width), strict=True)
     ]
     if tuple(inner) != tuple(pixels.shape[-2:]):
-        pixels = comfy.utils.common_upscale(pixels, inner[1], inner[0], method, "disabled")
+        pixels = resize(pixels, inner[0], inner[1])
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
     around = (left, width - inner[1] - left, top, height - inner[0] - top)
     if fill is None:

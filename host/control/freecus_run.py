@@ -30,6 +30,11 @@ logger = logging.getLogger(__name__)
 
 PER_CONDITION = ("cond_or_uncond", "uuids")  # lists in transformer_options with an entry for each condition
 
+NO_CONCAT = (
+    "Apply FreeCus works on models that take one picture: Fill, Canny and Depth models, and LoRAs of that kind, take a "
+    "second one in their channels, and the reference has none. Use FLUX.1-dev, with a ControlNet or EasyControl."
+)
+
 KeysValues = tuple[Tensor, Tensor]  # [rows, H, S, d] each
 
 
@@ -83,7 +88,6 @@ class ReferencePass:
     which: tuple[int, ...]
     x: Tensor  # [conditions * rows, C, h, w]
     t: Tensor
-    concat: Tensor | None
     text: Tensor | None
     options: dict
     conds: dict
@@ -117,7 +121,7 @@ class ReferencePass:
         wrappers = options.get("wrappers", {})
         options["wrappers"] = {kind: each for kind, each in wrappers.items() if kind != WrappersMP.DIFFUSION_MODEL}
 
-        self.plain(x, self._rows(self.t), self._rows(self.concat), text, None, options, **conds)
+        self.plain(x, self._rows(self.t), None, text, None, options, **conds)
         self.run.passes += 1
         return recording.kept
 
@@ -160,8 +164,10 @@ class ReferenceRun:
         seed = self.settings.seed
         if seed is None and torch.count_nonzero(noise):
             return noise
-        drawn: Any = comfy.sample.prepare_noise(noise, seed or 0)  # nested only where the latent is
-        return drawn
+        if seed is None:
+            logger.info("FreeCus: this run starts without noise, so the reference has noise of its own, from seed 0")
+        own = torch.Generator().manual_seed(seed or 0)  # not the global one: the samplers draw from that
+        return comfy.sample.prepare_noise_inner(noise, own)  # core's numbers
 
     def level(self, sigma: float, model_sampling: Any) -> float:
         """Noise level of the reference at this noise level of the picture."""
@@ -194,7 +200,7 @@ class ReferenceRun:
         Beside the reference pass stand its keys and values and the streams, queries, keys and values of the block that
         asked for it.
         """
-        prompts = 1 if self.settings.prompts == "positive only" else 2
+        prompts = 1 if self.settings.prompts == "positive only" else len(conds)
         rows = noise_shape[0] * prompts
         needed = self.bytes(model.model, rows) + 5 * rows * math.prod(self.grid) * self._token(model.model)
         share = needed / max(model.model.memory_required(list(noise_shape)), 1)
@@ -207,12 +213,13 @@ class ReferenceRun:
         """APPLY_MODEL: promise the keys of the subject, and scale those of the text."""
         base, options = executor.class_obj, transformer_options or {}
         sigma, chunk = float(t.flatten()[0]), chunk_of(options)
-        both = self.settings.prompts != "positive only"
-        which = tuple(i for i, condition in enumerate(chunk.conditions) if both or condition.index == 0)
-        if which and x.shape[-2:] == self.size and self.acts_at(sigma, base.model_sampling):
-            reference = ReferencePass(
-                self, executor.original, base, sigma, which, x, t, c_concat, c_crossattn, options, conds
-            )
+        every = self.settings.prompts != "positive only"
+        which = tuple(i for i, condition in enumerate(chunk.conditions) if every or condition.positive)
+        ours = flux.is_flux1(getattr(base.diffusion_model, "_orig_mod", base.diffusion_model))  # some guiders have two
+        if which and ours and x.shape[-2:] == self.size and self.acts_at(sigma, base.model_sampling):
+            if c_concat is not None:
+                raise ValueError(NO_CONCAT)
+            reference = ReferencePass(self, executor.original, base, sigma, which, x, t, c_crossattn, options, conds)
             options = self.promise(options, reference)
             self.report(base, chunk.rows)
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
@@ -253,4 +260,9 @@ class ReferenceRun:
 
     def close(self, completed: bool) -> None:
         """Nothing of the run's stays, whoever holds this."""
+        if completed and not self.passes:
+            logger.warning(
+                "FreeCus never acted in this run. Either no step lies between start_percent and end_percent, or all "
+                "prompts are for areas of the picture, or other nodes stand in for the layers that see the subject."
+            )
         self.noise = self.latent = self.tokens = torch.empty(0)

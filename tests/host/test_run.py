@@ -14,7 +14,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 
-from dit_toolkit.host.run import CHUNK, KEY, Condition, Run, attach, attached, chunk_of
+from dit_toolkit.host.run import CHUNK, KEY, PROMPTS, Condition, Run, attach, attached, chunk_of
 from dit_toolkit.tests.host.tiny import latent, prompt, sample
 
 pytestmark = pytest.mark.comfy
@@ -152,8 +152,28 @@ def test_a_call_whose_conditions_have_no_uuids_keeps_them_apart():
     chunk = Run().open_chunk(torch.zeros(4, 1), {"cond_or_uncond": [1, 0]}, None)
     assert [(c.uuid, c.index) for c in chunk.conditions] == [(None, 1), (None, 0)]
     assert chunk.rows == 2
+    assert [c.name for c in chunk.conditions] == ["negative", "positive"]
     unplaced = Run().open_chunk(torch.zeros(4, 1), {"uuids": ["a", "b"]}, None)
     assert [(c.uuid, c.index) for c in unplaced.conditions] == [("a", 0), ("b", 0)]
+
+
+def test_conditions_are_told_apart_by_the_guiders_names():
+    """Its lists come in any order, and copies of one prompt stand in the list of another."""
+    run = Run(names={"a": "positive", "b": "negative", "c": "middle"})
+    p, n, m = {"uuid": "a"}, {"uuid": "b"}, {"uuid": "c"}
+    assert run.names_of([[n, p], [m], [p]]) == ("negative", "middle", "positive")
+    assert run.names_of([[{"uuid": "new"}], None, []])[0] == ""
+    options = {"uuids": ["a", "a", "c"], "cond_or_uncond": [2, 0, 1], PROMPTS: run.names_of([[n, p], [m], [p]])}
+    chunk = run.open_chunk(torch.zeros(3, 1), options, None)
+    assert [c.positive for c in chunk.conditions] == [True, False, False]
+    alone = run.open_chunk(torch.zeros(1, 1), {"uuids": ["b"], "cond_or_uncond": [0]}, None)
+    assert [(c.name, c.positive) for c in alone.conditions] == [("negative", False)]
+    assert alone.in_role("reference", [0]).conditions[0].name == "negative"
+
+
+def test_a_guider_without_a_positive_has_its_first_prompt_for_it():
+    run = Run(names={"a": "cond", "b": "uncond"})
+    assert run.names_of([[{"uuid": "a"}], [{"uuid": "b"}]]) == ("positive", "negative")
 
 
 def test_descriptions_meet_in_one_run_in_the_order_of_their_nodes(tiny_flux):

@@ -59,6 +59,16 @@ def test_every_input_reaches_the_method(tiny_flux):
     )  # read with own seed only
 
 
+def test_fit_reaches_the_method(tiny_flux):
+    """Reference and mask are oblong, the picture is square."""
+    oblong = torch.rand(1, 64, 128, 3, generator=torch.Generator().manual_seed(21))
+    mask = torch.zeros(1, 64, 128)
+    mask[:, 16:48, 24:104] = 1
+    drawn = [sample(freed(tiny_flux, reference=oblong, subject=mask, fit=fit), 2) for fit in ("crop", "pad", "stretch")]
+    for i in range(3):
+        assert (drawn[i] - drawn[i - 1]).abs().mean() > 1e-4
+
+
 def test_another_kind_of_noise_is_refused(tiny_flux):
     with pytest.raises(ValueError, match="own seed"):
         freed(tiny_flux, noise="pink")

@@ -7,6 +7,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import comfy.model_management
+import comfy.sample
 import comfy.samplers
 import pytest
 import torch
@@ -216,6 +217,28 @@ def test_pictures_of_a_batch_are_those_sampled_alone(freed):
         close(together[[i]], sample(freed(), 2, noise=noise[[i]], cfg=2.0))
 
 
+def test_each_call_of_the_pass_is_told_of_its_own_conditions_only(freed, monkeypatch):
+    """CFG, positive only, one batch: lists with an entry per condition are as long as the batch of the pass."""
+    seen, compute = [], ReferencePass.compute
+
+    def watched(self):
+        plain = self.plain
+        self.plain = lambda x, t, c, text, control, options, **conds: (
+            seen.append((self.x, x, t, text, options)) or plain(x, t, c, text, control, options, **conds)
+        )
+        return compute(self)
+
+    monkeypatch.setattr(ReferencePass, "compute", watched)
+    sample(freed(), 2, cfg=2.0, batch=3)
+    assert len(seen) == 2
+    for picture, x, t, text, options in seen:
+        assert picture.shape[0] == 6
+        assert x.shape[0] == t.shape[0] == text.shape[0] == 3
+        assert len(options["cond_or_uncond"]) * 3 == len(options["uuids"]) * 3 == x.shape[0]
+        assert options["cond_or_uncond"] == [0]
+        torch.testing.assert_close(text, prompt()[0][0].expand(3, -1, -1))
+
+
 def test_noise_of_its_own(freed):
     same, own = sample(freed(), 2), sample(freed(seed=1), 2)
     assert not torch.equal(same, own)
@@ -223,7 +246,7 @@ def test_noise_of_its_own(freed):
     assert not torch.equal(own, sample(freed(seed=2), 2))
 
 
-def test_a_run_that_starts_without_noise_has_noise_for_the_reference(freed, monkeypatch):
+def test_a_run_that_starts_without_noise_has_noise_for_the_reference(freed, monkeypatch, caplog):
     """The second half of a run in two samplers."""
     seen, level = [], ReferenceRun.noise_of
 
@@ -232,8 +255,18 @@ def test_a_run_that_starts_without_noise_has_noise_for_the_reference(freed, monk
         return seen[-1]
 
     monkeypatch.setattr(ReferenceRun, "noise_of", spy)
-    sample(freed(), 1, noise=torch.zeros(1, 16, *SIZE))
-    assert seen[0].std() == pytest.approx(1, abs=0.1)
+    state = torch.get_rng_state()
+    with caplog.at_level("INFO"):
+        sample(freed(), 1, noise=torch.zeros(1, 16, *SIZE))
+    assert "starts without noise" in caplog.text
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(seen[0], comfy.sample.prepare_noise(torch.zeros(1, 16, *SIZE), 0))
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        sample(freed(), 1)
+        sample(freed(seed=3), 1, noise=torch.zeros(1, 16, *SIZE))
+    assert "starts without noise" not in caplog.text
+    assert torch.equal(seen[-1], comfy.sample.prepare_noise(torch.zeros(1, 16, *SIZE), 3))
 
 
 @pytest.mark.parametrize("size", [(7, 9), (10, 6)])
@@ -241,6 +274,17 @@ def test_odd_and_oblong_sizes(tiny_flux, freed, size):
     out = sample(freed(), 2, size=size)
     assert out.shape == (1, 16, *size)
     assert (out - sample(tiny_flux, 2, size=size)).abs().mean() > 1e-3
+
+
+def test_an_odd_size_is_the_method_too(tiny_flux, freed, vae, image):
+    """Tokens at the right and lower edge are half outside of the picture."""
+    z = tiny_flux.model.process_latent_in(
+        vae.encode(freecus.resize_picture(image.movedim(-1, 1), 56, 72).movedim(1, -1))
+    )
+    tokens = [6, 7, 11, 12]  # rows 14 to 42, columns 18 to 54, in 4 x 5 tokens of 16 pixels: by their middles
+    with torch.no_grad():
+        expected = two_runs(tiny_flux, z, prompt(), layers=range(4), size=(7, 9), tokens=tokens)
+    close(sample(freed(fit="stretch"), 3, size=(7, 9)), expected, atol=1e-5)
 
 
 def test_a_model_runs_at_one_size_after_another(freed):
@@ -268,6 +312,25 @@ def test_a_mask_of_another_size_is_laid_over_the_picture(freed):
     assert freed(mask=small).model_options["transformer_options"]["dit_toolkit"][0].reference.tokens(
         *SIZE, (4, 4)
     ).tolist() == pytest.approx([5, 6, 9, 10])
+
+
+def test_a_probability_is_a_mask_where_it_is_a_byte_or_more(freed, mask):
+    """Core's background removal gives a sigmoid, which is nowhere 0."""
+    soft = (18 * mask - 9).sigmoid()
+    assert soft.min() > 0
+    assert torch.equal(sample(freed(mask=soft), 2), sample(freed(), 2))
+    with pytest.raises(ValueError, match="mask is empty"):
+        freed(mask=torch.full((1, 64, 64), 0.5 / 255))
+
+
+@pytest.mark.parametrize("side", [64, 96, 128])
+def test_a_thin_subject_in_a_large_picture_leaves_a_trace(side):
+    """A pole, 1/64 of the width of the reference, between the middles of tokens."""
+    mask = torch.zeros(1, 2048, 2048)
+    mask[:, :, 1024 : 1024 + 32] = 1
+    tokens = reference_of(torch.zeros(1, 2048, 2048, 3), mask).tokens(side, side, (side // 2, side // 2))
+    assert len(set((tokens // (side // 2)).tolist())) == side // 2
+    assert len(tokens) <= 2 * side * side / 2 / 32
 
 
 def reference_of(image, mask, fit="crop", vae=None):
@@ -324,6 +387,7 @@ def test_the_reference_is_encoded_once_for_a_size(freed, vae, image, monkeypatch
     ("settings", "told"),
     [
         ({"mask": torch.zeros(1, 64, 64)}, "mask is empty"),
+        ({"mask": torch.full((1, 64, 64), math.nan)}, "mask holds NaN"),
         ({"mask": torch.ones(2, 64, 64)}, "one mask"),
         ({"image": torch.rand(2, 64, 64, 3)}, "one reference picture"),
         ({"image": torch.full((1, 64, 64, 3), math.nan)}, "NaN"),
@@ -350,3 +414,35 @@ def test_a_vae_of_another_model_is_refused_when_the_run_starts(tiny_flux, image,
         with pytest.raises(ValueError, match=told):
             sample(model, 1)
     assert torch.isfinite(sample(tiny_flux, 1)).all()
+
+
+@pytest.mark.parametrize("channels", [32, 96])
+def test_a_model_that_takes_a_second_picture_is_refused(vae, image, channels):
+    """Canny and Depth have 16 channels more, Fill 80: those of the picture that is drawn."""
+    with pytest.raises(ValueError, match="models that take one picture"):
+        freecus.attach(load_flux(flux_state(channels=channels)), image, None, vae, layers="all")
+
+
+def test_a_lora_that_makes_a_model_take_a_second_picture_is_refused(tiny_flux, freed, monkeypatch):
+    """It may come after the node, and shows when the model is called."""
+    monkeypatch.setattr(tiny_flux.model, "concat_cond", lambda noise, **_: noise)
+    with pytest.raises(ValueError, match="models that take one picture"):
+        sample(freed(), 1)
+
+
+# what the log says
+
+
+def test_a_run_in_which_the_subject_never_acted_says_so(freed, caplog):
+    sample(freed(), 2)
+    assert "never acted" not in caplog.text
+    sample(freed(start=0.9999), 2)
+    assert caplog.text.count("never acted") == 1
+
+
+def test_the_published_layers_of_a_model_of_another_depth_are_told(freed, caplog):
+    with caplog.at_level("INFO"):
+        freed(layers="all")
+        assert "published layers" not in caplog.text
+        freed(layers="Published")
+    assert "2 double and 2 single blocks, so all of them" in caplog.text

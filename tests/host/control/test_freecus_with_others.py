@@ -6,27 +6,34 @@ import gc
 import weakref
 
 import comfy.model_management
+import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+from comfy_extras.nodes_custom_sampler import CFGGuider, DualCFGGuider, DualModelGuider
 from comfy_extras.nodes_easycache import EasyCacheNode
+from comfy_extras.nodes_perpneg import PerpNeg, PerpNegGuider
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
-from dit_toolkit.host import embedded, flux
+from dit_toolkit.host import embedded, flux, token_grid
+from dit_toolkit.host.accelerate import step_cache_taps
 from dit_toolkit.host.accelerate.re_ttention import ReTtention
 from dit_toolkit.host.accelerate.re_ttention import attach as attach_re_ttention
+from dit_toolkit.host.accelerate.sparse_attention import SparseAttention
+from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse
 from dit_toolkit.host.attention import TEXT_SCALES
 from dit_toolkit.host.control import freecus
 from dit_toolkit.host.control.freecus_run import ReferencePass, ReferenceRun
 from dit_toolkit.host.run import Chunk, Condition, Run
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
 from dit_toolkit.models.accelerate.re_ttention import Schedule
+from dit_toolkit.models.accelerate.sparse_attention import Disc
 from dit_toolkit.models.accelerate.taylorseer import Interval
 from dit_toolkit.tests.host.accelerate.caching import cached, calls, strip
-from dit_toolkit.tests.host.tiny import HIDDEN, close, controlled, latent, prompt, sample
+from dit_toolkit.tests.host.tiny import HIDDEN, close, controlled, flux_state, latent, load_flux, prompt, sample
 
 pytestmark = pytest.mark.comfy
 
@@ -210,6 +217,115 @@ def test_easycache_of_core_sees_the_picture_only(tiny_flux, freed, recorded, cap
     assert len(recorded) < 12
 
 
+def test_wrappers_around_the_transformer_meet_the_picture_only(freed):
+    """EasyCache's is one: it would take the reference for the picture, and keep its output."""
+    seen = []
+
+    def watch(executor, x, *args, **kwargs):
+        seen.append(x)
+        return executor(x, *args, **kwargs)
+
+    model = freed()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", watch)
+    sample(model, 3)
+    assert len(seen) == 3
+
+
+# guiders
+
+
+@pytest.fixture
+def who(monkeypatch):
+    """Which prompts the reference was shown to, by name, in all passes."""
+    texts = {name: prompt(seed)[0][0] for name, seed in PROMPTS.items()}
+    seen, compute = [], ReferencePass.compute
+
+    def watched(self):
+        for i in self.which:
+            text = self.text[[i * self.text.shape[0] // len(self.options["uuids"])]].cpu()
+            seen.extend(name for name, each in texts.items() if torch.allclose(each, text))
+        return compute(self)
+
+    monkeypatch.setattr(ReferencePass, "compute", watched)
+    return seen
+
+
+PROMPTS = {"positive": 3, "middle": 5, "negative": 4, "empty": 6}
+P, M, N, E = (prompt(seed) for seed in PROMPTS.values())
+
+# Names as the guiders have them. The order of their calls: negative, middle, positive; one alone; positive, negative,
+# empty.
+GUIDERS = {
+    "CFG": lambda model, other: CFGGuider.execute(model, P, N, 2.0),
+    "DualCFG": lambda model, other: DualCFGGuider.execute(model, P, M, N, 2.0, 3.0, "regular"),
+    "DualCFG nested": lambda model, other: DualCFGGuider.execute(model, P, M, N, 2.0, 3.0, "nested"),
+    "DualModel": lambda model, other: DualModelGuider.execute(model, P, 2.0, model, N),
+    "DualModel, another one": lambda model, other: DualModelGuider.execute(model, P, 2.0, other, N),
+    "PerpNeg": lambda model, other: PerpNegGuider.execute(model, P, N, E, 2.0, 1.0),
+    "PerpNeg, the node": lambda model, other: CFGGuider.execute(PerpNeg.execute(model, E, 1.0).args[0], P, N, 2.0),
+    "SAG": lambda model, other: CFGGuider.execute(negative_once_more(model), P, N, 2.0),
+    "an area that is all": lambda model, other: CFGGuider.execute(model, P + WHOLE, N, 2.0),
+}  # fmt: skip
+WHOLE = prompt(3, area=(8, 8, 0, 0))  # core gives the negative prompt a copy, with its uuid
+
+
+def negative_once_more(model):
+    """What core's Self-Attention Guidance, which is for UNets, does after each evaluation."""
+
+    def again(args):
+        given = args["model"], [args["uncond"]], args["input"], args["sigma"], args["model_options"]
+        comfy.samplers.calc_cond_batch(*given)
+        return args["denoised"]
+
+    model = model.clone()
+    model.set_model_sampler_post_cfg_function(again)
+    return model
+
+
+def guided(guider, model, other, steps=1):
+    noise = latent(7, SIZE)
+    (made,) = GUIDERS[guider](model, other).args
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+    euler = comfy.samplers.sampler_object("euler")
+    return made.sample(noise, torch.zeros_like(noise), euler, sigmas, disable_pbar=True, seed=0)
+
+
+@pytest.mark.parametrize("guider", GUIDERS)
+def test_positive_only_is_the_positive_under_every_guider(tiny_flux, freed, who, guider):
+    assert torch.isfinite(guided(guider, freed(), tiny_flux)).all()
+    assert set(who) == {"positive"}
+    assert len(who) == (2 if guider == "an area that is all" else 1)
+
+
+@pytest.mark.parametrize("guider", GUIDERS)
+def test_the_gate_of_a_step_cache_looks_at_the_positive_under_every_guider(tiny_flux, monkeypatch, guider):
+    rows, find = [], step_cache_taps.rows_of_positive
+    spied = cached(tiny_flux, FirstBlockGate(1e-12, 1, reduce="cond"), "gated", 0)
+
+    def watched(visit):
+        rows.append((find(visit).tolist(), [c.name for c in visit.chunk.conditions]))
+        return find(visit)
+
+    monkeypatch.setattr(step_cache_taps, "rows_of_positive", watched)
+    guided(guider, spied, tiny_flux, steps=4)
+    assert rows
+    for positive, names in rows:
+        assert positive == [name == "positive" for name in names]
+    told = {name for _, names in rows for name in names}
+    expected = {
+        "DualCFG": {"positive", "middle", "negative"},
+        "DualCFG nested": {"positive", "middle", "negative"},
+        "PerpNeg": {"positive", "negative", "empty_negative_prompt"},
+    }
+    if guider in expected:
+        assert told == expected[guider]
+
+
+def test_prompts_of_all_names_see_the_subject_if_asked_to(tiny_flux, freed, who):
+    guided("DualCFG", freed(prompts="positive and negative"), tiny_flux)
+    assert sorted(who) == ["middle", "negative", "positive"]
+
+
 # other features
 
 
@@ -311,6 +427,30 @@ def test_windows_over_a_batch_take_their_own_noise(freed):
     close(together, torch.cat([sample(freed(), 2, noise=noise[i : i + 2]) for i in (0, 2)]))
 
 
+def test_sparse_attention_is_told_where_the_tokens_of_the_pass_are(freed, monkeypatch):
+    """An edit model's references lie behind the picture, and are not there in the pass."""
+    lengths, compute = [], ReferencePass.compute
+
+    def watched(self):
+        plain = self.plain
+
+        def call(x, t, concat, text, control, options, **conds):
+            for each in (self.options, options):
+                lengths.append([grid.length for grid in each[token_grid.TOKENS].grids])
+            return plain(x, t, concat, text, control, options, **conds)
+
+        self.plain = call
+        return compute(self)
+
+    positive = prompt(reference_latents=[latent(30, (4, 6))], reference_latents_method="offset")
+    plain = sample(freed(), 1, positive=positive)
+    monkeypatch.setattr(ReferencePass, "compute", watched)
+    model = attach_sparse(freed(), SparseAttention("test", Disc(1.0), min_tokens=0))
+    out = sample(model, 1, positive=positive)
+    assert lengths == [[5 + 16 + 6], [5 + 16]]
+    assert (out - plain).abs().mean() > 1e-3
+
+
 def test_reference_latents_of_an_edit_model_stay_out_of_the_pass(freed, recorded):
     positive = prompt(reference_latents=[latent(30, (4, 6))], reference_latents_method="offset")
     out = sample(freed(), 1, positive=positive)
@@ -328,8 +468,9 @@ def test_a_lora_acts_on_the_reference_too(freed, recorded):
     assert not same_keys(*recorded)
 
 
-def test_a_compiled_model_follows_the_reference_at_every_step(tiny_flux, freed):
+def test_a_compiled_model_follows_the_reference_at_every_step(freed):
     torch._dynamo.reset()
+    small = load_flux(flux_state(double=1, single=1))
 
     def compiled(model):
         model = model.clone()
@@ -337,7 +478,7 @@ def test_a_compiled_model_follows_the_reference_at_every_step(tiny_flux, freed):
         set_torch_compile_wrapper(model=model, backend="eager", options=options)
         return model
 
-    plain = freed(start=0.3, layers="0, 3")
+    plain = freed(small, start=0.3)
     expected = sample(plain, 3)
-    assert (expected - sample(tiny_flux, 3)).abs().mean() > 1e-3
+    assert (expected - sample(small, 3)).abs().mean() > 1e-3
     close(sample(compiled(plain), 3), expected, atol=1e-4)

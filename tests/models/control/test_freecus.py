@@ -6,11 +6,16 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from dit_toolkit.models.control.freecus import (
     REFERENCE_SHIFT,
+    THIN,
     VITAL_LAYERS,
+    in_bytes,
     layers_from,
+    named,
+    prompt_with_description,
     reference_latent,
     reference_sigma,
     subject_keys,
@@ -71,6 +76,26 @@ def test_the_reference_is_a_mix_of_latent_and_noise():
 
 
 def tokens_by_definition(mask, grid):
+    """Bilinear interpolation at the middle of every token, by hand; then the thin parts, far from all of those."""
+    rule = tokens_by_the_authors(mask, grid)
+    found = []
+    height, width = mask.shape
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            around = [
+                r * grid[1] + c
+                for r in range(max(row - 1, 0), min(row + 2, grid[0]))
+                for c in range(max(column - 1, 0), min(column + 2, grid[1]))
+            ]
+            top, bottom = row * height // grid[0], math.ceil((row + 1) * height / grid[0])
+            left, right = column * width // grid[1], math.ceil((column + 1) * width / grid[1])
+            thin = mask[top:bottom, left:right].mean() >= THIN and not set(around) & set(rule)
+            if thin or row * grid[1] + column in rule:
+                found.append(row * grid[1] + column)
+    return found
+
+
+def tokens_by_the_authors(mask, grid):
     """Bilinear interpolation at the middle of every token, by hand."""
     found = []
     height, width = mask.shape
@@ -91,10 +116,55 @@ def tokens_by_definition(mask, grid):
 
 @pytest.mark.parametrize("size", [(64, 48), (10, 30), (4, 3), (3, 2), (129, 31)])
 def test_a_token_shows_the_subject_where_the_resized_mask_is_above_zero(size):
-    mask = (random(*size, seed=sum(size)) > 1.2).float() * 0.01  # faint: soft values count in full
+    mask = (random(*size, seed=sum(size)) > 1.2).float() / 255  # faint: soft values count in full
     found = subject_tokens(mask, (4, 3))
     assert found.tolist() == tokens_by_definition(mask, (4, 3))
     assert 0 < len(found) < 12 or size[0] < 5
+
+
+def squares():
+    """Coordinates of the middles of the pixels of the authors' masks, 512 x 512."""
+    return torch.meshgrid(torch.arange(512.0) + 0.5, torch.arange(512.0) + 0.5, indexing="ij")
+
+
+@pytest.mark.parametrize("radius", [12, 20, 50, 120])
+@pytest.mark.parametrize("soft", [False, True])
+def test_at_512_a_subject_of_some_width_has_the_tokens_of_the_authors(radius, soft):
+    y, x = squares()
+    for i in range(20):
+        at = 200 + 100 * torch.rand(2, generator=torch.Generator().manual_seed(i))
+        away = radius - ((y - at[0]) ** 2 + (x - at[1]) ** 2).sqrt()
+        mask = in_bytes(away.sigmoid() if soft else (away > 0).float())
+        resized = F.interpolate(mask[None, None], (32, 32), mode="bilinear")
+        assert torch.equal(subject_tokens(mask, (32, 32)), (resized.flatten() > 0).nonzero().flatten())
+
+
+@pytest.mark.parametrize("width", [4, 7])
+@pytest.mark.parametrize("at", [0, 3, 5, 9, 12, 15])
+def test_a_thin_subject_is_there_wherever_it_lies(width, at):
+    """A pole. The authors' rule alone sees it where it happens to cross the middle of tokens."""
+    mask = torch.zeros(512, 512)
+    mask[100:400, 256 + at : 256 + at + width] = 1
+    found = subject_tokens(mask, (32, 32))
+    assert 18 <= len(set((found // 32).tolist())) <= 20  # one in every row, the ends as they fall
+    assert set((found % 32).tolist()) <= {16, 17}
+
+
+def test_specks_do_not_count():
+    mask = torch.zeros(512, 512)
+    mask[256:261, 256:261] = 1  # a tenth of a token, beside its middle
+    assert len(subject_tokens(mask, (32, 32))) == 0
+
+
+def test_masks_are_read_in_steps_of_a_byte():
+    """As the authors' are. Background removal gives sigmoids, which are never 0."""
+    steps = torch.arange(256) / 255
+    torch.testing.assert_close(in_bytes(steps), steps)
+    assert in_bytes(torch.tensor([0.99 / 255, 1e-6, 1.99 / 255])).tolist() == pytest.approx([0, 0, 1 / 255])
+    logits = torch.full((512, 512), -9.0)
+    logits[128:384, 128:384] = 9
+    assert len(subject_tokens(logits.sigmoid(), (32, 32))) == 1024
+    assert len(subject_tokens(in_bytes(logits.sigmoid()), (32, 32))) == 256
 
 
 def test_no_mask_no_tokens():
@@ -139,3 +209,30 @@ def test_layers_can_be_named(text, expected):
 def test_what_is_no_layer_is_refused(text, told):
     with pytest.raises(ValueError, match=told):
         layers_from(text, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "joined"),
+    [
+        ("a doll, waving", "a doll, waving. red hair"),
+        ("a doll.;", "a doll. red hair"),
+        ("Who is it?", "Who is it? red hair"),
+        ("Look! ", "Look! red hair"),
+        (" ... ", "red hair"),
+        ("", "red hair"),
+    ],
+)
+def test_a_prompt_and_a_description_are_two_sentences(prompt, joined):
+    assert prompt_with_description(prompt, " red hair\n") == joined
+    assert prompt_with_description(prompt, "") == prompt.strip()
+
+
+@pytest.mark.parametrize(
+    ("subject", "name"),
+    [
+        ("teapot", "the teapot"), ("The teapot", "the teapot"), ("an Owl", "the Owl"), ("A  cat ", "the cat"),
+        ("theatre", "the theatre"), ("android", "the android"), ("", "the subject"),
+    ],
+)  # fmt: skip
+def test_a_subject_has_one_article(subject, name):
+    assert named(subject) == name
