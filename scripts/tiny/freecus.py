@@ -40,7 +40,7 @@ class Table:
 
 TABLES = {
     "one doll": Table((0, 0, 1.0, 0), 11, {"positive only, key scale 1.0": {"key_scale": 1.0}}),
-    "a doll, in a third of the scenes with an object": Table((0, 0, 1.0, 0.5), 8, {
+    "a doll, sometimes with an object beside it": Table((0, 0, 1.0, 0.5), 8, {
         **{f"both prompts, key scale {scale}": {**BOTH, "key_scale": scale} for scale in (1.3, 1.6)},
         **{f"both prompts, shift {mode}": {**BOTH, "shift_mode": mode} for mode in ("normal", "twice")},
         **{f"positive only, layers {layers}": {"layers": layers} for layers in ("0-1", "0-3", "0-4, 7", "4-7")},
