@@ -16,6 +16,7 @@ from ..host import model_files
 from ..host.control.conditions import PATCH, Cache, check_numbers
 from ..host.control.easycontrol import Kind, Padding, attach, prepare_image
 from ..host.control.easycontrol_files import FOLDER, EasyControlFile, load
+from .inputs import kv_cache, part_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -96,21 +97,9 @@ class ApplyEasyControl(io.ComfyNode):
                     step=0.05,
                     tooltip="Factor on the LoRA, 1 as published. 0 turns the condition off.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Where in the run the condition begins to act. 0 is the start.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Where in the run it stops acting. 1 is the end.",
+                *part_of_run(
+                    "Where in the run the condition begins to act. 0 is the start.",
+                    "Where in the run it stops acting. 1 is the end.",
                 ),
                 io.Int.Input(
                     "condition_size",
@@ -147,14 +136,7 @@ class ApplyEasyControl(io.ComfyNode):
                     tooltip="How much attention the condition gets: fades it out without a jump. "
                     "1 is as trained and fastest, 0 turns it off.",
                 ),
-                io.Combo.Input(
-                    "kv_cache",
-                    options=["on GPU", "offload to CPU", "off"],
-                    default="on GPU",
-                    advanced=True,
-                    tooltip="Where the condition's keys and values are kept during a run; the picture is the same. "
-                    "'offload to CPU' saves memory, 'off' computes them anew in each step and is slow.",
-                ),
+                kv_cache("the condition's"),
             ],
             outputs=[io.Model.Output(tooltip="The model, following the condition.")],
         )

@@ -20,6 +20,7 @@ from ..models.control.freecus import (
     instruction_to_keep,
     prompt_with_description,
 )
+from .inputs import part_of_run
 
 SAME_NOISE, OWN_NOISE = "same as the picture", "own seed"
 
@@ -59,21 +60,9 @@ class ApplyFreeCus(io.ComfyNode):
                     tooltip="How strongly the subject's tokens draw attention. 1.1 as published; lower follows the "
                     "prompt more, higher the reference. There is no neutral value: 1 leaves them as they are.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Where in the run the subject begins to act. 0 is the start.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Where in the run it stops acting. 1 is the end. Steps outside cost nothing extra.",
+                *part_of_run(
+                    "Where in the run the subject begins to act. 0 is the start.",
+                    "Where in the run it stops acting. 1 is the end. Steps outside cost nothing extra.",
                 ),
                 io.Float.Input(
                     "text_key_scale",

@@ -28,6 +28,7 @@ from ..models.control.try_on_image import (
     placed_masks,
     plan,
 )
+from .inputs import kv_cache, part_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -244,21 +245,9 @@ class ApplyTryOn(io.ComfyNode):
                     step=0.05,
                     tooltip="Factor on the garment's LoRA, 1 as trained. 0 takes the garment away.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Where in the run both begin to act. 0 is the start.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Where in the run they stop acting. 1 is the end.",
+                *part_of_run(
+                    "Where in the run both begin to act. 0 is the start.",
+                    "Where in the run they stop acting. 1 is the end.",
                 ),
                 io.Combo.Input(
                     "garment_position",
@@ -287,14 +276,7 @@ class ApplyTryOn(io.ComfyNode):
                     advanced=True,
                     tooltip="Longer side in pixels at which the garment is shown to the model. 0 leaves it as it is.",
                 ),
-                io.Combo.Input(
-                    "kv_cache",
-                    options=["on GPU", "offload to CPU", "off"],
-                    default="on GPU",
-                    advanced=True,
-                    tooltip="Where the keys and values of both are kept during a run; the picture is the same. "
-                    "'offload to CPU' saves memory, 'off' computes them anew in each step and is slow.",
-                ),
+                kv_cache("both pictures'"),
             ],
             outputs=[io.Model.Output(tooltip="The model, dressing the person.")],
         )

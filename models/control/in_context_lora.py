@@ -26,10 +26,11 @@ TOKEN = 16  # pixels: 8 of the autoencoder times 2 of the patch
 LIMIT = 8  # rows or columns
 FILL = 0.5  # grey of a panel that is not given, and around a padded picture
 
-STOPS = ".。"  # between two panels, the layout's joint stands for them
-JOINTS = ",;:，；：、"  # stay between two panels; dropped at the end  # noqa: RUF001
-ENDS = "!?！？…"  # stay  # noqa: RUF001
-QUOTES = "\"'”’»」』"  # after which no full stop is put, where one stands before them  # noqa: RUF001
+# Full-width marks as escapes: shipped code stays in the characters that every scanner reads.
+STOPS = ".\u3002"  # between two panels, the layout's joint stands for them
+JOINTS = ",;:\uff0c\uff1b\uff1a\u3001"  # stay between two panels; dropped at the end
+ENDS = "!?\uff01\uff1f\u2026"  # stay
+QUOTES = "\"'\u201d\u2019\u00bb\u300d\u300f"  # no full stop is put after one that follows a stop
 
 Tags = Literal["auto", "position", "scene", "image"]
 Fit = Literal["crop", "pad", "stretch"]
