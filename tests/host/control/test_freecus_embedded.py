@@ -25,7 +25,7 @@ def models():
 
 
 def test_a_doll_keeps_the_colours_and_pattern_that_the_prompt_does_not_name(models):
-    """The model card has 32 scenes: none right by the prompt alone, all with FreeCus."""
+    """The model card has 32 scenes: one right by the prompt alone, all with FreeCus."""
     model, clip, vae = models
     scenes = evaluate.some(COUNT, (0, 0, 1.0, 0), 11)
     rng = np.random.default_rng(4)
