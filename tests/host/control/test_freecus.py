@@ -333,6 +333,13 @@ def test_a_thin_subject_in_a_large_picture_leaves_a_trace(side):
     assert len(tokens) <= 2 * side * side / 2 / 32
 
 
+def test_a_hatched_mask_is_not_lost_between_the_pixels_of_a_small_picture():
+    """Three of eight pixels, none of which bilinear shrinking would look at."""
+    mask = torch.zeros(1, 512, 512)
+    mask[..., torch.arange(512) % 8 > 4] = 1
+    assert reference_of(torch.zeros(1, 512, 512, 3), mask).tokens(*SIZE, (4, 4)).tolist() == list(range(16))
+
+
 def reference_of(image, mask, fit="crop", vae=None):
     return freecus.Reference(image, mask, vae, fit)
 
