@@ -22,6 +22,8 @@ from math import isfinite
 
 from torch import Tensor
 
+from .low_rank import LowRankWeights
+
 PREFIXES = ("", "transformer.", "module.", "model.", "diffusion_model.", "base_model.model.")
 PARTS = {"double_blocks": ("q", "k", "v", "proj"), "single_blocks": ("q", "k", "v")}
 STREAMS = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
@@ -34,24 +36,8 @@ KEY = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Slot:
-    """The LoRA of one condition, under the pack's own names."""
-
-    weights: dict[str, Tensor]  # "double_blocks.0.q.down.weight", ...: the state_dict of `ConditionLora`
-    alphas: dict[str, Tensor]  # "double_blocks.0.q" -> alpha; layers that are not here have alpha = rank
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Rank of each layer: `{"double_blocks.0.q": 128, ...}`."""
-        down = ".down.weight"
-        return {key.removesuffix(down): weight.shape[0] for key, weight in self.weights.items() if key.endswith(down)}
-
-    @property
-    def scales(self) -> dict[str, float]:
-        """alpha / rank of the layers that have an alpha."""
-        ranks = self.ranks
-        return {layer: float(alpha) / ranks[layer] for layer, alpha in self.alphas.items()}
+class Slot(LowRankWeights):
+    """The LoRA of one condition: the state_dict of `ConditionLora`, and its alphas."""
 
 
 @dataclass(frozen=True)

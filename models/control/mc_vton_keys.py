@@ -31,6 +31,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from .low_rank import LowRankWeights
+
 Position = Literal["beside", "below"]  # where the garment's tokens lie: right of the picture, or EasyControl's subject
 Fill = Literal["grey", "black"]  # of the masked part of the person
 
@@ -93,24 +95,8 @@ class Settings:
             raise ValueError(f"prompt must be a text, got {self.prompt!r}")
 
 
-@dataclass(frozen=True)
-class Branch:
-    """The LoRA of one branch, under the pack's own names."""
-
-    weights: dict[str, Tensor]  # "double_blocks.0.q.down.weight", ...: the state_dict of `BranchLora`
-    alphas: dict[str, Tensor] = field(default_factory=dict)  # "double_blocks.0.q" -> alpha; others have alpha = rank
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Rank of each layer that is there: `{"double_blocks.0.q": 8, ...}`."""
-        down = ".down.weight"
-        return {key.removesuffix(down): weight.shape[0] for key, weight in self.weights.items() if key.endswith(down)}
-
-    @property
-    def scales(self) -> dict[str, float]:
-        """alpha / rank of the layers that have an alpha."""
-        ranks = self.ranks
-        return {layer: float(alpha) / ranks[layer] for layer, alpha in self.alphas.items()}
+class Branch(LowRankWeights):
+    """The LoRA of one branch: the state_dict of `BranchLora`, and its alphas."""
 
     @property
     def summary(self) -> str:
