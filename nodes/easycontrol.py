@@ -16,6 +16,7 @@ from ..host import model_files
 from ..host.control.conditions import PATCH, Cache, check_numbers
 from ..host.control.easycontrol import Kind, Padding, attach, prepare_image
 from ..host.control.easycontrol_files import FOLDER, EasyControlFile, load
+from ..host.part_of_run import PartOfRun
 from .inputs import kv_cache, part_of_run
 
 logger = logging.getLogger(__name__)
@@ -159,7 +160,8 @@ class ApplyEasyControl(io.ComfyNode):
         vae: Any = None,
         latent: Any = None,
     ) -> io.NodeOutput:
-        check_numbers(strength, start_percent, end_percent, influence)
+        check_numbers(strength, influence)
+        part = PartOfRun(start_percent, end_percent)
         check_condition(image, vae, latent, condition_size)
         if strength == 0 or influence == 0:
             return io.NodeOutput(model)
@@ -170,8 +172,7 @@ class ApplyEasyControl(io.ComfyNode):
             encoded(image, vae, latent, kind, condition_size, pad_color),
             kind=kind,
             strength=strength,
-            start=start_percent,
-            end=end_percent,
+            part=part,
             influence=influence,
             cache=kv_cache,
         )

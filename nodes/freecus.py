@@ -11,6 +11,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..host.control.freecus import Fit, Prompts, attach
+from ..host.part_of_run import PartOfRun
 from ..models.control.freecus import (
     KEY_SCALE,
     REFERENCE_SHIFT,
@@ -168,8 +169,7 @@ class ApplyFreeCus(io.ComfyNode):
             text_key_scale=text_key_scale,
             shift_mode=shift_mode,
             reference_shift=reference_shift,
-            start=start_percent,
-            end=end_percent,
+            part=PartOfRun(start_percent, end_percent),
             seed=noise_seed if noise == OWN_NOISE else None,
             prompts=prompts,
         )

@@ -13,6 +13,7 @@ from comfy_api.latest import io
 from ..host import model_files
 from ..host.accelerate.clear_files import FOLDER, load, with_weights
 from ..host.accelerate.sparse_attention import Scale, SparseAttention, attach, report, require_known_tokens
+from ..host.part_of_run import PartOfRun
 from ..models.accelerate.clear import Variant
 from .inputs import part_of_run
 
@@ -114,7 +115,7 @@ class ApplyClear(io.ComfyNode):
             variant, found = loaded.variant(radius, pooling), loaded.weights.summary
             cells, patched = loaded.weights.cells, with_weights(model, loaded)
         settings = SparseAttention(
-            f"CLEAR {file}", variant.pattern, min_tokens, scale, start_percent, end_percent, cells=cells
+            f"CLEAR {file}", variant.pattern, min_tokens, scale, PartOfRun(start_percent, end_percent), cells=cells
         )
         text = f"{file}: {found}\n{report(model, settings)}"
         logger.info("CLEAR %s", text.splitlines()[0])

@@ -23,6 +23,7 @@ from ..host.accelerate.step_cache_taps import (
     require_blocks,
     tap_for,
 )
+from ..host.part_of_run import PartOfRun
 from ..models.accelerate.cg_taylor import FirstBlockGate, Reduce
 from ..models.accelerate.delta_dit import Stages
 from ..models.accelerate.input_change import InputChange
@@ -188,8 +189,7 @@ class TaylorSeer(io.ComfyNode):
             chosen,
             Forecaster(order, form, coordinate, derivatives_from=0 if listed else first_full - 1),
             Guard(last_full),
-            start_percent,
-            end_percent,
+            PartOfRun(start_percent, end_percent),
             offload,
             report,
         )
@@ -316,8 +316,7 @@ class ConfidenceGatedTaylor(io.ComfyNode):
             tap,
             Forecaster(last_order, form, coordinate),
             Guard(last_full, max_consecutive or None),
-            start_percent,
-            end_percent,
+            PartOfRun(start_percent, end_percent),
             offload,
             report,
         )
@@ -408,8 +407,7 @@ class DeltaDiT(io.ComfyNode):
             SpanTap(family, keys, stages=stages),
             Forecaster(order),
             Guard(last_full),
-            start_percent,
-            end_percent,
+            PartOfRun(start_percent, end_percent),
             offload,
             report,
         )

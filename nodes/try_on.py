@@ -15,9 +15,10 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..host import model_files
-from ..host.control.conditions import PATCH, Cache, check_numbers
+from ..host.control.conditions import PATCH, Cache
 from ..host.control.try_on import attach, brought_to
 from ..host.control.try_on_files import FOLDER, TryOnFile, load
+from ..host.part_of_run import PartOfRun
 from ..models.control.try_on_image import (
     Fill,
     Paste,
@@ -301,7 +302,7 @@ class ApplyTryOn(io.ComfyNode):
         for title, strength in (("person_strength", person_strength), ("garment_strength", garment_strength)):
             if not math.isfinite(strength):
                 raise ValueError(f"{title} must be a finite number, got {strength}.")
-        check_numbers(1.0, start_percent, end_percent)
+        part = PartOfRun(start_percent, end_percent)
         for title, strength, side in (
             ("person_size", person_strength, person_size),
             ("garment_size", garment_strength, garment_size),
@@ -318,8 +319,7 @@ class ApplyTryOn(io.ComfyNode):
             position=None if garment_position == "auto" else garment_position,
             person_strength=person_strength,
             garment_strength=garment_strength,
-            start=start_percent,
-            end=end_percent,
+            part=part,
             cache=kv_cache,
         )
         return io.NodeOutput(patched)

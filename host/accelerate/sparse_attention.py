@@ -17,7 +17,6 @@ used last are kept, and large ones only for the run.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping
@@ -37,6 +36,7 @@ from ...models.accelerate.sparse_attention_tiles import Tiling, tile, tiled
 from .. import flux, token_grid
 from ..attention import EXTRA_KEYS
 from ..compiled import untraced
+from ..part_of_run import WHOLE_RUN, PartOfRun
 from ..run import KEY, Run, attached
 from ..run import attach as attach_description
 
@@ -271,24 +271,18 @@ class SparseAttention:
     scale: "log-proportional" for pictures larger than those of the training.
     cells: weights of pooled cells by block, `[f, f]`; blocks that are not in it take the mean.
     layers: blocks that are sparse; None for all.
-    start, end: part of the run it acts in, 0 to 1, as in core's own nodes.
+    part: of the run that it acts in.
     """
 
     name: str  # for the log
     pattern: Pattern
     min_tokens: int = 4096
     scale: Scale = "as trained"
-    start: float = 0.0
-    end: float = 1.0
+    part: PartOfRun = WHOLE_RUN
     cells: Mapping[Block, Tensor] = field(default_factory=dict)
     layers: frozenset[Block] | None = None
 
     def __post_init__(self):
-        for title, value in (("start_percent", self.start), ("end_percent", self.end)):
-            if not math.isfinite(value):
-                raise ValueError(f"{title} must be a finite number, got {value}.")
-        if self.start >= self.end:
-            raise ValueError(f"start_percent ({self.start:g}) must be below end_percent ({self.end:g}).")
         if self.min_tokens < 0:
             raise ValueError(f"min_tokens must be at least 0, got {self.min_tokens}.")
         if self.scale not in get_args(Scale):
@@ -302,12 +296,6 @@ class SparseAttention:
             (WrappersMP.SAMPLER_SAMPLE, sparse.sampler_sample),
         ):
             add_wrapper_with_key(kind, KEY, wrapper, model_options, is_model_options=True)
-
-    def acts_at(self, sigma: float, model_sampling: Any) -> bool:
-        """Whether the pattern acts at this noise level. Ranges that meet do not overlap."""
-        first = math.inf if self.start <= 0 else model_sampling.percent_to_sigma(self.start)
-        last = -math.inf if self.end >= 1 else model_sampling.percent_to_sigma(self.end)
-        return last < sigma <= first
 
 
 class Sparse:
@@ -332,7 +320,7 @@ class Sparse:
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds
     ):
         """APPLY_MODEL: whether the pattern acts in this call."""
-        acts = self.settings.acts_at(float(t.flatten()[0]), executor.class_obj.model_sampling)
+        acts = self.settings.part.includes(float(t.flatten()[0]), executor.class_obj.model_sampling)
         options = {**(transformer_options or {}), self.active: acts}
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 

@@ -13,6 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from ...models.accelerate.step_cache import Guard, Policy
 from ...models.accelerate.taylorseer import Forecaster
 from .. import run as runs
+from ..part_of_run import WHOLE_RUN, PartOfRun
 from ..run import Run
 from .report import Report
 from .step_cache_run import StepCacheRun
@@ -25,7 +26,7 @@ NO_GUARD = Guard()
 class StepCache:
     """Compute what `policy` and `guard` say, forecast the rest at `tap`.
 
-    start, end: part of the model's noise schedule, 0 to 1, in which forecasts are allowed.
+    part: of the run in which forecasts are allowed.
     offload: keep what is stored in the computer's memory instead of the GPU's.
     """
 
@@ -34,19 +35,11 @@ class StepCache:
     tap: Tap
     forecaster: Forecaster
     guard: Guard = NO_GUARD
-    start: float = 0.0
-    end: float = 1.0
+    part: PartOfRun = WHOLE_RUN
     offload: bool = False
     report: Report = field(default_factory=lambda: Report("step cache"))
 
     outermost = True  # what is skipped need not be prepared by others
-
-    def __post_init__(self):
-        if not 0 <= self.start <= self.end <= 1:
-            raise ValueError(
-                f"start_percent must be between 0 and end_percent, and end_percent at most 1; "
-                f"got {self.start} and {self.end}."
-            )
 
     def bind(self, run: Run, model_options: dict) -> None:
         other = foreign_cache(model_options)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from ...models.accelerate.cg_taylor import FirstBlockGate
 from ...models.accelerate.input_change import Change, InputChange
 from ...models.accelerate.step_cache import COMPUTE, FORECAST, PROBE, Choice, Moment, weighted_sum
 from ...models.accelerate.taylorseer import Forecaster, Point
+from ..part_of_run import begun
 from ..run import KEY, VISIT, Chunk, Run, chunk_of
 from .report import Entry, RunReport
 
@@ -142,8 +144,6 @@ class StepCacheRun:
 
     def __init__(self, settings: StepCache, run: Run):
         self.settings, self.run = settings, run
-        self.start = inf if settings.start <= 0 else self.edge(settings.start)
-        self.end = -inf if settings.end >= 1 else self.edge(settings.end)
         self.steps = steps_of(run.sigmas)
         self.total = evaluations_of(self.steps, run.sampler, ends=bool(run.sigmas) and run.sigmas[-1] == 0)
         self.report: RunReport = settings.report.start(self.total)
@@ -177,13 +177,13 @@ class StepCacheRun:
             return Forecaster(0 if policy.compare == "residual" else policy.order)
         return self.settings.forecaster
 
-    def edge(self, percent: float) -> float:
-        """The sigma at a part of the noise schedule, 0 to 1, a hair above it: a step that begins there is behind it.
+    @cached_property
+    def model_sampling(self) -> Any:
+        return self.run.model.get_model_object("model_sampling") if self.run.model is not None else None
 
-        Samplers round sigmas to float32. Compared exactly, a boundary at half of 12 steps would be left to chance.
-        """
-        sampling: Any = self.run.model.get_model_object("model_sampling") if self.run.model is not None else None
-        return float(sampling.percent_to_sigma(percent)) * (1 + 1e-5)
+    def behind(self, percent: float) -> bool:
+        """Whether this evaluation lies at or behind a part of the run, 0 to 1."""
+        return begun(percent, self.sigma, self.model_sampling)
 
     # evaluations
 
@@ -234,7 +234,7 @@ class StepCacheRun:
         moment = Moment(self.index, since, self.left(), self.total)
         if self.short:
             return COMPUTE, "short"
-        if not self.end < self.sigma <= self.start:
+        if not self.settings.part.includes(self.sigma, self.model_sampling):
             return COMPUTE, "range"
         guarded = self.settings.guard.reason(moment)
         if guarded:

@@ -261,7 +261,7 @@ class SpanTap(BlockTap):
         return "residual"
 
     def span(self, run: StepCacheRun) -> Span:
-        return self.stages.span(len(self.keys), early=run.sigma > run.edge(self.stages.boundary))
+        return self.stages.span(len(self.keys), early=not run.behind(self.stages.boundary))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -25,6 +25,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from .. import attention, flux
+from ..part_of_run import WHOLE_RUN, PartOfRun
 from ..run import KEY, Run
 from ..run import attach as attach_description
 from .conditions_run import Encoder
@@ -43,7 +44,7 @@ class ConditionImage:
     latent: as a VAE gives it, `[N, C, h, w]`; N is 1, or one per picture of the batch.
     kind: where the image lies, a key of `places`.
     strength: factor on the LoRA. influence: factor on the weight of the condition's keys in every softmax, 0 to 1.
-    start, end: part of the run it acts in, 0 to 1, as in core's own nodes.
+    part: of the run that it acts in.
     """
 
     feature: ClassVar[str]  # as users call it
@@ -59,13 +60,12 @@ class ConditionImage:
     latent: Tensor
     kind: str
     strength: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
+    part: PartOfRun = WHOLE_RUN
     influence: float = 1.0
     cache: Cache = "on GPU"
 
     def __post_init__(self):
-        check_numbers(self.strength, self.start, self.end, self.influence)
+        check_numbers(self.strength, self.influence)
         choices = ((self.kind_input, self.kind, tuple(self.places)), ("kv_cache", self.cache, get_args(Cache)))
         for title, value, allowed in choices:
             if value not in allowed:
@@ -90,22 +90,13 @@ class ConditionImage:
         ):
             add_wrapper_with_key(kind, KEY, wrapper, model_options, is_model_options=True)
 
-    def acts_at(self, sigma: float, model_sampling: Any) -> bool:
-        """Whether the condition acts at this noise level. Ranges that meet do not overlap."""
-        first = math.inf if self.start <= 0 else model_sampling.percent_to_sigma(self.start)
-        last = -math.inf if self.end >= 1 else model_sampling.percent_to_sigma(self.end)
-        return last < sigma <= first
 
-
-def check_numbers(strength: float, start: float, end: float, influence: float = 1.0) -> None:
+def check_numbers(strength: float, influence: float = 1.0) -> None:
     """Refuse what means nothing. ComfyUI does not check values that come over a link, and NaN passes its checks."""
-    for title, value in (("strength", strength), ("start_percent", start), ("end_percent", end)):
-        if not math.isfinite(value):
-            raise ValueError(f"{title} must be a finite number, got {value}.")
+    if not math.isfinite(strength):
+        raise ValueError(f"strength must be a finite number, got {strength}.")
     if not 0 <= influence <= 1:  # NaN too
         raise ValueError(f"influence must be between 0 and 1, got {influence}.")
-    if start >= end:
-        raise ValueError(f"start_percent ({start:g}) must be below end_percent ({end:g}).")
 
 
 def attach(

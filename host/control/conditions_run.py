@@ -112,7 +112,7 @@ class Encoder:
         base, options = executor.class_obj, transformer_options or {}
         adapters = base.current_patcher.additional_models.get(self.settings.adapter)
         # None: the negative model of a guider with two models, which was not given this condition.
-        if adapters is not None and self.settings.acts_at(float(t.flatten()[0]), base.model_sampling):
+        if adapters is not None and self.settings.part.includes(float(t.flatten()[0]), base.model_sampling):
             channels = x.shape[1] + (0 if c_concat is None else c_concat.shape[1])
             lora = adapters[0].model if adapters else None
             call = Call(base, lora, chunk_of(options), options, x, channels, conds)

@@ -39,6 +39,7 @@ from ...models.control.freecus import (
 )
 from .. import attention, flux
 from ..attention import Block
+from ..part_of_run import WHOLE_RUN, PartOfRun
 from ..run import KEY, Run
 from ..run import attach as attach_description
 from .freecus_run import NO_CONCAT, ReferenceRun
@@ -112,7 +113,7 @@ class FreeCus:
 
     blocks: the vital ones. key_scale: on the subject's keys. text_key_scale: on the text's own, in these blocks.
     shift_mode, reference_shift: the reference's noise level, see `models/control/freecus.py`.
-    start, end: part of the run it acts in, 0 to 1, as in core's own nodes.
+    part: of the run that it acts in.
     seed: of the reference's own noise; None takes the noise that the picture starts from, as published.
     prompts: which prompts see the reference.
     """
@@ -123,8 +124,7 @@ class FreeCus:
     text_key_scale: float = KEY_SCALE
     shift_mode: ShiftMode = "reversed"
     reference_shift: float = REFERENCE_SHIFT
-    start: float = 0.0
-    end: float = 1.0
+    part: PartOfRun = WHOLE_RUN
     seed: int | None = None
     prompts: Prompts = "positive only"
 
@@ -136,10 +136,6 @@ class FreeCus:
                 raise ValueError(f"{title} must be a number above 0, got {value}.")
         if not (math.isfinite(self.reference_shift) and abs(self.reference_shift) <= 20):
             raise ValueError(f"reference_shift must be between -20 and 20, got {self.reference_shift}.")
-        if not (0 <= self.start < self.end <= 1):  # NaN too
-            raise ValueError(
-                f"start_percent ({self.start:g}) must be below end_percent ({self.end:g}), both between 0 and 1."
-            )
         if self.prompts not in get_args(Prompts):
             raise ValueError(f"prompts must be one of {', '.join(get_args(Prompts))}, got '{self.prompts}'.")
         reference_sigma(0.5, 0.0, self.shift_mode, self.reference_shift)

@@ -187,13 +187,6 @@ class ReferenceRun:
             )
         return noise.to(device)
 
-    def acts_at(self, sigma: float, model_sampling: Any) -> bool:
-        """Whether the reference acts at this noise level. Samplers round sigmas, hence the hair above the edges."""
-        start, end = self.settings.start, self.settings.end
-        first = math.inf if start <= 0 else model_sampling.percent_to_sigma(start) * (1 + 1e-5)
-        last = -math.inf if end >= 1 else model_sampling.percent_to_sigma(end) * (1 + 1e-5)
-        return last < sigma <= first
-
     def reserve(self, executor, model: ModelPatcher, noise_shape, conds, *args, **kwargs):
         """PREPARE_SAMPLING: ask for as much more memory as a larger latent would need, so that the pass finds room.
 
@@ -216,7 +209,8 @@ class ReferenceRun:
         every = self.settings.prompts != "positive only"
         which = tuple(i for i, condition in enumerate(chunk.conditions) if every or condition.positive)
         ours = flux.is_flux1(getattr(base.diffusion_model, "_orig_mod", base.diffusion_model))  # some guiders have two
-        if which and ours and x.shape[-2:] == self.size and self.acts_at(sigma, base.model_sampling):
+        acts = self.settings.part.includes(sigma, base.model_sampling)
+        if which and ours and acts and x.shape[-2:] == self.size:
             if c_concat is not None:
                 raise ValueError(NO_CONCAT)
             reference = ReferencePass(self, executor.original, base, sigma, which, x, t, c_crossattn, options, conds)

@@ -64,7 +64,7 @@ def attach(
             None will do, where the branch has strength 0.
         position: of the garment, "beside" or "below"; None takes the file's.
         person_strength, garment_strength: factor on the LoRA of a branch. 0 takes the branch away.
-        settings: start, end, cache of `ConditionImage`.
+        settings: part, cache of `ConditionImage`.
 
     Raises:
         ValueError: another model family, a LoRA for another size, batches that do not go together, or settings that

@@ -161,7 +161,7 @@ def test_off_passes_the_model_on_and_encodes_nothing(tiny_flux, file, off):
         ({"image": 1, "latent": 1}, r"takes an 'image' or a 'latent', not both\. Disconnect one"),
         ({"image": 1}, r"needs a VAE to encode 'image'\. Connect 'vae', or use 'latent'"),
         ({"latent": 1, "strength": float("nan")}, "strength must be a finite number, got nan"),
-        ({"latent": 1, "end_percent": float("nan")}, "end_percent must be a finite number"),
+        ({"latent": 1, "end_percent": float("nan")}, "end_percent must be between 0 and 1, got nan"),
         ({"latent": 1, "start_percent": 0.6, "end_percent": 0.6}, r"start_percent \(0\.6\) must be below"),
         ({"latent": 1, "influence": 2.0}, "influence must be between 0 and 1"),
         ({"latent": 1, "slot": 3}, "has no slot 3, its last one is 0"),

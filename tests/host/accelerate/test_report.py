@@ -10,6 +10,7 @@ from comfy.patcher_extension import WrappersMP
 
 from dit_toolkit.host.accelerate import report as report_module
 from dit_toolkit.host.accelerate.report import Entry, Report, RunReport
+from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
 from dit_toolkit.models.accelerate.step_cache import Guard
 from dit_toolkit.models.accelerate.taylorseer import Interval
@@ -163,7 +164,7 @@ def test_errors_that_are_no_numbers_do_not_break_the_page(tiny_flux, page):
 
 def test_the_reasons_of_a_real_run(tiny_flux):
     gate = FirstBlockGate(1e6, 2)
-    model = cached(tiny_flux, gate, "gated", guard=Guard(1, 2), start=0.3)
+    model = cached(tiny_flux, gate, "gated", guard=Guard(1, 2), part=PartOfRun(start=0.3))
     sample(model, 12)
     told = [(each.reason, each.computed) for each in last_run(model).entries]
     assert told[:4] == [("range", True)] * 4

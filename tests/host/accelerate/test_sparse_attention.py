@@ -17,6 +17,7 @@ from comfy_extras.nodes_flux import FluxKVCache  # noqa: E402
 from dit_toolkit.host import token_grid  # noqa: E402
 from dit_toolkit.host.accelerate import sparse_attention as host  # noqa: E402
 from dit_toolkit.host.accelerate.sparse_attention import OVERRIDE, Plans, SparseAttention, attach, key_bias  # noqa: E402
+from dit_toolkit.host.part_of_run import PartOfRun  # noqa: E402
 from dit_toolkit.host.run import attach as attach_description  # noqa: E402
 from dit_toolkit.models.accelerate import sparse_attention as core  # noqa: E402
 from dit_toolkit.models.accelerate.sparse_attention import Band, Disc, FrameBand, Grid, PooledDisc  # noqa: E402
@@ -173,9 +174,9 @@ def test_cross_attention_is_passed_on(text):
 def test_start_and_end_in_percent_of_the_run(tiny_flux):
     """4 steps, at 0, 25, 50 and 75 %. Ranges that meet do not overlap."""
     options = {"size": (16, 12), "steps": 4}
-    both = sparse(tiny_flux, Disc(2), end=0.5)
+    both = sparse(tiny_flux, Disc(2), part=PartOfRun(end=0.5))
     with pytest.raises(ValueError, match="sparse already"):
-        sparse(both, Disc(2), start=0.5)
+        sparse(both, Disc(2), part=PartOfRun(start=0.5))
     masked = Masked(Disc(2))
     tiny.sample(attach_description(tiny_flux, masked), **options)
     assert len(masked.calls) == 16
@@ -360,8 +361,6 @@ def test_plans_are_the_last_few_and_large_ones_go_with_the_run():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"start": 0.5, "end": 0.5}, r"start_percent \(0.5\) must be below end_percent \(0.5\)"),
-        ({"end": float("nan")}, "end_percent must be a finite number"),
         ({"min_tokens": -1}, "min_tokens must be at least 0, got -1"),
         ({"scale": "loud"}, "scale must be one of as trained, log-proportional, got 'loud'"),
     ],

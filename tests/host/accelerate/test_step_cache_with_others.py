@@ -14,6 +14,7 @@ from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
 from dit_toolkit.host.accelerate.step_cache_run import StepCacheRun
+from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.host.run import CHUNK
 from dit_toolkit.host.run import attach as attach_description
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
@@ -314,8 +315,8 @@ def test_nothing_is_encoded_for_a_forecast_that_needs_no_model(tiny_flux, encodi
 
 def test_a_condition_that_stops_half_way_is_gone_in_forecasts_too(tiny_flux):
     """Forecasts repeat what was computed, so it shows until the next computed evaluation at most."""
-    model = accelerated(with_conditions(tiny_flux, 1, end=0.5), "last block", every=2)
-    plain = with_conditions(tiny_flux, 1, end=0.5)
+    model = accelerated(with_conditions(tiny_flux, 1, part=PartOfRun(end=0.5)), "last block", every=2)
+    plain = with_conditions(tiny_flux, 1, part=PartOfRun(end=0.5))
     whole = with_conditions(tiny_flux, 1)
     out = sample(model, 12)
     assert (out - sample(plain, 12)).abs().mean() < (sample(whole, 12) - sample(plain, 12)).abs().mean() * 3

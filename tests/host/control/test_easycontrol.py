@@ -18,6 +18,7 @@ from comfy.model_patcher import ModelPatcher
 from dit_toolkit.host import flux
 from dit_toolkit.host.control import easycontrol
 from dit_toolkit.host.control.conditions_run import Encoder, size_of_keys
+from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.tests.host.tiny import (
     DOUBLE,
     FLUX1,
@@ -44,7 +45,7 @@ def test_off_is_the_model_without_the_node(tiny_flux, file, off):
 
 def test_a_range_that_never_comes_is_the_model_without_the_node(tiny_flux, file, encodings):
     """Simple schedules evaluate at 1 first and never between the last percent and 0."""
-    late = controlled(tiny_flux, file=file, start=0.9999)
+    late = controlled(tiny_flux, file=file, part=PartOfRun(start=0.9999))
     assert torch.equal(sample(late), sample(tiny_flux))
     assert encodings == []
 
@@ -225,16 +226,11 @@ def test_a_prompt_that_changes_during_the_run_is_encoded_again(tiny_flux, file, 
 
 
 def test_ranges_that_meet_are_one_range(tiny_flux, file):
-    sampling = tiny_flux.get_model_object("model_sampling")
-    border = sampling.percent_to_sigma(0.5)
-    first, second = ({"end": 0.5}, {"start": 0.5})
-    settings = [easycontrol.EasyControl("", "", latent(), "spatial", **part) for part in (first, second)]
-    for sigma, acting in ((1.0, [True, False]), (border, [False, True]), (0.001, [False, True])):
-        assert [part.acts_at(sigma, sampling) for part in settings] == acting
+    first, second = PartOfRun(end=0.5), PartOfRun(start=0.5)
     whole = sample(controlled(tiny_flux, file=file), 4)
-    both = controlled(controlled(tiny_flux, file=file, end=0.5), file=file, start=0.5)
+    both = controlled(controlled(tiny_flux, file=file, part=first), file=file, part=second)
     assert torch.equal(sample(both, 4), whole)
-    halves = [sample(controlled(tiny_flux, file=file, **part), 4) for part in (first, second)]
+    halves = [sample(controlled(tiny_flux, file=file, part=part), 4) for part in (first, second)]
     assert len({x.sum().item() for x in (whole, *halves, sample(tiny_flux, 4))}) == 4
 
 
@@ -376,9 +372,6 @@ def test_half_precision_runs_and_keeps_its_cache_exact(tiny_flux, file, encoding
     [
         ({"strength": float("nan")}, "strength must be a finite number, got nan"),
         ({"strength": float("inf")}, "strength must be a finite number"),
-        ({"start": float("nan")}, "start_percent must be a finite number"),
-        ({"start": 0.5, "end": 0.5}, r"start_percent \(0\.5\) must be below end_percent \(0\.5\)"),
-        ({"start": 0.8, "end": 0.3}, r"start_percent \(0\.8\) must be below end_percent \(0\.3\)"),
         ({"influence": float("nan")}, "influence must be between 0 and 1, got nan"),
         ({"influence": 1.5}, "influence must be between 0 and 1"),
         ({"kind": "canny"}, "kind must be one of spatial, subject, got 'canny'"),

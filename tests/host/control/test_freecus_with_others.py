@@ -27,6 +27,7 @@ from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse
 from dit_toolkit.host.attention import TEXT_SCALES
 from dit_toolkit.host.control import freecus
 from dit_toolkit.host.control.freecus_run import ReferencePass, ReferenceRun
+from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.host.run import Chunk, Condition, Run
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
 from dit_toolkit.models.accelerate.re_ttention import Schedule
@@ -478,7 +479,7 @@ def test_a_compiled_model_follows_the_reference_at_every_step(freed):
         set_torch_compile_wrapper(model=model, backend="eager", options=options)
         return model
 
-    plain = freed(small, start=0.3)
+    plain = freed(small, part=PartOfRun(start=0.3))
     expected = sample(plain, 3)
     assert (expected - sample(small, 3)).abs().mean() > 1e-3
     close(sample(compiled(plain), 3), expected, atol=1e-4)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from dit_toolkit.host.control import try_on, try_on_files
 from dit_toolkit.host.control.conditions_run import Encoder
 from dit_toolkit.host.control.try_on_files import TryOnFile
+from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.models.control.mc_vton import BranchLora, layers
 from dit_toolkit.models.control.mc_vton_keys import Branch, Checkpoint, Settings, parse, write, write_metadata
 from dit_toolkit.nodes.step_cache import TaylorSeer
@@ -94,7 +95,7 @@ def test_off_is_the_model_without_the_node(tiny_flux, file):
 
 
 def test_a_range_that_never_comes_is_the_model_without_the_node(tiny_flux, file, encodings):
-    assert torch.equal(sample(dressed(tiny_flux, file, start=0.9999)), sample(tiny_flux))
+    assert torch.equal(sample(dressed(tiny_flux, file, part=PartOfRun(start=0.9999))), sample(tiny_flux))
     assert encodings == []
 
 
@@ -374,7 +375,6 @@ def test_a_file_may_know_fewer_blocks_than_the_model_has(tiny_flux, tmp_path):
     ("change", "message"),
     [
         ({"person_strength": float("nan")}, "strength must be a finite number, got nan"),
-        ({"start": 0.5, "end": 0.5}, r"start_percent \(0\.5\) must be below end_percent \(0\.5\)"),
         ({"position": "above"}, "garment_position must be one of beside, below, got 'above'"),
         ({"cache": "maybe"}, "kv_cache must be one of on GPU, offload to CPU, off"),
         ({"garment": torch.full((1, 16, 4, 4), float("nan"))}, "holds NaN or infinite values"),
