@@ -7,6 +7,7 @@ are in `sparse_attention.py` of `host/accelerate/`, its files in `clear_files.py
 from __future__ import annotations
 
 import logging
+from typing import Literal, get_args
 
 from comfy_api.latest import io
 
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 MASK_ONLY = "none (mask only)"
 MASK_ONLY_RADIUS = 32
+
+Below = Literal["auto", "dense", "local"]  # what attention over fewer tokens than `min_tokens` is
+BELOW = {"dense": "dense, which this file was not trained for", "local": "local too, as this file was trained"}
 
 
 class ApplyClear(io.ComfyNode):
@@ -78,12 +82,22 @@ class ApplyClear(io.ComfyNode):
                     max=1 << 20,
                     step=256,
                     advanced=True,
-                    tooltip="Attention over fewer tokens than this, text included, stays dense. 0: none does.",
+                    tooltip="Attention over fewer tokens than this, text included, follows 'below_min_tokens'. "
+                    "0: there is no such size.",
                 ),
                 *part_of_run(
                     "Where in the run attention becomes sparse. 0 is the start.",
                     "Where in the run it becomes dense again. 1 is the end.",
                     advanced=True,
+                ),
+                io.Combo.Input(
+                    "below_min_tokens",
+                    options=list(get_args(Below)),
+                    default="auto",
+                    optional=True,  # prompts saved before it was there have none
+                    advanced=True,
+                    tooltip="What attention is in pictures smaller than min_tokens. auto: local with a file, as its "
+                    "weights were trained; dense without one, since there is little to gain.",
                 ),
             ],
             outputs=[
@@ -106,6 +120,7 @@ class ApplyClear(io.ComfyNode):
         min_tokens: int,
         start_percent: float,
         end_percent: float,
+        below_min_tokens: Below = "auto",
     ) -> io.NodeOutput:
         require_known_tokens(model, "Apply CLEAR")
         if file == MASK_ONLY:
@@ -114,10 +129,15 @@ class ApplyClear(io.ComfyNode):
             loaded = load(file)
             variant, found = loaded.variant(radius, pooling), loaded.weights.summary
             cells, patched = loaded.weights.cells, with_weights(model, loaded)
+        trained = file != MASK_ONLY
+        dense = below_min_tokens == "dense" or (below_min_tokens == "auto" and not trained)
+        part = PartOfRun(start_percent, end_percent)
         settings = SparseAttention(
-            f"CLEAR {file}", variant.pattern, min_tokens, scale, PartOfRun(start_percent, end_percent), cells=cells
+            f"CLEAR {file}", variant.pattern, min_tokens if dense else 0, scale, part, cells=cells
         )
         text = f"{file}: {found}\n{report(model, settings)}"
+        if trained:
+            text += f"\nbelow {min_tokens} tokens: {BELOW['dense' if dense else 'local']}"
         logger.info("CLEAR %s", text.splitlines()[0])
         return io.NodeOutput(attach(patched, settings), text)
 

@@ -265,7 +265,8 @@ def worth_tiles(tiling: Tiling, extra: int) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class SparseAttention:
-    """One pattern in the attention of every layer. Neutral: a window that covers the whole picture.
+    """One pattern in the attention of every layer. Neutral: a window that covers the whole picture,
+    without pooled keys and with the model's own scale.
 
     min_tokens: shorter attention, text included, stays dense.
     scale: "log-proportional" for pictures larger than those of the training.
@@ -296,6 +297,10 @@ class SparseAttention:
             (WrappersMP.SAMPLER_SAMPLE, sparse.sampler_sample),
         ):
             add_wrapper_with_key(kind, KEY, wrapper, model_options, is_model_options=True)
+
+    def neutral(self, grid: Grid) -> bool:
+        """Whether this is the model's own attention: all pairs are kept, under its own scale, and no keys are added."""
+        return covers(self.pattern, grid) and not self.pattern.pool and self.scale == "as trained"
 
 
 class Sparse:
@@ -332,7 +337,7 @@ class Sparse:
             return None
         if grid.length < settings.min_tokens:
             return self.passed_on(f"{grid.length} tokens are fewer than min_tokens")
-        if covers(settings.pattern, grid):
+        if settings.neutral(grid):
             return self.passed_on("the window covers the whole picture")
         scale = None
         if settings.scale == "log-proportional":
@@ -389,7 +394,10 @@ SIDES = (1024, 1536, 2048, 4096)  # pixels, in the report
 
 
 def report(model: ModelPatcher, settings: SparseAttention) -> str:
-    """What the pattern keeps and can save for square pictures, a line per size, for people."""
+    """What the pattern keeps and can save for square pictures, a line per size, for people.
+
+    Which sizes stay dense is in `settings.min_tokens`, which is 0 where none does.
+    """
     pattern = settings.pattern
     transformer: Any = model.get_model_object("diffusion_model")
     lines = [f"{pattern}, scale {settings.scale}"]

@@ -73,6 +73,6 @@ class Estimate:
 def estimate(pattern: Pattern, side: int, width: int, text: int = TEXT) -> Estimate:
     """Kept pairs and speed-up for `side` x `side` pixels and a model of `width` channels."""
     grid = Grid(side // PIXELS, side // PIXELS, before=text)
-    ratio = 1.0 if covers(pattern, grid) else kept_ratio(pattern, grid)
+    ratio = 1.0 if covers(pattern, grid) and not pattern.pool else kept_ratio(pattern, grid)
     share = attention_share(grid.length, width)
     return Estimate(side, ratio, ceiling(share, ratio), ceiling(share, 0.0))

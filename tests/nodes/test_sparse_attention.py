@@ -23,6 +23,7 @@ DEFAULTS = {
     "min_tokens": 4096,
     "start_percent": 0.0,
     "end_percent": 1.0,
+    "below_min_tokens": "auto",
 }
 
 
@@ -74,6 +75,43 @@ def test_a_radius_beyond_the_picture_is_off(tiny_flux):
 def test_small_pictures_stay_dense(tiny_flux):
     patched, _ = apply(tiny_flux, radius=1)
     assert torch.equal(tiny.sample(patched), tiny.sample(tiny_flux))
+
+
+def test_the_weights_of_a_file_are_local_at_every_size(tiny_flux, down_4):
+    """Nobody trained them for dense attention. A picture of 16 x 16 tokens is far below the 4096 of the default."""
+    local, report = apply(tiny_flux, file=down_4)
+    assert torch.equal(tiny.sample(local, size=(32, 32)), sampled(tiny_flux, down_4, min_tokens=0))
+    assert report.endswith("below 4096 tokens: local too, as this file was trained")
+    assert "dense" not in report
+
+
+def test_who_asks_for_dense_attention_below_min_tokens_gets_it_and_is_told(tiny_flux, down_4):
+    dense, report = apply(tiny_flux, file=down_4, below_min_tokens="dense")
+    weights_alone = tiny_flux.clone()
+    weights_alone.patches = dense.patches
+    assert torch.equal(tiny.sample(dense, size=(32, 32)), tiny.sample(weights_alone, size=(32, 32)))
+    assert report.endswith("below 4096 tokens: dense, which this file was not trained for")
+
+
+def test_without_a_file_small_pictures_can_be_local(tiny_flux):
+    local, _ = apply(tiny_flux, radius=1, below_min_tokens="local")
+    everywhere, _ = apply(tiny_flux, radius=1, min_tokens=0)
+    assert torch.equal(tiny.sample(local), tiny.sample(everywhere))
+    assert not torch.equal(tiny.sample(local), tiny.sample(tiny_flux))
+
+
+def test_pooled_keys_stay_where_the_disc_covers_the_picture(tiny_flux, down_4):
+    """Files with pooled cells are trained with those keys at every size: 4 x 4 tokens lie within the radius."""
+    found = sampled(tiny_flux, down_4, radius=64, size=(8, 8))
+    widest = sampled(tiny_flux, down_4, radius=7, size=(8, 8))  # covers 4 x 4 tokens as well
+    assert torch.equal(found, widest)
+    weights_alone = tiny_flux.clone()
+    weights_alone.patches = apply(tiny_flux, file=down_4)[0].patches
+    assert not torch.allclose(found, tiny.sample(weights_alone), atol=1e-3)
+
+
+def sampled(model, file, *, size=(32, 32), **inputs):
+    return tiny.sample(apply(model, file=file, **inputs)[0], size=size)
 
 
 def test_models_that_it_cannot_help_are_refused(down_4):

@@ -113,6 +113,15 @@ def test_the_proportional_scale(tiny_flux, backend):
     tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(Disc(3), scale=scale)), **FLUX))
 
 
+@pytest.mark.parametrize("pattern", [Disc(9), PooledDisc(9, 2)], ids=str)
+def test_what_is_beside_the_window_stays_where_it_covers_the_picture(tiny_flux, pattern, backend):
+    """The scale above the training's size, and pooled keys."""
+    scale = math.sqrt(math.log((48 + 5) * (10 if pattern.pool else 1), 4608) / 128)
+    found = tiny.sample(sparse(tiny_flux, pattern, scale="log-proportional"), **FLUX)
+    tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(pattern, scale=scale)), **FLUX))
+    assert not torch.allclose(found, tiny.sample(tiny_flux, **FLUX), atol=1e-3)
+
+
 @pytest.mark.parametrize("influence", [1.0, 0.5])
 @pytest.mark.parametrize("first", ["sparse", "easycontrol"])
 def test_keys_of_easycontrol_are_seen_by_every_token(tiny_flux, influence, first, backend):
@@ -181,10 +190,10 @@ def test_start_and_end_in_percent_of_the_run(tiny_flux):
     tiny.sample(attach_description(tiny_flux, masked), **options)
     assert len(masked.calls) == 16
     counted = {}
-    for name, part in (("first", {"end": 0.4}), ("second", {"start": 0.4}), ("all", {})):
+    for name, part in (("first", PartOfRun(end=0.4)), ("second", PartOfRun(start=0.4)), ("all", PartOfRun())):
         used = []
         model = with_override(tiny_flux, lambda func, *args, used=used, **kw: used.append(1) or func(*args, **kw))
-        tiny.sample(sparse(model, Disc(2), **part), **options)
+        tiny.sample(sparse(model, Disc(2), part=part), **options)
         counted[name] = 16 - len(used)
     assert counted == {"first": 8, "second": 8, "all": 16}
 
