@@ -265,12 +265,13 @@ class ConfidenceGatedTaylor(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "gate_rows",
-                    options=["max", "cond", "mean"],
+                    options=["max", "cond", "mean", "published"],
                     default="max",
                     advanced=True,
-                    tooltip="Which pictures and prompts of a batch decide: the worst, those of the positive prompt, "
-                    "or all on average. Where ComfyUI runs the prompts one by one, the first to come decides, "
-                    "which is mostly the negative one. Not read with 'input change'.",
+                    tooltip="How the pictures of a batch decide together. max: the worst of them. mean: all on "
+                    "average; cond is the same, for older workflows. published: the paper's ratio over the whole "
+                    "batch. With CFG the prompt that ComfyUI computes first decides for both, mostly the negative "
+                    "one. Not read with 'input change'.",
                 ),
                 *range_inputs(),
                 offload_input(),

@@ -20,6 +20,7 @@ from itertools import pairwise
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
+import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
@@ -128,15 +129,17 @@ class Visit:
                 del lane.histories[name]
 
     def settle(self, error: float) -> None:
-        """The probe's answer: it decides for this and all later chunks of the evaluation."""
+        """The probe's answer, see `StepCacheRun.settle`."""
         self.choice = self.run.settle(error)
         if self.choice is FORECAST and not self.ready():
             self.choice = COMPUTE
 
     def ready(self) -> bool:
         """Whether every lane holds enough for a forecast."""
-        first = self.run.settings.policy.first
-        return all(lane.full >= first and all(part in lane.histories for part in self.parts) for lane in self.lanes)
+        return all(self.holds_enough(lane) for lane in self.lanes)
+
+    def holds_enough(self, lane: Lane) -> bool:
+        return lane.full >= self.run.settings.policy.first and all(part in lane.histories for part in self.parts)
 
 
 class StepCacheRun:
@@ -147,7 +150,7 @@ class StepCacheRun:
         self.steps = steps_of(run.sigmas)
         self.total = evaluations_of(self.steps, run.sampler, ends=bool(run.sigmas) and run.sigmas[-1] == 0)
         self.report: RunReport = settings.report.start(self.total)
-        self.lock = threading.RLock()  # with several GPUs, chunks of one evaluation run in threads
+        self.lock = threading.Condition()  # with several GPUs, chunks of one evaluation run in threads
         self.index = -1  # evaluations since the start or the last reset
         self.last_full: int | None = None
         self.resets = 0
@@ -191,7 +194,10 @@ class StepCacheRun:
         """PREDICT_NOISE: one evaluation by the sampler."""
         self.begin(float(timestep.flatten()[0]))  # waits for a GPU, so the clock is read at the same place each time
         self.tick()
-        result = executor(x, timestep, *args, **kwargs)
+        try:
+            result = executor(x, timestep, *args, **kwargs)
+        finally:
+            self.settle(inf)  # nobody waits for a probe that failed
         self.finish(time.perf_counter() - self.began)
         return result
 
@@ -248,14 +254,29 @@ class StepCacheRun:
         return sum(step < self.sigma * (1 - 1e-5) for step in self.steps)
 
     def settle(self, error: float) -> Choice:
-        """The answer to a probe: the first one holds for the whole evaluation."""
+        """The answer to a probe. The first one holds for the whole evaluation.
+
+        It is that of the first condition of the first chunk. ComfyUI puts prompts side by side or calls the model for
+        one after the other, as memory allows, but that condition comes first either way: one seed has one picture.
+        """
         with self.lock:
             if self.choice is PROBE:
                 policy: Any = self.settings.policy
                 self.error = error
                 opens = policy.opens(error) if isinstance(policy, FirstBlockGate) else error < policy.threshold
                 self.choice = FORECAST if opens else COMPUTE
+                self.lock.notify_all()
             return self.choice
+
+    def wait_for_the_first(self, options: dict) -> None:
+        """With several GPUs, let the MODEL's own device decide: ComfyUI gives it the first chunk of an evaluation."""
+        device = options.get("multigpu_thread_device")
+        if device is None or self.run.model is None or device == self.run.model.load_device:
+            return
+        with self.lock:
+            while self.choice is PROBE:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                self.lock.wait(1.0)  # seconds until the next look at whether the user stopped it
 
     def finish(self, seconds: float) -> None:
         full = self.forecast == 0
@@ -281,12 +302,14 @@ class StepCacheRun:
     ):
         """APPLY_MODEL: one chunk, forecast or computed and recorded."""
         options = transformer_options or {}
+        self.wait_for_the_first(options)
         visit = self.visit(executor.class_obj, x, c_crossattn, chunk_of(options))
 
         def call() -> Tensor:
             return executor(x, t, c_concat, c_crossattn, control, {**options, VISIT: visit}, **conds)
 
         denoised = self.settings.tap.run(visit, call, executor.class_obj, x, t)
+        self.settle(inf)  # the first chunk decides, also where its probe did not run
         with self.lock:
             if visit.choice is FORECAST:
                 self.forecast += 1
@@ -318,7 +341,9 @@ class StepCacheRun:
             grown = [lane.change.grown(thinned(x[chunk.part(i)])) for i, lane in enumerate(lanes)]
             if visit.choice is PROBE:
                 visit.settle(inf if grown[0] is None else grown[0])
-        if visit.choice is not COMPUTE and not visit.ready():
+        if visit.choice is PROBE and not visit.holds_enough(lanes[0]):
+            visit.settle(inf)
+        if visit.choice is FORECAST and not visit.ready():
             visit.choice = COMPUTE
         return visit
 

@@ -24,7 +24,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.accelerate.cg_taylor import FirstBlockGate, reduced, relative_error
+from ...models.accelerate.cg_taylor import FirstBlockGate, gate_error
 from ...models.accelerate.delta_dit import Span, Stages
 from ...models.accelerate.step_cache import COMPUTE, FORECAST, PROBE
 from .. import flux
@@ -174,15 +174,17 @@ class BlockTap(ABC):
     def judge(self, visit: Visit, gate: FirstBlockGate, img: Tensor, before: Tensor | None) -> None:
         value = img if before is None else img - before
         if visit.choice is PROBE:
-            if all("first" in lane.histories for lane in visit.lanes):
-                guess = visit.forecast("first")[0]
-                same = guess.shape == value.shape
-                errors = relative_error(guess, value) if same else torch.full((value.shape[0],), inf)
-                visit.settle(reduced(errors, rows_of_positive(visit).to(errors.device), gate.reduce))
-            else:
-                visit.settle(inf)
+            visit.settle(self.error(visit, gate, value))
         if visit.choice is not FORECAST:
             visit.captured["first"] = (value.clone() if value is img else value,)
+
+    def error(self, visit: Visit, gate: FirstBlockGate, value: Tensor) -> float:
+        """How far block 0 is off its forecast, for the first condition of the call: see `StepCacheRun.settle`."""
+        history = visit.lanes[0].histories.get("first")
+        if history is None:
+            return inf
+        (guess,), actual = history.forecast(visit.point, visit.device), value[visit.chunk.part(0)]
+        return gate_error(guess, actual, gate.reduce) if guess.shape == actual.shape else inf
 
     @torch.compiler.disable()
     def inject(self, visit: Visit, position: int, args: dict) -> dict:
@@ -343,12 +345,6 @@ def free_memory(base: Any, where: torch.device) -> float:
     if where.type == "cpu" or base.current_patcher is None:
         return float(comfy.model_management.get_free_memory(where))  # pyright: ignore[reportArgumentType]
     return float(base.current_patcher.get_free_memory(where))
-
-
-def rows_of_positive(visit: Visit) -> Tensor:
-    """`[B]` bool: the batch rows of positive prompts."""
-    positive = [condition.positive for condition in visit.chunk.conditions]
-    return torch.tensor(positive).repeat_interleave(visit.chunk.rows).to(visit.device)
 
 
 def blocks_of(model: ModelPatcher) -> tuple[BlockFamily, tuple[Key, ...]] | None:

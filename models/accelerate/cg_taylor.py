@@ -3,10 +3,11 @@
 Source: "Forecasting When to Forecast" (CG-Taylor), arXiv:2508.02240. At each evaluation block 0 is run, and its output
 h is also forecast from its own history. With
 
-    error = mean |h^ - h| / mean |h|        over batch, tokens and channels
+    error = mean |h^ - h| / mean |h|        over pictures, tokens and channels
 
 blocks 1 and above are skipped where `error < threshold` (strictly), and their output is forecast instead. Otherwise
-everything is computed, and both histories get a new point.
+everything is computed, and both histories get a new point. A batch has one error, as the evaluation is computed for
+all of its pictures or for none: `Reduce` says how it is made.
 
 With `compare="residual"` the gate is that of First Block Cache and DBCache: the change that block 0 makes, against the
 change it made at the last full evaluation.
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from .step_cache import COMPUTE, PROBE, Choice, Moment
 
-Reduce = Literal["max", "cond", "mean"]
+# Over the pictures of a batch. "cond" is another name of "mean", which saved workflows have.
+Reduce = Literal["max", "cond", "mean", "published"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class FirstBlockGate:
     warm_up: int = 5  # evaluations computed at the start
     order: int = 1  # of the forecast of block 0
     compare: Literal["output", "residual"] = "output"
-    reduce: Reduce = "max"  # over the pictures and prompts of a batch
+    reduce: Reduce = "max"
 
     def __post_init__(self):
         if not self.threshold >= 0:
@@ -63,19 +65,16 @@ class FirstBlockGate:
         return isfinite(error) and error < self.threshold
 
 
-def relative_error(forecast: Tensor, actual: Tensor) -> Tensor:
-    """`mean |forecast - actual| / mean |actual|` for each row: `[B, ...]` twice to `[B]`, float32."""
-    forecast, actual = forecast.float().flatten(1), actual.float().flatten(1)
-    return (forecast - actual).abs().mean(1) / actual.abs().mean(1)
-
-
-def reduced(errors: Tensor, cond: Tensor, how: Reduce) -> float:
-    """One number for a batch.
+def gate_error(forecast: Tensor, actual: Tensor, how: Reduce) -> float:
+    """How far a forecast is off, for pictures of one prompt: `[B, ...]` twice. Summed in float32.
 
     Args:
-        errors: `[B]`.
-        cond: `[B]` bool, True for rows of the positive prompt; "cond" uses those, or all where there are none.
+        how: "published" is the paper's ratio, of means over all pictures together. "max" is the ratio of the worst
+            picture, "mean" the average of their ratios. They are one for one picture.
     """
-    if how == "cond" and bool(cond.any()):
-        errors = errors[cond]
+    forecast, actual = forecast.float().flatten(1), actual.float().flatten(1)
+    off, size = (forecast - actual).abs().mean(1), actual.abs().mean(1)
+    if how == "published":
+        return float(off.mean() / size.mean())
+    errors = off / size
     return float(errors.max() if how == "max" else errors.mean())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import comfy.hooks
 import comfy.model_patcher
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
@@ -15,14 +18,14 @@ from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
 from dit_toolkit.host.accelerate.step_cache_run import StepCacheRun
 from dit_toolkit.host.part_of_run import PartOfRun
-from dit_toolkit.host.run import CHUNK
+from dit_toolkit.host.run import CHUNK, Run
 from dit_toolkit.host.run import attach as attach_description
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
 from dit_toolkit.models.accelerate.input_change import InputChange
-from dit_toolkit.models.accelerate.step_cache import Listed
+from dit_toolkit.models.accelerate.step_cache import COMPUTE, FORECAST, PROBE, Listed
 from dit_toolkit.models.accelerate.taylorseer import Interval
 from dit_toolkit.tests.host import families
-from dit_toolkit.tests.host.accelerate.caching import TAPS, cached, calls, last_run, strip
+from dit_toolkit.tests.host.accelerate.caching import TAPS, cached, calls, last_run, settings_of, strip
 from dit_toolkit.tests.host.tiny import (
     HIDDEN,
     close,
@@ -199,23 +202,115 @@ def test_when_one_lane_cannot_be_forecast_the_others_still_are(tiny_flux, first,
     assert strip(model).count("#") == 1
 
 
-@pytest.mark.parametrize("rows", ["max", "cond", "mean"])
-def test_the_gate_looks_at_the_rows_that_it_is_told(tiny_flux, rows):
-    """Batched, both prompts are there; the errors of each are told apart by runs of the same batch."""
-    errors = {}
-    for how in ("max", "cond", "mean"):
-        model = cached(tiny_flux, FirstBlockGate(1e-12, 2, reduce=how), "gated", 1)
-        sample(model, 6, cfg=3.0)
-        errors[how] = last_run(model).errors
-    assert all(a >= b for a, b in zip(errors["max"], errors["mean"], strict=True))
-    assert errors["cond"] != errors["max"] or errors["cond"] != errors["mean"]
-    other = [2 * mean - cond for mean, cond in zip(errors["mean"], errors["cond"], strict=True)]
-    assert errors["max"] == pytest.approx([max(pair) for pair in zip(other, errors["cond"], strict=True)], rel=1e-4)
-    limit = sorted(errors[rows])[len(errors[rows]) // 2]
-    model = cached(tiny_flux, FirstBlockGate(limit, 2, reduce=rows), "gated", 1)
-    sample(model, 6, cfg=3.0)
-    first = next(i for i, error in enumerate(errors[rows]) if error < limit)
-    assert strip(model)[: 2 + first + 1] == "#" * (2 + first) + "."
+THRESHOLDS = (0.05, 0.1, 0.2, 0.35)  # on the tiny model: from hardly ever open to nearly always
+
+
+def gated(model, threshold=1e-12, **settings):
+    return cached(model, FirstBlockGate(threshold, 2, **settings), "gated", 1)
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """ComfyUI as it is on a GPU that is nearly full: it calls the model for one prompt after the other."""
+
+    def short_of_memory():
+        monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda *_: 0)
+
+    return short_of_memory
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 9)], ids=["like prompts", "prompts of two lengths"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_gate_does_not_depend_on_free_memory(tiny_flux, one_by_one, batch, lengths):
+    """Side by side or one after the other: the same prompt decides, so one seed has one picture."""
+    prompts = {"positive": prompt(3, lengths[0]), "negative": prompt(4, lengths[1])}
+
+    def runs():
+        for threshold in THRESHOLDS:
+            model = gated(tiny_flux, threshold)
+            found = sample(model, 10, cfg=3.0, batch=batch, **prompts)
+            yield found, strip(model), last_run(model).errors
+
+    together = list(runs())
+    one_by_one()
+    apart = list(runs())
+    assert len({strip for _, strip, _ in together}) > 1
+    for (found, strips, errors), (alone, strips_alone, errors_alone) in zip(together, apart, strict=True):
+        assert strips == strips_alone
+        assert errors == pytest.approx(errors_alone, rel=1e-4)
+        close(found, alone, atol=1e-4)
+
+
+def test_the_pictures_of_a_batch_have_one_gate_by_the_rule_that_was_chosen(tiny_flux):
+    """Until the gate opens, each picture is as it is alone, and so are the errors that the rule goes by."""
+    noise = latent(7, (8, 8), 2)
+    alone = []
+    for row in range(2):
+        model = gated(tiny_flux)
+        sample(model, 6, noise=noise[row : row + 1])
+        alone.append(last_run(model).errors)
+    assert alone[0] != pytest.approx(alone[1], rel=1e-2)
+    found = {}
+    for how in ("max", "mean", "cond", "published"):
+        model = gated(tiny_flux, reduce=how)
+        sample(model, 6, noise=noise)
+        found[how] = last_run(model).errors
+    pairs = list(zip(*alone, strict=True))
+    assert found["max"] == pytest.approx([max(pair) for pair in pairs], rel=1e-4)
+    assert found["mean"] == pytest.approx([sum(pair) / 2 for pair in pairs], rel=1e-4)
+    assert found["cond"] == found["mean"]
+    assert found["published"] != found["mean"]
+    assert all(min(pair) < error < max(pair) for pair, error in zip(pairs, found["published"], strict=True))
+
+
+class Device:
+    """One of several GPUs, in a thread: what it decides once the MODEL's own device has decided."""
+
+    def __init__(self, run, name):
+        self.run, self.name, self.choice = run, name, None
+        self.thread = threading.Thread(target=self.decide)
+        self.thread.start()
+
+    def decide(self):
+        self.run.wait_for_the_first({"multigpu_thread_device": self.name})
+        self.choice = self.run.choice
+
+
+@pytest.fixture
+def at_a_probe(tiny_flux):
+    """A run whose gate is asked, with nothing computed yet."""
+    cache = settings_of(gated(tiny_flux, 0.1))
+    run = StepCacheRun(cache, Run(tiny_flux, [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]))
+    for sigma in (1.0, 0.8, 0.6):
+        run.begin(sigma)
+    assert run.choice is PROBE
+    return run
+
+
+@pytest.mark.parametrize(("error", "choice"), [(0.05, FORECAST), (0.2, COMPUTE)])
+def test_other_gpus_wait_for_the_one_that_decides(at_a_probe, tiny_flux, error, choice):
+    others = [Device(at_a_probe, torch.device("meta", i)) for i in range(2)]
+    own = Device(at_a_probe, tiny_flux.load_device)
+    own.thread.join()
+    assert own.choice is PROBE  # it waits for nobody
+    assert all(other.choice is None for other in others)
+    at_a_probe.settle(error)
+    for other in others:
+        other.thread.join()
+        assert other.choice is choice
+
+
+def test_nobody_waits_for_a_gpu_that_failed(at_a_probe):
+    other = []
+
+    def evaluation(x, timestep):
+        other.append(Device(at_a_probe, torch.device("meta")))
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        at_a_probe.predict_noise(evaluation, torch.zeros(1), torch.tensor([0.4]))
+    other[0].thread.join()
+    assert other[0].choice is COMPUTE
 
 
 def windowed(model):

@@ -19,11 +19,11 @@ from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
 from dit_toolkit.host import embedded, flux, token_grid
-from dit_toolkit.host.accelerate import step_cache_taps
 from dit_toolkit.host.accelerate.re_ttention import ReTtention
 from dit_toolkit.host.accelerate.re_ttention import attach as attach_re_ttention
 from dit_toolkit.host.accelerate.sparse_attention import SparseAttention
 from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse
+from dit_toolkit.host.accelerate.step_cache_run import StepCacheRun
 from dit_toolkit.host.attention import TEXT_SCALES
 from dit_toolkit.host.control import freecus
 from dit_toolkit.host.control.freecus_run import ReferencePass, ReferenceRun
@@ -299,27 +299,22 @@ def test_positive_only_is_the_positive_under_every_guider(tiny_flux, freed, who,
 
 
 @pytest.mark.parametrize("guider", GUIDERS)
-def test_the_gate_of_a_step_cache_looks_at_the_positive_under_every_guider(tiny_flux, monkeypatch, guider):
-    rows, find = [], step_cache_taps.rows_of_positive
-    spied = cached(tiny_flux, FirstBlockGate(1e-12, 1, reduce="cond"), "gated", 0)
+def test_names_of_prompts_are_the_guider_s(tiny_flux, guider, monkeypatch):
+    told, find = set(), StepCacheRun.visit
 
-    def watched(visit):
-        rows.append((find(visit).tolist(), [c.name for c in visit.chunk.conditions]))
-        return find(visit)
+    def watched(self, base, x, text, chunk):
+        told.update(condition.name for condition in chunk.conditions)
+        return find(self, base, x, text, chunk)
 
-    monkeypatch.setattr(step_cache_taps, "rows_of_positive", watched)
-    guided(guider, spied, tiny_flux, steps=4)
-    assert rows
-    for positive, names in rows:
-        assert positive == [name == "positive" for name in names]
-    told = {name for _, names in rows for name in names}
+    monkeypatch.setattr(StepCacheRun, "visit", watched)
+    guided(guider, cached(tiny_flux, FirstBlockGate(1e-12, 1), "gated", 0), tiny_flux, steps=4)
     expected = {
         "DualCFG": {"positive", "middle", "negative"},
         "DualCFG nested": {"positive", "middle", "negative"},
         "PerpNeg": {"positive", "negative", "empty_negative_prompt"},
     }
-    if guider in expected:
-        assert told == expected[guider]
+    assert told == expected.get(guider, told)
+    assert "positive" in told
 
 
 def test_prompts_of_all_names_see_the_subject_if_asked_to(tiny_flux, freed, who):
