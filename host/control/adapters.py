@@ -24,6 +24,28 @@ def patcher(
     lora = make(operations=comfy.ops.manual_cast, device=offload, dtype=next(iter(weights.values())).dtype)
     kind = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     made = kind(lora, load_device=comfy.model_management.get_torch_device(), offload_device=offload)
+    for name, weight in lora.named_parameters():
+        weight.data = weight.data.to(weights[name].dtype)  # copying would bring all tensors to that of the first
     lora.load_state_dict(dict(weights), assign=made.is_dynamic())  # after the patcher: dynamic VRAM maps the file
     lora.requires_grad_(False)
     return made
+
+
+def beside(model: ModelPatcher, adapter: ModelPatcher) -> ModelPatcher:
+    """The adapter on the device that `model` computes on: itself, or a copy as core makes them for another GPU.
+
+    Raises:
+        ValueError: it has to be copied, and was not read from a file.
+    """
+    device = model.load_device
+    if adapter.load_device == device:
+        return adapter
+    if adapter.cached_patcher_init is None:
+        raise ValueError(
+            f"This LoRA cannot be copied to {device}, as no file is known that it came from. Load it anew."
+        )
+    if device.type == "cpu" and adapter.is_dynamic():
+        adapter = adapter.clone(disable_dynamic=True)
+    moved = adapter.deepclone_multigpu(new_load_device=device)
+    moved.offload_device = model.offload_device
+    return moved

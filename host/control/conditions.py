@@ -9,7 +9,8 @@ to leave room for them. The picture's own stream keeps its tokens, so ControlNet
 nothing new.
 
 State: `conditions_run.py`. The LoRA is an additional model of the MODEL: core moves and offloads it, and base weights
-are never touched.
+are never touched. It is found by its uuid: where core spreads a MODEL over several GPUs, it copies each additional
+model once for every device, whatever the keys it stands under.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
+from uuid import UUID
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -28,6 +30,7 @@ from .. import attention, flux
 from ..part_of_run import WHOLE_RUN, PartOfRun
 from ..run import KEY, Run
 from ..run import attach as attach_description
+from . import adapters
 from .conditions_run import Encoder
 
 PATCH = 16  # pixels per token
@@ -40,7 +43,7 @@ Place = Callable[..., Tensor]  # (own token grid, the picture's, device) to posi
 class ConditionImage:
     """One condition on one MODEL. Neutral values: `strength` 0 and `influence` 0 are off, `influence` 1 is as trained.
 
-    adapter: key of the LoRA among the MODEL's additional models. name: the file's, for messages.
+    adapter: uuid that all clones of the LoRA have, on every device; None without one. name: the file's, for messages.
     latent: as a VAE gives it, `[N, C, h, w]`; N is 1, or one per picture of the batch.
     kind: where the image lies, a key of `places`.
     strength: factor on the LoRA. influence: factor on the weight of the condition's keys in every softmax, 0 to 1.
@@ -55,7 +58,7 @@ class ConditionImage:
     prefix: ClassVar[str]  # of its keys among the additional models
     places: ClassVar[Mapping[str, Place]]
 
-    adapter: str
+    adapter: UUID | None
     name: str
     latent: Tensor
     kind: str
@@ -105,7 +108,7 @@ def attach(
     """A clone of `model` on which the condition acts; `model` itself where `image` is off.
 
     Args:
-        image: its key is chosen here.
+        image: its `adapter` is filled in here.
         adapter: the LoRA; None for plain tokens, which only the base weights see.
         made_for: hidden size, double and single blocks of the model that the LoRA was trained for.
 
@@ -126,7 +129,10 @@ def attach(
         )
     if image.off:
         return model
+    if adapter is None:
+        return attach_description(model, replace(image, adapter=None))
+    adapter = adapters.beside(model, adapter)
+    patched = attach_description(model, replace(image, adapter=adapter.clone_base_uuid))
     key = f"{image.prefix}.{sum(key.startswith(image.prefix) for key in model.additional_models)}"
-    patched = attach_description(model, replace(image, adapter=key))
-    patched.set_additional_models(key, [] if adapter is None else [adapter])
+    patched.set_additional_models(key, [adapter])
     return patched

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...models.control.easycontrol import encode_condition
 from .. import flux
 from ..attention import BlockKeys, ExtraKeys, with_keys
-from ..run import Chunk, Run, chunk_of
+from ..run import Chunk, Run, attached, chunk_of
 
 if TYPE_CHECKING:
     from .conditions import ConditionImage
@@ -110,15 +110,26 @@ class Encoder:
     ):
         """APPLY_MODEL: hand this condition's keys and values to the attention patch."""
         base, options = executor.class_obj, transformer_options or {}
-        adapters = base.current_patcher.additional_models.get(self.settings.adapter)
-        # None: the negative model of a guider with two models, which was not given this condition.
-        if adapters is not None and self.settings.part.includes(float(t.flatten()[0]), base.model_sampling):
+        # Not given: the negative model of a guider with two models.
+        given = any(each is self.settings for each in attached(base.current_patcher))
+        if given and self.settings.part.includes(float(t.flatten()[0]), base.model_sampling):
             channels = x.shape[1] + (0 if c_concat is None else c_concat.shape[1])
-            lora = adapters[0].model if adapters else None
-            call = Call(base, lora, chunk_of(options), options, x, channels, conds)
+            call = Call(base, self.lora(base.current_patcher), chunk_of(options), options, x, channels, conds)
             keys = [self.keys(call, i) for i in range(len(call.chunk.conditions))]
             options = with_keys(options, ExtraKeys(keys, math.log(self.settings.influence)))
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+
+    def lora(self, patcher: ModelPatcher) -> Any:
+        """The module of the LoRA on the device of this MODEL; None for plain tokens."""
+        if self.settings.adapter is None:
+            return None
+        for adapter in patcher.get_additional_models():
+            if adapter.clone_base_uuid == self.settings.adapter:
+                return adapter.model
+        raise RuntimeError(
+            f"{self.settings.node}: the LoRA {self.settings.name} did not reach {patcher.load_device}. Put "
+            f"{self.settings.node} before the node that spreads the model over several GPUs."
+        )
 
     def keys(self, call: Call, i: int) -> BlockKeys:
         """Keys and values for condition `i` of the call, from its lane where they still hold."""

@@ -46,7 +46,7 @@ def attach(model: ModelPatcher, file: EasyControlFile, slot: int, latent: Tensor
     """
     adapter = file.patcher(slot)
     made_for = (file.checkpoint.dim, file.checkpoint.double, file.checkpoint.single)
-    return conditions.attach(model, EasyControl("", file.name, latent, **settings), adapter, made_for)
+    return conditions.attach(model, EasyControl(None, file.name, latent, **settings), adapter, made_for)
 
 
 def prepare_image(image: Tensor, kind: Kind, size: int, padding: Padding = "grey") -> Tensor:

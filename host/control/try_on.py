@@ -100,7 +100,7 @@ def attach(
                 "Use a LoRA that was trained for this model."
             )
     for kind, branch, latent, place, strength in images:
-        image = kind("", f"{file.name} ({branch})", latent, place, strength, **settings)
+        image = kind(None, f"{file.name} ({branch})", latent, place, strength, **settings)
         model = conditions.attach(model, image, file.adapter(branch, blocks) if fits else None, made_for)
     return model
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dit_toolkit.host import embedded
+from dit_toolkit.host.part_of_run import WHOLE_RUN
 from dit_toolkit.host.run import attached
 from dit_toolkit.nodes.freecus import OWN_NOISE, ApplyFreeCus, SubjectDescription
 from dit_toolkit.tests.host.tiny import sample
@@ -30,7 +31,7 @@ def freed(model, **values):
 def test_defaults_are_as_published(tiny_flux):
     (settings,) = attached(freed(tiny_flux))
     assert (settings.key_scale, settings.text_key_scale) == (1.1, 1.1)
-    assert (settings.start, settings.end, settings.seed) == (0.0, 1.0, None)
+    assert (settings.part, settings.seed) == (WHOLE_RUN, None)
     assert (settings.shift_mode, settings.reference_shift) == ("reversed", 0.459375)
     assert settings.blocks == {("double", 0), ("double", 1), ("single", 0), ("single", 1)}
     assert settings.prompts == "positive only"

@@ -13,6 +13,7 @@ from comfy_api.latest import io  # noqa: E402
 from comfy_extras.nodes_easycache import EasyCacheNode  # noqa: E402
 
 from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, ModuleTap, PredictionTap, SpanTap  # noqa: E402
+from dit_toolkit.host.part_of_run import PartOfRun  # noqa: E402
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate  # noqa: E402
 from dit_toolkit.models.accelerate.delta_dit import Stages  # noqa: E402
 from dit_toolkit.models.accelerate.step_cache import Guard, Listed  # noqa: E402
@@ -114,7 +115,7 @@ def test_settings_of_taylorseer_reach_the_cache(tiny_flux):
     settings = settings_of(apply(TaylorSeer, tiny_flux, **values)[0])
     assert settings.policy == Interval(4, 5)
     assert settings.forecaster == Forecaster(2, derivatives_from=4)
-    assert (settings.guard, settings.start, settings.end, settings.offload) == (Guard(2), 0.1, 0.9, True)
+    assert (settings.guard, settings.part, settings.offload) == (Guard(2), PartOfRun(0.1, 0.9), True)
     assert isinstance(settings.tap, PredictionTap)
     listed = settings_of(apply(TaylorSeer, tiny_flux, schedule=" 0-2, 5 ")[0])
     assert listed.policy == Listed.parse("0-2,5")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dit_toolkit.host.control.conditions_run import Encoder
+from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.tests.host.tiny import close, controlled, latent, load_flux, sample
 
 pytestmark = [pytest.mark.comfy, pytest.mark.gpu]
@@ -54,7 +55,7 @@ def test_how_keys_are_kept_does_not_show(model, file, places, kind, cache, place
     assert (kept - sample(model, cfg=2.0)).abs().mean() > 0.01
 
 
-@pytest.mark.parametrize("off", [{"strength": 0.0}, {"influence": 0.0}, {"start": 0.9999}])
+@pytest.mark.parametrize("off", [{"strength": 0.0}, {"influence": 0.0}, {"part": PartOfRun(start=0.9999)}])
 def test_off_is_the_model_without_the_node(model, file, off):
     plain = sample(model)
     assert torch.equal(sample(controlled(model, file=file, **off)), plain)

@@ -19,6 +19,7 @@ from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
 from dit_toolkit.host import flux
 from dit_toolkit.host.control import conditions_run
+from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.tests.host.tiny import HIDDEN, close, controlled, flux_state, latent, load_flux, prompt, sample
 
 pytestmark = pytest.mark.comfy
@@ -283,7 +284,7 @@ def test_a_compiled_model_follows_the_condition_at_every_step(tiny_flux, file):
         set_torch_compile_wrapper(model=model, backend="eager", options=options)
         return model
 
-    window = {"start": 0.3, "end": 0.8}
+    window = {"part": PartOfRun(0.3, 0.8)}
     plain = controlled(tiny_flux, file=file, **window)
     expected = sample(plain, 5)
     assert (expected - sample(tiny_flux, 5)).abs().mean() > 0.01

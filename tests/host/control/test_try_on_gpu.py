@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dit_toolkit.host.control.conditions_run import Encoder
+from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.models.control.try_on_image import (
     composite,
     fitted_masks,
@@ -67,7 +68,7 @@ def test_how_keys_are_kept_does_not_show(model, try_on, places, cache, place):
     assert (kept - sample(model, cfg=2.0)).abs().mean() > 0.01
 
 
-@pytest.mark.parametrize("off", [{"person_strength": 0.0, "garment_strength": 0.0}, {"start": 0.9999}])
+@pytest.mark.parametrize("off", [{"person_strength": 0.0, "garment_strength": 0.0}, {"part": PartOfRun(start=0.9999)}])
 def test_off_is_the_model_without_the_node(model, try_on, off):
     assert torch.equal(sample(dressed(model, try_on, **off)), sample(model))
 
