@@ -15,7 +15,7 @@ help:
 	@echo 'make check       the seconds before a commit: lint, and the tests of models/'
 	@echo 'make lint        ruff and pyright'
 	@echo 'make serve       ComfyUI with this pack, on port $(PORT) (PORT=... for another)'
-	@echo 'make bench       the race of the accelerators, and the cost of attention and of EasyControl'
+	@echo 'make bench       the race of the accelerators; the cost of attention, of EasyControl, of loading the pack'
 	@echo 'make train-tiny  train the embedded models again'
 	@echo 'make clean       remove what make built, downloads excepted (make distclean removes those too)'
 
@@ -53,7 +53,7 @@ serve: setup
 	@$(PY) -m scripts.server '$(PORT)'
 
 bench: setup
-	$(call timed,Benchmarks,$(PY) -m scripts.bench_easycontrol && $(PY) -m scripts.bench_attention && $(PY) -m scripts.bench_accelerators)
+	$(call timed,Benchmarks,$(PY) -m scripts.bench_load && $(PY) -m scripts.bench_easycontrol && $(PY) -m scripts.bench_attention && $(PY) -m scripts.bench_accelerators)
 
 train-tiny: setup
 	$(call timed,Training of the embedded models,$(PY) -m scripts.tiny all)

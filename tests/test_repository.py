@@ -1,4 +1,4 @@
-"""Promises of the repository as a whole: what is shipped, how big it is, how fast it loads, what a workflow carries."""
+"""Promises of the repository as a whole: what is shipped, how big it is, what it loads, what a workflow carries."""
 
 import ast
 import re
@@ -149,34 +149,34 @@ def test_shipped_code_does_nothing_that_a_scanner_flags(path):
 # Loading
 
 IMPORT = """
-import asyncio, importlib.util, sys, time
+import asyncio, importlib.util, sys
 sys.path.insert(0, {host!r})
 from comfy.cli_args import args
 args.cpu, args.base_directory = True, {base!r}
 import nodes, comfy.sd, comfy_api.latest  # what ComfyUI has loaded by the time it reads the first pack, and less
-before = set(sys.modules)
-start = time.process_time()
+before, opened = set(sys.modules), []
+sys.addaudithook(lambda event, found: event == "open" and opened.append(str(found[0])))
+comfy.utils.load_torch_file = lambda path, *_, **__: opened.append(str(path))  # opens files behind Python's back
 spec = importlib.util.spec_from_file_location("pack", {root!r} + "/__init__.py", submodule_search_locations=[{root!r}])
 module = importlib.util.module_from_spec(spec)
 sys.modules["pack"] = module
 spec.loader.exec_module(module)
 asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
-seconds = time.process_time() - start
 new = {{name.partition(".")[0] for name in set(sys.modules) - before}} - {{"pack"}} - sys.stdlib_module_names
-print("RESULT", round(seconds * 1000), *sorted(new))
+print("MODULES", *sorted(new))
+print("FILES", *sorted({{path for path in opened if not path.endswith((".py", ".pyc"))}}), sep="\\n")
 """
 
 
 @pytest.mark.comfy
-def test_the_pack_loads_fast_and_brings_no_module_that_comfyui_has_not_loaded(tmp_path):
-    """The first load in a new process, three times: the best one shows what the pack costs and not what else ran."""
+def test_the_pack_loads_without_bringing_modules_or_reading_files(tmp_path):
+    """In a new process: nothing is imported that ComfyUI has not loaded, and no weights or pictures are opened.
+
+    How long it takes is measured by `make bench`.
+    """
     code = IMPORT.format(host=str(comfyui()), base=str(tmp_path), root=str(ROOT))
-    times = []
-    for _ in range(3):  # the first may have to write the byte code
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-3000:]
-        (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT"))
-        milliseconds, *modules = line.split()[1:]
-        assert modules == []
-        times.append(int(milliseconds))
-    assert min(times) < 150, times
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    modules, files = done.stdout.split("MODULES")[1].split("FILES")
+    assert not modules.split()
+    assert not [path for path in files.splitlines() if path.startswith(str(ROOT))]

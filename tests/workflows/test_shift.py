@@ -1,4 +1,4 @@
-"""FLUX.1's schedule is shifted by the size of the picture: every workflow samples with the shift that its size wants."""
+"""FLUX.1 shifts its schedule by the size of the picture: every workflow samples with the shift that its size wants."""
 
 from __future__ import annotations
 
