@@ -18,11 +18,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Protocol, TypeVar
 
 import torch
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+from .tiles import Tile, tiles_of
 
 KEY = "dit_toolkit"
 CHUNK = "dit_toolkit.chunk"  # in transformer_options: the Chunk that is being computed
@@ -60,6 +63,7 @@ class Condition:
     hooks: Hashable  # ComfyUI's HookGroup, or None
     device: torch.device
     patched: tuple[Hashable, ...] = ()  # blocks that somebody replaced for this pass alone, as SkipLayerGuidance does
+    tile: Tile | None = None  # part of the picture that it is for, where another node cuts it into tiles
     role: Hashable = None  # what a feature of ours calls the model for, where it is not the picture itself
     name: str = ""  # the guider's: "positive", "negative", "middle", ...; empty for a prompt that it does not know
 
@@ -70,7 +74,10 @@ class Condition:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One call of the model: `rows` pictures for each of `conditions`, one after the other in the batch."""
+    """One call of the model: `rows` pictures for each of `conditions`, one after the other in the batch.
+
+    A batch of tiles has all conditions for the first tile, then all for the second.
+    """
 
     conditions: tuple[Condition, ...]
     rows: int
@@ -91,6 +98,7 @@ class Run:
     sigmas: the schedule, as the sampler node gave it; empty where it gave none.
     sampler: ComfyUI's name of the sampler function, such as "sample_euler"; empty where it has none.
     noise: what the run starts from, in the shape of the latent, `[B, C, (frames,) h, w]`; None when it is over.
+    x: what the sampler asks for in the current evaluation, in the same shape; None between two.
     names: the guider's name for each prompt, by uuid.
     """
 
@@ -105,6 +113,8 @@ class Run:
         self.model = model
         self.names = dict(names or {})
         self.noise = noise
+        self.x: torch.Tensor | None = None
+        self.areas: set[Hashable] = set()  # prompts for an area of the picture, by uuid
         self.sigmas = tuple(sigmas)
         self.sampler = sampler
         self.evaluation = -1
@@ -122,9 +132,10 @@ class Run:
                 self._lanes[key] = make()
             return self._lanes[key]
 
-    def begin_evaluation(self) -> None:
+    def begin_evaluation(self, x: torch.Tensor | None = None) -> None:
         with self._lock:
             self.evaluation += 1
+            self.x = x
             self._seen.clear()
 
     def name_of(self, uuid: Hashable, index: int) -> str:
@@ -149,14 +160,22 @@ class Run:
         blocks = options.get("patches_replace", {}).get("dit", {})
         patched = tuple(sorted((key for key, call in blocks.items() if self.replaced.get(key) is not call), key=str))
         conditions = []
+        tiles = self.tiles(x, window, uuids)
         with self._lock:
-            for uuid, index in zip(uuids, indices, strict=True):
-                same = (uuid, index, frames, hooks, x.device, patched)
+            for tile, (uuid, index) in product(tiles, zip(uuids, indices, strict=True)):
+                same = (uuid, index, frames, hooks, x.device, patched, tile)
                 name = names[index] if index < len(names) else self.name_of(uuid, index)
-                place = (uuid, index, self._seen[same], frames, hooks, x.device, patched)
+                place = (uuid, index, self._seen[same], frames, hooks, x.device, patched, tile)
                 conditions.append(Condition(*place, name=name))
                 self._seen[same] += 1
         return Chunk(tuple(conditions), x.shape[0] // len(conditions))
+
+    def tiles(self, x: torch.Tensor, window: Any, uuids: Sequence[Hashable]) -> list[Tile | None]:
+        """The tiles in a call with batch `x`; `[None]` for whole pictures, and for prompts that are for an area."""
+        if self.x is None or self.areas.intersection(uuids):
+            return [None]
+        batch = window.index_list if window is not None and window.dim == 0 else range(self.x.shape[0])
+        return tiles_of(x, self.x, len(uuids), batch[0], len(batch))
 
     def on_close(self, call: Callable[[bool], None]) -> None:
         """Call at the end of the run, with whether it came to its end by itself, before the lanes are dropped."""
@@ -207,10 +226,14 @@ def sampler_run(executor, *args, **kwargs):
     guider.model_options = options = create_model_options_clone(before)
 
     def count(executor, *args, **kwargs):
-        run.begin_evaluation()
-        return executor(*args, **kwargs)
+        run.begin_evaluation(args[0] if args else kwargs.get("x"))
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            run.x = None
 
     def name_prompts(executor, model, conds, x, timestep, model_options):
+        run.areas.update(each.get("uuid") for prompts in conds for each in prompts or () if each.get("area"))
         options = {**model_options["transformer_options"], PROMPTS: run.names_of(conds)}
         return executor(model, conds, x, timestep, {**model_options, "transformer_options": options})
 

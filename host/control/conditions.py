@@ -57,6 +57,7 @@ class ConditionImage:
     size_input: ClassVar[str]
     prefix: ClassVar[str]  # of its keys among the additional models
     places: ClassVar[Mapping[str, Place]]
+    over: ClassVar[frozenset[str]]  # kinds that lie over the picture: a tile of it sees its own part of them
 
     adapter: UUID | None
     name: str

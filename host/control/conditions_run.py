@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
@@ -18,10 +18,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.control.easycontrol import encode_condition
+from ...models.control.easycontrol import Grid, encode_condition, tokens_in_tile
 from .. import flux
 from ..attention import BlockKeys, ExtraKeys, with_keys
 from ..run import Chunk, Run, attached, chunk_of
+from ..tiles import Tile
 
 if TYPE_CHECKING:
     from .conditions import ConditionImage
@@ -133,16 +134,15 @@ class Encoder:
 
     def keys(self, call: Call, i: int) -> BlockKeys:
         """Keys and values for condition `i` of the call, from its lane where they still hold."""
-        source = self.source(call, call.chunk.part(i))
+        source, condition = self.source(call, call.chunk.part(i)), call.chunk.conditions[i]
         if self.settings.cache == "off":
-            return self.encode(call, source)
-        condition = call.chunk.conditions[i]
+            return self.encode(call, source, condition.tile)
         if self.settings.latent.shape[0] == source.rows == 1:
             condition = replace(condition, window=None)  # every window needs the same keys
         lane = self.run.lane(self, condition, Lane)
         if not source.same_as(lane.source):
             lane.source, lane.keys = None, {}  # give the old ones back before making new ones
-            lane.keys = self.encode(call, source)
+            lane.keys = self.encode(call, source, condition.tile)
             lane.source = source  # only now: an interrupt may come from inside any layer
         return lane.keys
 
@@ -174,26 +174,51 @@ class Encoder:
             )
         return latent
 
-    def encode(self, call: Call, source: Source) -> BlockKeys:
+    def encode(self, call: Call, source: Source, tile: Tile | None) -> BlockKeys:
         """Run the condition through the model's image branch. The only place where that happens."""
         settings, transformer = self.settings, call.transformer
         self.refuse_if_too_large(call, source)
         latent = source.latent.to(call.x.device)
         grid = flux.token_grid(transformer, *latent.shape[-2:])
-        place = settings.places[settings.kind]
+        ids, inside = self.laid_out(call, grid, tile, latent.device)
         keys = encode_condition(
             transformer,
             call.lora,
             flux.tokens(call.base, latent, call.channels),
             flux.modulation_vector(transformer, 0.0, source.guidance, source.pooled, call.like),
-            flux.rotations(transformer, place(grid, call.picture, latent.device), call.options),
+            flux.rotations(transformer, ids, call.options),
             attention=flux.attention,
             apply_rope=flux.apply_rope,
             strength=settings.strength,
-            keep=_to_cpu if settings.offloaded else None,
+            keep=partial(_kept, inside=inside, offload=settings.offloaded),
         )
         self.report(call, source, grid)
         return flux.by_block(transformer, keys)
+
+    def laid_out(self, call: Call, grid: Grid, tile: Tile | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Where the condition's tokens lie, `[T, 3]`, and which of them count, by number; None for all.
+
+        In a tile, a condition that lies over the picture counts as far as it lies over the tile. One that lies beside
+        the picture lies beside each tile.
+
+        Raises:
+            ValueError: it is not known which part of the picture the tile is.
+        """
+        settings = self.settings
+        place = settings.places[settings.kind]
+        if tile is None or settings.kind not in settings.over:
+            return place(grid, call.picture, device), None
+        if not tile.found:
+            height, width = (8 * side for side in tile.whole)
+            raise ValueError(
+                f"{settings.node}: another node cuts the picture of {width} x {height} pixels into tiles, and does not "
+                f"tell where they lie, so each would get all of {settings.name}. Cut picture and condition into tiles "
+                "before sampling instead; the help page says how."
+            )
+        whole = flux.token_grid(call.transformer, *tile.whole)
+        first = (tile.top / call.transformer.patch_size, tile.left / call.transformer.patch_size)
+        ids = place(grid, whole, device) - torch.tensor([0.0, *first], device=device)
+        return ids, tokens_in_tile(grid, whole, first, call.picture).to(device)
 
     def refuse_if_too_large(self, call: Call, source: Source) -> None:
         """Before anything is computed, with what to do about it."""
@@ -242,7 +267,11 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
-def _to_cpu(x: Tensor) -> Tensor:
-    """Off the device; pinned, so that the way back does not wait."""
+def _kept(x: Tensor, inside: Tensor | None, offload: bool) -> Tensor:
+    """Keys or values `[N, H, T, d]` as they are kept: those of the tokens `inside`, in host memory where asked for."""
+    if inside is not None:
+        x = x.index_select(2, inside)
+    if not offload:
+        return x
     moved = x.to("cpu")
-    return moved.pin_memory() if x.device.type == "cuda" else moved
+    return moved.pin_memory() if x.device.type == "cuda" else moved  # pinned, so that the way back does not wait

@@ -31,6 +31,7 @@ class EasyControl(ConditionImage):
     size_input = "condition_size"
     prefix = "dit_toolkit.easycontrol"
     places = {"spatial": spatial_ids, "subject": subject_ids}  # noqa: RUF012
+    over = frozenset({"spatial"})
 
 
 def attach(model: ModelPatcher, file: EasyControlFile, slot: int, latent: Tensor, **settings: Any) -> ModelPatcher:

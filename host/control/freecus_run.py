@@ -210,6 +210,11 @@ class ReferenceRun:
         which = tuple(i for i, condition in enumerate(chunk.conditions) if every or condition.positive)
         ours = flux.is_flux1(getattr(base.diffusion_model, "_orig_mod", base.diffusion_model))  # some guiders have two
         acts = self.settings.part.includes(sigma, base.model_sampling)
+        if which and ours and acts and any(chunk.conditions[i].tile is not None for i in which):
+            raise ValueError(
+                "Apply FreeCus works on whole pictures, and another node cuts this one into tiles. Draw the subject at "
+                "a size that needs no tiles, and enlarge the picture without Apply FreeCus."
+            )
         if which and ours and acts and x.shape[-2:] == self.size:
             if c_concat is not None:
                 raise ValueError(NO_CONCAT)

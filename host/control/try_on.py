@@ -32,6 +32,7 @@ class Person(ConditionImage):
     size_input = "person_size"
     prefix = "dit_toolkit.try_on"
     places = {"over": spatial_ids}  # noqa: RUF012
+    over = frozenset({"over"})
 
 
 class Garment(ConditionImage):
@@ -44,6 +45,7 @@ class Garment(ConditionImage):
     size_input = "garment_size"
     prefix = "dit_toolkit.try_on"
     places = {"beside": beside_ids, "below": subject_ids}  # noqa: RUF012
+    over = frozenset()
 
 
 def attach(

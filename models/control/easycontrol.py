@@ -20,6 +20,7 @@ Limits: conditions do not see each other. The paper's order of conditions does n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -45,6 +46,24 @@ def spatial_ids(grid: Grid, picture: Grid, device: torch.device | None = None) -
     picture's R x C grid. The authors' code rounds these to bfloat16, by up to 0.125 rows; this does not.
     """
     return grid_ids(grid, (picture[0] / grid[0], picture[1] / grid[1]), device=device)
+
+
+def tokens_in_tile(grid: Grid, picture: Grid, first: tuple[float, float], tile: Grid) -> Tensor:
+    """Numbers of the tokens, of a condition that lies over the picture, that lie in a tile of it: `[T]`.
+
+    Tiles of one size have as many, wherever they lie: the nearest whole tokens.
+
+    Args:
+        grid, picture: rows and columns of the condition and of the whole picture, in tokens.
+        first: row and column of the picture at which the tile begins. tile: its rows and columns.
+    """
+    sides = []
+    for own, whole, start, length in zip(grid, picture, first, tile, strict=True):
+        count = min(max(math.ceil(length * own / whole), 1), own)
+        begin = min(round(start * own / whole), own - count)
+        sides.append(torch.arange(begin, begin + count))
+    rows, columns = sides
+    return (rows[:, None] * grid[1] + columns).flatten()
 
 
 def subject_ids(grid: Grid, picture: Grid, device: torch.device | None = None) -> Tensor:

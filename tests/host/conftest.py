@@ -10,9 +10,9 @@ def encodings(monkeypatch):
 
     seen, encode = [], Encoder.encode
 
-    def counted(self, call, source):
+    def counted(self, call, source, tile):
         seen.append(source)
-        return encode(self, call, source)
+        return encode(self, call, source, tile)
 
     monkeypatch.setattr(Encoder, "encode", counted)
     return seen

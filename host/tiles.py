@@ -1,0 +1,63 @@
+"""Which part of the picture a call of the model is for, where another node cuts the picture into tiles.
+
+TiledDiffusion and its like call the model for crops of the latent, several in one batch. They say nothing of where
+those lie. But a crop is an exact copy of what the sampler asked for, so it is found there again.
+
+A prompt for an area is a crop as well, and none of these: it is a picture of its own by the user's wish.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tile(NamedTuple):
+    """A crop of the latent. Unit: cells of the latent, 8 pixels. `top` and `left` are -1 where it was not found."""
+
+    top: int
+    left: int
+    whole: tuple[int, int]  # height and width of the latent that it was cut from
+
+    @property
+    def found(self) -> bool:
+        return self.top >= 0
+
+
+def tiles_of(x: Tensor, picture: Tensor | None, conditions: int, row: int, rows: int) -> list[Tile | None]:
+    """The tiles in a call of the model, in the order of its batch.
+
+    Args:
+        x: the call's batch, `[tiles * conditions * rows, C, ..., h, w]`.
+        picture: what the sampler asked for, `[N, C, ..., H, W]`.
+        conditions: prompts side by side in each tile.
+        row: which picture of `picture` comes first in the call, and how many (`rows`) there are of each.
+
+    Returns:
+        `[None]` where the call is for whole pictures.
+    """
+    if picture is None or x.ndim != picture.ndim or x.shape[1] != picture.shape[1]:
+        return [None]
+    size, whole = x.shape[-2:], (picture.shape[-2], picture.shape[-1])
+    if size == whole or size[0] > whole[0] or size[1] > whole[1]:
+        return [None]
+    each = conditions * rows
+    if x.shape[0] % each:
+        return [Tile(-1, -1, whole)]
+    return [find(tile[0], picture[row]) for tile in x.split(each)]
+
+
+def find(crop: Tensor, picture: Tensor) -> Tile:
+    """Where `crop`, `[C, ..., h, w]`, was cut out of `picture`, `[C, ..., H, W]`."""
+    height, width = crop.shape[-2:]
+    whole = (picture.shape[-2], picture.shape[-1])
+    crop, picture = crop.to(picture).flatten(0, -3), picture.flatten(0, -3)  # [channels, h, w]
+    corners = picture[0, : whole[0] - height + 1, : whole[1] - width + 1] == crop[0, 0, 0]
+    found = [
+        (top, left)
+        for top, left in corners.nonzero().tolist()
+        if torch.equal(picture[:, top : top + height, left : left + width], crop)
+    ]
+    return Tile(*found[0], whole) if len(found) == 1 else Tile(-1, -1, whole)
