@@ -2,7 +2,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { leavePlace, takePlace } from "./lib/place.js";
+import { addElement, after, fit } from "./lib/place.js";
 import {
   PROPERTY,
   SHOWN_ON,
@@ -82,13 +82,8 @@ class View {
     this.element.setAttribute("role", "img");
     this.element.append(this.strip, this.words);
     for (const kind of ["wheel", "pointerdown"]) this.element.addEventListener(kind, passOn, { passive: false });
-    const widget = node.addDOMWidget("evaluations", "evaluations", this.element, {
-      serialize: false,
-      hideOnZoom: false,
-      getMinHeight: () => HEIGHT,
-      getMaxHeight: () => HEIGHT,
-    });
-    widget.serialize = false; // widget values are saved by position: this one takes none
+    addElement(node, "evaluations", this.element, () => HEIGHT);
+    fit(node);
     this.draw();
   }
 
@@ -170,17 +165,9 @@ app.registerExtension({
     if (!SHOWN_ON.has(node.comfyClass)) return;
     const view = new View(node);
     views.set(node, view);
-    const earlier = node.onConfigure; // keep whoever was there before us
-    node.onConfigure = function (...args) {
-      const result = earlier?.apply(this, args);
-      view.show(unpack(this.properties?.[PROPERTY]));
-      takePlace(this, view.element);
-      return result;
-    };
-    const before = node.onRemoved;
-    node.onRemoved = function (...args) {
-      leavePlace(this, view.element);
-      return before?.apply(this, args);
-    };
+    after(node, "onConfigure", () => {
+      view.show(unpack(node.properties?.[PROPERTY]));
+      fit(node);
+    });
   },
 });

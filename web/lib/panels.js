@@ -6,6 +6,7 @@
 
 export const NODE = "DiTPanelLayout";
 export const PROPERTY = "dit_toolkit.panels"; // of a node, in a saved workflow: texts of panels that are no longer there
+export const AS_LINES = "dit_toolkit.panels_as_lines"; // the user wants the plain inputs
 export const LIMIT = 8; // rows or columns
 export const MOST_WORDS = 512; // of a caption, by the authors' instruction
 
