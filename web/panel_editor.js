@@ -5,6 +5,7 @@
 
 import { app } from "../../scripts/app.js";
 import {
+  AS_LINES,
   LIMIT,
   NODE,
   PROPERTY,
@@ -24,7 +25,7 @@ import {
   withMore,
   wordsText,
 } from "./lib/panels.js";
-import { leavePlace, takePlace } from "./lib/place.js";
+import { addElement, after, fit } from "./lib/place.js";
 
 const WIDGETS = [
   ...["preset", "rows", "columns", "panel_width", "panel_height"],
@@ -105,13 +106,7 @@ class Editor {
     this.configuring = false; // widgets are being filled one by one, and some call back
     this.boxes = [];
     this.build();
-    this.widget = node.addDOMWidget("panels_editor", "panels_editor", this.element, {
-      serialize: false,
-      hideOnZoom: false,
-      getMinHeight: () => this.height(),
-      getMaxHeight: () => this.height(),
-    });
-    this.widget.serialize = false; // widget values are saved by position: this one takes none
+    this.widget = addElement(node, "panels_editor", this.element, () => this.height());
     this.look();
     this.draw();
     for (const widget of Object.values(this.widgets)) after(widget, "callback", () => this.changed());
@@ -127,7 +122,6 @@ class Editor {
     after(node, "onConfigure", () => this.restored());
     after(node, "onConnectionsChange", () => this.changed());
     after(node, "onResize", () => this.arrange());
-    after(node, "onRemoved", () => leavePlace(this.node, this.element));
   }
 
   build() {
@@ -147,6 +141,8 @@ class Editor {
     this.lines.title = "Show the plain inputs panel_prompts and given, to paste many lines or to connect a link";
     this.lines.addEventListener("click", () => {
       this.asLines = !this.asLines;
+      if (this.asLines) this.node.properties[AS_LINES] = true;
+      else delete this.node.properties[AS_LINES];
       this.changed();
     });
     this.size = make("span", "dit-panels-size");
@@ -217,9 +213,9 @@ class Editor {
   /** A saved workflow has been put into the widgets. Nothing is written: it shows as it is. */
   restored() {
     this.spare = unpackSpare(this.node.properties?.[PROPERTY]);
+    this.asLines = this.node.properties?.[AS_LINES] === true;
     this.look();
     this.draw({ resize: false });
-    takePlace(this.node, this.element);
   }
 
   // What the user does
@@ -335,6 +331,7 @@ class Editor {
     this.note.hidden = !this.note.textContent;
     this.arrange();
     if (resize && earlier !== undefined) this.growBy(this.shownHeight - earlier);
+    fit(this.node);
     app.canvas?.setDirty(true, true);
   }
 
@@ -427,16 +424,6 @@ function make(tag, className, attributes = {}, text = "") {
   return element;
 }
 
-/** Call `then` after whatever `object[name]` does. */
-function after(object, name, then) {
-  const earlier = object[name];
-  object[name] = function (...args) {
-    const result = earlier?.apply(this, args);
-    then();
-    return result;
-  };
-}
-
 /** Whether that is new. */
 function hide(widget, hidden) {
   if (Boolean(widget.options.hidden) === hidden) return false;
@@ -473,6 +460,6 @@ app.registerExtension({
     if (node.comfyClass !== NODE || !WIDGETS.every((name) => node.widgets.some((each) => each.name === name))) return;
     new Editor(node);
     node.setSize([Math.max(node.size[0], NODE_WIDTH), node.size[1]]);
-    node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+    fit(node);
   },
 });

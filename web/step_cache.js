@@ -2,7 +2,8 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { leavePlace, takePlace } from "./lib/place.js";
+import { addElement, after, fit } from "./lib/place.js";
+import { Runs, originOf, savedNodeAt } from "./lib/runs.js";
 import {
   PROPERTY,
   SHOWN_ON,
@@ -82,13 +83,8 @@ class View {
     this.element.setAttribute("role", "img");
     this.element.append(this.strip, this.words);
     for (const kind of ["wheel", "pointerdown"]) this.element.addEventListener(kind, passOn, { passive: false });
-    const widget = node.addDOMWidget("evaluations", "evaluations", this.element, {
-      serialize: false,
-      hideOnZoom: false,
-      getMinHeight: () => HEIGHT,
-      getMaxHeight: () => HEIGHT,
-    });
-    widget.serialize = false; // widget values are saved by position: this one takes none
+    addElement(node, "evaluations", this.element, () => HEIGHT);
+    fit(node);
     this.draw();
   }
 
@@ -149,38 +145,87 @@ function passOn(event) {
   app.canvas.canvas.dispatchEvent(new event.constructor(event.type, event));
 }
 
+// Which run is whose
+
+const runs = new Runs();
+let loading = false; // the graph on the canvas is one workflow's, and the page still says another
+
+/** Note from which workflow a prompt is sent, and the number that the server gives it. */
+function watchPrompts() {
+  const { queuePrompt } = api; // keep whoever was there before us
+  api.queuePrompt = async function (...args) {
+    const origin = originOf(args[1], app.extensionManager.workflow, SHOWN_ON);
+    const answer = await queuePrompt.apply(this, args);
+    if (origin && answer?.prompt_id) {
+      runs.sent(answer.prompt_id, origin);
+      runs.shown(answer.prompt_id).forEach(receive); // events may be faster than the answer
+    }
+    return answer;
+  };
+}
+
 function follow(kind) {
   api.addEventListener(`dit_toolkit.${kind}`, ({ detail }) => {
-    const node = nodeAt(app.rootGraph ?? app.graph, detail?.node);
-    const view = views.get(node);
-    if (!view) return; // deleted meanwhile, or of another workflow
-    const state = NEXT[kind](view.state, detail);
-    if (kind === "run_end") node.properties[PROPERTY] = pack(state);
-    view.show(state);
+    if (!detail?.prompt_id) return;
+    runs.told(detail, (state) => NEXT[kind](state, detail), nothing());
+    // None is found for a prompt of another window or of a program.
+    runs.shown(detail.prompt_id).filter(({ node }) => node === detail.node).forEach(receive);
   });
 }
+
+function receive(run) {
+  if (run.state.phase === "ended") keep(run);
+  show(run);
+}
+
+/** Draw a run on its node, if that is on the canvas. */
+function show({ origin, node: id, state }) {
+  const isOpen = app.extensionManager.workflow.activeWorkflow === origin.workflow && graph()?.id === origin.graph;
+  const node = isOpen && !loading ? nodeAt(graph(), id) : null;
+  if (!node || node.comfyClass !== origin.kinds.get(id)) return; // of another tab, deleted or replaced meanwhile
+  if (state.phase === "ended") node.properties[PROPERTY] = pack(state);
+  views.get(node)?.show(state);
+}
+
+/**
+ * Keep a run that is over with its workflow, whose tab may not be the open one. A run is no edit: it goes into every
+ * state that undo may bring back, so it is no step of its own, and does not count as a change to save.
+ */
+function keep({ origin, node: id, state }) {
+  const tracker = origin.workflow?.changeTracker; // none once the tab is closed
+  const { initialState, activeState, undoQueue = [], redoQueue = [] } = tracker ?? {};
+  for (const saved of [initialState, activeState, ...undoQueue, ...redoQueue]) {
+    const node = saved?.id === origin.graph ? savedNodeAt(saved, id) : null;
+    if (node?.type === origin.kinds.get(id)) node.properties = { ...node.properties, [PROPERTY]: pack(state) };
+  }
+}
+
+const graph = () => app.rootGraph ?? app.graph;
 
 app.registerExtension({
   name: "DiT Toolkit.step_cache",
   init() {
     document.head.append(Object.assign(document.createElement("style"), { textContent: STYLE }));
     for (const kind of Object.keys(NEXT)) follow(kind); // the page calls an event that nobody waits for an error
+    watchPrompts();
+  },
+  beforeConfigureGraph() {
+    loading = true;
+  },
+  /** A tab is opened, perhaps during its run. The page says which one as soon as all extensions are done. */
+  afterConfigureGraph() {
+    setTimeout(() => {
+      loading = false;
+      runs.shown().forEach(show);
+    });
   },
   nodeCreated(node) {
     if (!SHOWN_ON.has(node.comfyClass)) return;
     const view = new View(node);
     views.set(node, view);
-    const earlier = node.onConfigure; // keep whoever was there before us
-    node.onConfigure = function (...args) {
-      const result = earlier?.apply(this, args);
-      view.show(unpack(this.properties?.[PROPERTY]));
-      takePlace(this, view.element);
-      return result;
-    };
-    const before = node.onRemoved;
-    node.onRemoved = function (...args) {
-      leavePlace(this, view.element);
-      return before?.apply(this, args);
-    };
+    after(node, "onConfigure", () => {
+      view.show(unpack(node.properties?.[PROPERTY]));
+      fit(node);
+    });
   },
 });

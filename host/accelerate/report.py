@@ -2,7 +2,7 @@
 
 A `Report` belongs to one node. It is filled while a sampler runs, so its text is worth reading after the sampler.
 The page receives `dit_toolkit.run_start`, `dit_toolkit.evaluation` and `dit_toolkit.run_end`, each with the id of the
-node that asked for the cache.
+node that asked for the cache and of the prompt that runs. Only the page that sent the prompt receives them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
+
+from comfy_execution.utils import get_executing_context
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class RunReport:
     started: float = field(default_factory=time.perf_counter)
     seconds: float | None = None  # of the whole run, once it is over
     interrupted: bool = False
+    prompt: str | None = None  # the id of the prompt that runs the sampler
 
     @property
     def computed(self) -> int:
@@ -106,7 +109,7 @@ class Report:
 
     def start(self, planned: int | None) -> RunReport:
         number = self.runs[-1].number + 1 if self.runs else 1
-        run = RunReport(number, self.method, planned)
+        run = RunReport(number, self.method, planned, prompt=running_prompt())
         self.runs = [*self.runs[1 - self.kept :], run]
         self._send("run_start", run, planned=planned, method=self.method)
         return run
@@ -141,11 +144,17 @@ class Report:
         return json.dumps({**values, "evaluations": [asdict(entry) for entry in run.entries]})
 
     def _send(self, event: str, run: RunReport, **values: Any) -> None:
-        if self.node is None:
-            return
         server = page_server()
-        if server is not None:
-            server.send_sync(f"dit_toolkit.{event}", {"node": self.node, "run": run.number, **values}, server.client_id)
+        if self.node is None or run.prompt is None or server is None or not server.client_id:
+            return  # sent to nobody, it would reach every page
+        data = {"node": self.node, "prompt_id": run.prompt, "run": run.number, **values}
+        server.send_sync(f"dit_toolkit.{event}", data, server.client_id)
+
+
+def running_prompt() -> str | None:
+    """The id of the prompt that runs. ComfyUI knows it in the thread of its nodes only, so ask when a run starts."""
+    context = get_executing_context()
+    return context.prompt_id if context is not None else None
 
 
 def page_server() -> Any:

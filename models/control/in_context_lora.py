@@ -152,7 +152,7 @@ def panel_layout(
         found.width,
         found.height,
         tag_names(style, found.rows, found.columns),
-        prefix.strip() or found.prefix,
+        without_breaks(prefix).strip() or found.prefix,
         parse_given(given, found.rows * found.columns),
         joint=", " if style == "scene" else "; ",  # as in the published prompts
     )
@@ -194,14 +194,15 @@ def parse_given(text: str, count: int) -> tuple[int, ...]:
         ValueError: for what is no number, or no panel of the `count`.
     """
     numbers = set()
-    for word in re.split(r"[\s,;]+", text.strip()):
-        if not word:
-            continue
-        if not re.fullmatch("[0-9]+", word) or not 1 <= int(word) <= count:
+    for word in filter(None, re.split(r"[\s,;]+", text)):
+        digits = word.lstrip("0")
+        is_number = re.fullmatch("[0-9]+", word) and len(digits) <= len(str(count))
+        if not is_number or not 1 <= int(digits or "0") <= count:
+            shown = word if len(word) <= 20 else f"{word[:20]}..."
             raise ValueError(
-                f"'given' must list panel numbers from 1 to {count}, like 1, 3, or stay empty; got {word!r}."
+                f"'given' must list panel numbers from 1 to {count}, like 1, 3, or stay empty; got {shown!r}."
             )
-        numbers.add(int(word))
+        numbers.add(int(digits))
     return tuple(sorted(number - 1 for number in numbers))
 
 
@@ -252,7 +253,18 @@ def joint_prompt(layout: Layout, summary: str, texts: Sequence[str]) -> str:
 
 def has_word(text: str, word: str) -> bool:
     """Whether it stands there by itself: "sks" does in "a sks dog", but not in "tasks"."""
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
+    at = text.find(word)
+    while at >= 0:
+        end = at + len(word)
+        if not re.match(r"\w", text[max(at - 1, 0) : at]) and not re.match(r"\w", text[end : end + 1]):
+            return True
+        at = text.find(word, at + 1)
+    return False
+
+
+def without_breaks(text: str) -> str:
+    """Each line break, of whatever kind, becomes a blank; several in a row become one."""
+    return " ".join(filter(None, text.splitlines()))
 
 
 def one_line(text: str) -> str:

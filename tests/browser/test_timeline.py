@@ -60,6 +60,20 @@ return {
         .some(element => widget.element.contains(element)),
 };
 """
+# The page sends what is on the canvas, and gets `a` as its number from a server that does not run it.
+ANSWER = """
+const { fetchApi } = app.api;
+app.api.fetchApi = async () => new Response(JSON.stringify({ prompt_id: a, number: 1, node_errors: {} }));
+try {
+    await app.api.queuePrompt(0, await app.graphToPrompt());
+} finally {
+    app.api.fetchApi = fetchApi;
+}
+"""
+FIND = "globalThis.seer = app.graph.nodes.find(node => node.comfyClass === 'DiTTaylorSeer')"
+KEPT = "return seer.properties['dit_toolkit.timeline'] ?? null"  # in the workflow, when it is saved
+NEW_TAB = "await app.extensionManager.command.execute('Comfy.NewBlankWorkflow')"
+CAPTURE = "window.dispatchEvent(new MouseEvent('mouseup'))"  # ComfyUI looks for changes
 SEND = """
 for (const [kind, detail] of a) app.api.dispatchEvent(new CustomEvent(`dit_toolkit.${kind}`, { detail }));
 await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
@@ -92,6 +106,12 @@ def look(page) -> dict:
     return page.evaluate(LOOK)
 
 
+def switch(page, way: str) -> None:
+    """To the "Next" or "Previous" tab, and find its node."""
+    page.evaluate("await app.extensionManager.command.execute(a)", f"Workspace.{way}OpenedWorkflow")
+    page.evaluate(FIND)
+
+
 def start(run=1, planned=4, node=None) -> tuple:
     return "run_start", {"node": node or "", "run": run, "planned": planned, "method": "Confidence-Gated Taylor"}
 
@@ -111,10 +131,18 @@ def end(run=1, node=None, **values) -> tuple:
     }  # fmt: skip
 
 
-def send(page, *events, node=None) -> None:
-    """As the server sends them; to `seer` where no other node is named."""
+def sent(page) -> str:
+    """The number of a prompt that the page has sent, of what is on the canvas."""
+    prompt = f"prompt {next(NUMBERS)}"
+    page.evaluate(ANSWER, prompt)
+    return prompt
+
+
+def send(page, *events, node=None, prompt=None) -> None:
+    """As the server sends them; to `seer` where no other node is named, of a prompt of its own where none is named."""
     own = node or page.evaluate("return String(seer.id)")
-    page.evaluate(SEND, [[kind, {**detail, "node": detail["node"] or own}] for kind, detail in events])
+    names = {"prompt_id": prompt or sent(page)}
+    page.evaluate(SEND, [[kind, {**detail, **names, "node": detail["node"] or own}] for kind, detail in events])
 
 
 def test_a_run_is_followed_and_stays_with_the_workflow(page, server, mode, tmp_path):
@@ -204,9 +232,10 @@ def test_the_next_run_clears_the_strip_and_an_interrupted_one_says_so(page, mode
     build(page)
     send(page, start(), evaluation(0, True), evaluation(1, False), end())
     assert look(page)["marks"] == "#."
-    send(page, start(run=2), evaluation(0, True, run=2))
+    prompt = sent(page)
+    send(page, start(run=2), evaluation(0, True, run=2), prompt=prompt)
     assert look(page)["marks"] == "#___"
-    send(page, end(run=2, interrupted=True, computed=1, forecast=0))
+    send(page, end(run=2, interrupted=True, computed=1, forecast=0), prompt=prompt)
     shown = look(page)
     assert shown["marks"] == "#___"
     assert "interrupted" in shown["words"]
@@ -223,8 +252,99 @@ def test_events_of_other_nodes_change_nothing(page, mode):
     assert page.errors() == []
 
 
+def test_a_prompt_that_the_page_has_not_sent_is_not_shown(page, mode):
+    """Another window's, or a program's, whose node has the same number."""
+    build(page)
+    send(page, start(), evaluation(0, True), end(), prompt="of somebody else")
+    assert look(page)["marks"] == ""
+    assert page.evaluate(KEPT) is None
+
+
+def test_a_run_is_shown_and_kept_in_the_tab_that_it_is_of(page, mode):
+    """Two tabs with the same nodes: one is queued, and then the other one is looked at."""
+    page.evaluate(NEW_TAB)
+    build(page)
+    page.evaluate("globalThis.first = app.extensionManager.workflow.activeWorkflow")
+    page.evaluate(NEW_TAB)
+    build(page)
+    prompt = sent(page)
+    send(page, start(), evaluation(0, True), prompt=prompt)
+    assert look(page)["marks"] == "#___"
+
+    switch(page, "Previous")
+    assert page.evaluate("return app.extensionManager.workflow.activeWorkflow === first")
+    send(page, evaluation(1, False), prompt=prompt)
+    assert look(page)["marks"] == ""
+    switch(page, "Next")
+    assert look(page)["marks"] == "#.__", "the run that goes on is not shown"
+    send(page, evaluation(2, False), prompt=prompt)
+    assert look(page)["marks"] == "#.._"
+
+    switch(page, "Previous")
+    send(page, evaluation(3, True), end(), prompt=prompt)
+    assert look(page)["marks"] == ""
+    assert page.evaluate(KEPT) is None
+    assert page.evaluate(f"app.graph.change(); {CAPTURE}; return JSON.stringify(first.activeState)").count("marks") == 0
+    switch(page, "Next")
+    shown = look(page)
+    assert shown["marks"] == "#..#"
+    assert page.evaluate(KEPT)["marks"] == "#..#"
+    assert page.errors() == []
+
+
+def test_events_may_be_faster_than_the_answer_to_the_prompt(page, mode):
+    build(page)
+    send(page, start(), evaluation(0, True), end(), prompt="early")
+    assert look(page)["marks"] == ""
+    page.evaluate(ANSWER, "early")
+    assert look(page)["marks"] == "#"
+    assert page.evaluate(KEPT)["marks"] == "#"
+
+
+def test_a_run_is_no_edit(page, mode):
+    """It is in every state that undo knows: no step of its own, not taken back, and nothing that wants saving."""
+    build(page)
+    page.evaluate("app.canvas.emitBeforeChange(); app.canvas.emitAfterChange();")
+    page.evaluate("app.canvas.emitBeforeChange(); seer.title = 'Renamed'; app.canvas.emitAfterChange();")
+    page.evaluate("app.extensionManager.workflow.activeWorkflow.changeTracker.reset()")  # as saving does
+    send(page, start(), evaluation(0, True), evaluation(1, False), end())
+    kept = page.evaluate(KEPT)
+    assert kept["marks"] == "#."
+    states = page.evaluate("""
+        const { initialState, activeState, undoQueue } = app.extensionManager.workflow.activeWorkflow.changeTracker;
+        return [initialState, activeState, ...undoQueue]
+            .map(state => state.nodes.find(node => node.type === "DiTTaylorSeer"))
+            .filter(Boolean)
+            .map(node => node.properties["dit_toolkit.timeline"] ?? null);
+    """)
+    assert states == [kept] * 3  # saved, now, and before it was renamed
+
+    page.evaluate("await app.extensionManager.command.execute('Comfy.Undo')")
+    page.evaluate(FIND)
+    assert page.evaluate("return seer.title") != "Renamed"
+    assert look(page)["marks"] == "#."
+    assert page.evaluate(KEPT) == kept
+
+
+def test_a_run_of_the_graph_that_was_there_before_is_not_shown_in_the_next(page, mode):
+    """An emptied workflow counts its nodes from 1 again."""
+    page.evaluate(NEW_TAB)
+    build(page)
+    number, prompt = page.evaluate("return seer.id"), sent(page)
+    page.evaluate("""
+        await app.extensionManager.setting.set("Comfy.ConfirmClear", false);
+        await app.extensionManager.command.execute("Comfy.ClearWorkflow");
+    """)
+    build(page)
+    assert page.evaluate("return seer.id") == number
+    send(page, start(), evaluation(0, True), end(), prompt=prompt)
+    assert look(page)["marks"] == ""
+    assert page.errors() == []
+
+
 def test_the_wheel_zooms_over_the_strip_as_beside_it(page, mode):
     build(page)
+    look(page)
     box = "seer.widgets.find(widget => widget.name === 'evaluations').element.getBoundingClientRect()"
     over = page.evaluate(f"const box = {box}; return [box.x + box.width / 2, box.y + box.height / 2]")
     look(page)

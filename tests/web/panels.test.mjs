@@ -226,3 +226,81 @@ test("the grid is drawn in the canvas's proportions while its cells can be used"
   const many = drawnSize(grid(8, 8), 400, limits);
   assert.deepEqual(many, { width: 720, height: 480 }, "wider than the node: it scrolls");
 });
+
+// What a user may paste, again and again: letters that some rule looks for, and those that begin or end a comment.
+const HOSTILE = [" ", "\u2028", "\n", "\r\n", ".", "  .", ",", '"', "[", "[LEFT]", "/*", "//", "*/", "{", "\\", "猫", " x", "1 "];
+
+/** Runs `work` and tells the patterns it searched with, and how often it looked. */
+function watched(work) {
+  const { exec } = RegExp.prototype;
+  const patterns = new Set();
+  let looks = 0;
+  RegExp.prototype.exec = function (...args) {
+    patterns.add(this.source);
+    looks++;
+    return exec.apply(this, args);
+  };
+  try {
+    work();
+  } finally {
+    RegExp.prototype.exec = exec;
+  }
+  return { patterns, looks };
+}
+
+/** Whether a search reads each letter a fixed number of times: nothing that could fail stands behind a repetition. */
+function readsOnce(pattern) {
+  const plain = pattern.replace(/\\./gu, "e").replace(/\[[^\]]*\]/gu, "c");
+  return /^\^[ce][+*]\$$/u.test(plain) || !/(?:[+*]|\{\d+,\})./su.test(plain);
+}
+
+/** All that a key in the editor sets off, with `letters` repeated in every widget. */
+function key(letters, count) {
+  const said = `a${letters.repeat(count)}b`;
+  const values = { ...VALUES, prefix: said, summary: `${said} ${said}`, panel_prompts: said, given: said };
+  const sent = { ...values, summary: asSent(values.summary).text, panel_prompts: asSent(said).text };
+  const state = panels(values, new Set(), sent);
+  formatTexts([...state.cells.map(({ text }) => text), oneLine(said)]);
+}
+
+test("patterns that would begin anew at every blank are known as such", () => {
+  for (const slow of ["[ .]+$", "\\s+$", "\\/\\*[^]*?\\*\\/", "(?:a+)+b", "x{2,}y", "^a+b+$"]) assert.equal(readsOnce(slow), false, slow);
+  for (const fast of ["[ .]+", "^\\d+$", "(?:^|[^\\\\])\\{", "[+*]$", "^\\d{1,2},\\d{1,2}$"]) assert.equal(readsOnce(fast), true, fast);
+});
+
+for (const letters of HOSTILE)
+  test(`a key costs as much as there is text, however often it says ${JSON.stringify(letters)}`, () => {
+    const [once, twice] = [500, 1000].map((count) => watched(() => key(letters, count)));
+    for (const pattern of twice.patterns) assert.ok(readsOnce(pattern), pattern);
+    assert.ok(once.looks > 500, "the count is of something");
+    assert.ok(twice.looks <= 2 * once.looks, `${once.looks} looks, and ${twice.looks} for twice the text`);
+  });
+
+/** Texts of a few letters each, the same at every run. */
+function* randomTexts(letters, count) {
+  let seed = 1;
+  const next = (below) => (seed = (seed * 48271) % 2147483647) % below;
+  for (let made = 0; made < count; made++)
+    yield Array.from({ length: next(12) }, () => letters[next(letters.length)]).join("");
+}
+
+test("comments are those that ComfyUI's page takes out", () => {
+  const letters = ["/", "*", "/*", "*/", "//", "\n", "\r", "\u2028", "\v", "\x85", "a", " "];
+  for (const said of randomTexts(letters, 20000))
+    assert.equal(asSent(said).text, said.replace(/\/\*[\s\S]*?\*\/|\/\/.*/g, ""), JSON.stringify(said));
+});
+
+test("a prefix counts where it stands by itself, also among letters of two units", () => {
+  const letters = ["a", "aa", "_", "1", " ", "[", "é", "猫", "\u{1d49c}", "\u{1f408}", "."];
+  const letter = "[\\p{L}\\p{N}_]";
+  let found = 0;
+  for (const said of randomTexts(letters, 2000))
+    for (const prefix of ["a", "aa", "[", "\u{1d49c}"]) {
+      const about = panels({ ...VALUES, summary: said, prefix: "" }).caption;
+      const expected = new RegExp(`(?<!${letter})${prefix.replace("[", "\\[")}(?!${letter})`, "u").test(said);
+      found += expected;
+      const { caption } = panels({ ...VALUES, summary: said, prefix });
+      assert.equal(caption, expected ? about : `${prefix} ${about}`, JSON.stringify([said, prefix]));
+    }
+  assert.ok(found > 500);
+});

@@ -6,6 +6,7 @@
 
 export const NODE = "DiTPanelLayout";
 export const PROPERTY = "dit_toolkit.panels"; // of a node, in a saved workflow: texts of panels that are no longer there
+export const AS_LINES = "dit_toolkit.panels_as_lines"; // the user wants the plain inputs
 export const LIMIT = 8; // rows or columns
 export const MOST_WORDS = 512; // of a caption, by the authors' instruction
 
@@ -31,21 +32,23 @@ const POSITIONS = {
   "2x2": ["TOP-LEFT", "TOP-RIGHT", "BOTTOM-LEFT", "BOTTOM-RIGHT"],
 };
 
-// What Python calls white space and line breaks. JavaScript's \s has other letters.
+// What Python calls white space and line breaks. JavaScript's \s has other letters. A user may paste anything, and it
+// is read at every key: no pattern here has more behind a + than its end, or it would begin anew at every blank.
 const WHITE = "\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000";
 const SPACES = new RegExp(`[${WHITE}]+`, "u");
-const AT_START = new RegExp(`^[${WHITE}]+`, "u");
-const AT_END = new RegExp(`[${WHITE}]+$`, "u");
+const IS_WHITE = new RegExp(`^[${WHITE}]`, "u");
 const BETWEEN_NUMBERS = new RegExp(`[${WHITE},;]+`, "u");
 const LINE_BREAK = /\r\n|[\n-\r\x1c-\x1e\x85\u2028\u2029]/u;
-const LINE_BREAKS = new RegExp(`(?:${LINE_BREAK.source})+`, "gu");
+const LINE_BREAKS = /[\n-\r\x1c-\x1e\x85\u2028\u2029]+/gu;
+const LETTER_AT_START = /^[\p{L}\p{N}_]/u; // what Python calls \w
+const LETTER_AT_END = /[\p{L}\p{N}_]$/u;
+const END_OF_COMMENT = /[\n\r\u2028\u2029]/g; // as ComfyUI's page has it
 
-// The marks that end a part of a caption.
-const STOPS_AT_END = /[ .。]+$/;
-const STAYS_BETWEEN = /[,;:，；：、!?！？…]$/;
-const DROPPED_AT_END = /[ ,;:，；：、]+$/;
-const QUOTES_AT_END = /["'”’»」』]+$/;
-const IS_ENDED = /[.。!?！？…]$/;
+// The marks that end a part of a caption, as in Python.
+const STOPS = ".。";
+const JOINTS = ",;:，；：、";
+const ENDS = "!?！？…";
+const QUOTES = "\"'”’»」』";
 
 function preset(rows, columns, width, height, tags = "position", prefix = "") {
   return Object.freeze({ rows, columns, width, height, tags, prefix });
@@ -56,9 +59,30 @@ function preset(rows, columns, width, height, tags = "position", prefix = "") {
  * when it sends.
  */
 export function asSent(prompt) {
-  const said = text(prompt).replace(/\/\*[^]*?\*\/|\/\/.*/g, "");
+  const said = withoutComments(text(prompt));
   if (/(?:^|[^\\])\{/.test(said)) return { text: said, random: true };
   return { text: said.replace(/\\([{}|])/g, "$1"), random: false };
+}
+
+/** Without what stands between slash-star and star-slash, and from two slashes to the end of the line. */
+function withoutComments(said) {
+  const kept = [];
+  let from = 0; // what is before it is kept or dropped
+  let closes = true; // a star-slash is still to come
+  for (let at = said.indexOf("/"); at >= 0; at = said.indexOf("/", Math.max(at + 1, from))) {
+    let end = -1;
+    if (said[at + 1] === "/") {
+      END_OF_COMMENT.lastIndex = at;
+      end = END_OF_COMMENT.exec(said)?.index ?? said.length;
+    } else if (said[at + 1] === "*" && closes) {
+      end = said.indexOf("*/", at + 2) + 2;
+      closes = end >= 2;
+    }
+    if (end < 2) continue;
+    kept.push(said.slice(from, at));
+    from = end;
+  }
+  return kept.concat(said.slice(from)).join("");
 }
 
 /**
@@ -89,7 +113,7 @@ export function panels(values, linked = new Set(), sent = values) {
     joinedCaption({
       tags,
       joint: style === "scene" ? ", " : "; ",
-      prefix: say("prefix", strip(text(values.prefix)) || chosen?.prefix || ""),
+      prefix: say("prefix", strip(oneLine(values.prefix)) || chosen?.prefix || ""),
       summary: say("summary", text(sent.summary)),
       texts: ofServer.map((each) => say("panel_prompts", each)),
     });
@@ -159,7 +183,7 @@ export function parseGiven(numbers, count) {
   for (const word of strip(text(numbers)).split(BETWEEN_NUMBERS).filter(Boolean)) {
     const number = /^\d+$/.test(word) ? Number(word) : 0;
     if (number >= 1 && number <= count) given.add(number);
-    else problem ||= `"${word}" in given is no panel from 1 to ${count}.`;
+    else problem ||= `"${word.length > 20 ? `${word.slice(0, 20)}...` : word}" in given is no panel from 1 to ${count}.`;
   }
   return { given, problem };
 }
@@ -169,25 +193,29 @@ export const formatGiven = (numbers) => [...numbers].sort((a, b) => a - b).join(
 /** One flowing sentence: prefix, a sentence on the whole set, each panel introduced by its tag. */
 export function joinedCaption({ tags, joint, prefix, summary, texts }) {
   const about = squeeze(summary);
-  const parts = about.replace(STOPS_AT_END, "") ? [about] : [];
+  const parts = withoutEnd(about, ` ${STOPS}`) ? [about] : [];
   tags.forEach((tag, index) => {
     const said = squeeze(texts[index]);
     parts.push(said.includes(tag) ? said : rstrip(`${tag} ${said}`));
   });
-  let sentence = parts[0];
-  for (let index = 1; index < parts.length; index++) {
-    sentence = sentence.replace(STOPS_AT_END, "");
-    sentence += (STAYS_BETWEEN.test(sentence) ? " " : joint) + parts[index];
-  }
-  sentence = sentence.replace(DROPPED_AT_END, "");
-  if (!IS_ENDED.test(sentence.replace(QUOTES_AT_END, ""))) sentence += ".";
+  const last = withoutEnd(parts.pop(), ` ${JOINTS}`);
+  const before = parts.map((part) => {
+    const said = withoutEnd(part, ` ${STOPS}`);
+    return said + (endsWith(said, JOINTS + ENDS) ? " " : joint);
+  });
+  let sentence = before.join("") + last;
+  if (!endsWith(withoutEnd(sentence, QUOTES), STOPS + ENDS)) sentence += ".";
   return prefix && !hasWord(about, prefix) ? `${prefix} ${sentence}` : sentence;
 }
 
 /** Whether it stands there by itself: "sks" does in "a sks dog", but not in "tasks". */
 function hasWord(said, word) {
-  const letter = "[\\p{L}\\p{N}_]"; // what Python calls \w
-  return new RegExp(`(?<!${letter})${word.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&")}(?!${letter})`, "u").test(said);
+  for (let at = said.indexOf(word); at >= 0; at = said.indexOf(word, at + 1)) {
+    const end = at + word.length;
+    if (!LETTER_AT_END.test(said.slice(Math.max(at - 2, 0), at)) && !LETTER_AT_START.test(said.slice(end, end + 2)))
+      return true;
+  }
+  return false;
 }
 
 export const words = (caption) => caption.split(SPACES).filter(Boolean).length;
@@ -289,10 +317,24 @@ const places = ({ rows, columns }) =>
   Array.from({ length: rows * columns }, (_, index) => [Math.floor(index / columns), index % columns]);
 const plain = ({ text: said, given }) => ({ text: said, given });
 const text = (value) => (typeof value === "string" ? value : "");
-const rstrip = (value) => value.replace(AT_END, "");
-const strip = (value) => rstrip(value.replace(AT_START, ""));
+const rstrip = (value) => value.slice(0, endOf(value, (letter) => IS_WHITE.test(letter)));
+const withoutEnd = (value, marks) => value.slice(0, endOf(value, (letter) => marks.includes(letter)));
+const endsWith = (value, marks) => value !== "" && marks.includes(value.at(-1));
 const squeeze = (value) => value.split(SPACES).filter(Boolean).join(" ");
 const own = (table, key) => (Object.hasOwn(table, key) ? key : "");
+
+function strip(value) {
+  let start = 0;
+  while (start < value.length && IS_WHITE.test(value[start])) start++;
+  return rstrip(value.slice(start));
+}
+
+/** Where the letters at the end begin that `isDropped`. */
+function endOf(value, isDropped) {
+  let end = value.length;
+  while (end > 0 && isDropped(value[end - 1])) end--;
+  return end;
+}
 
 function whole(value, least, most) {
   const number = Math.round(Number(value));

@@ -1,19 +1,60 @@
-// An element in a node's body, and undo.
-//
-// Undo makes new nodes with the old numbers. Nodes 2.0 keeps what it drew for such a number, so it goes on showing the
-// element of the node that is gone, and never puts the new one's on the page.
+// An element in a node's body, and what the page would do to it.
 
 const gone = new Map(); // "number kind" -> element of a node that was just removed
 
+/**
+ * Show `element` in the body of `node`, over the whole width and as high as `height()` says, in pixels.
+ *
+ * It takes no part in what is saved, and the side panel, which cannot show it, does not list it. That panel also writes
+ * the width of its own column into what it lists, and the classic canvas would then draw the element that wide: the
+ * width is the node's, whoever writes it.
+ */
+export function addElement(node, name, element, height) {
+  const widget = node.addDOMWidget(name, name, element, {
+    ...{ serialize: false, hideOnZoom: false, hideInPanel: true },
+    ...{ getMinHeight: height, getMaxHeight: height },
+  });
+  widget.serialize = false; // widget values are saved by position: this one takes none
+  Object.defineProperty(widget, "width", { get: () => undefined, set: () => {} });
+  after(node, "onResize", () => fit(node));
+  after(node, "onConfigure", () => takePlace(node, element));
+  after(node, "onRemoved", () => leavePlace(node, element));
+  return widget;
+}
+
+/**
+ * Make the node as large as its widgets want it, as soon as they do. The classic canvas would do so when it draws and
+ * when a workflow is opened, and undo would take the difference for a step of the user's.
+ */
+export function fit(node) {
+  if (LiteGraph.vueNodesMode) return; // there the page measures what it drew
+  const [width, height] = node.computeSize();
+  if (node.size[0] < width || node.size[1] < height)
+    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+}
+
+/** Call `then` after whatever `object[name]` does. */
+export function after(object, name, then) {
+  const earlier = object[name]; // keep whoever was there before us
+  object[name] = function (...args) {
+    const result = earlier?.apply(this, args);
+    then();
+    return result;
+  };
+}
+
+// Undo makes new nodes with the old numbers. Nodes 2.0 keeps what it drew for such a number, so it goes on showing the
+// element of the node that is gone, and never puts the new one's on the page.
+
 /** The node of `element` was removed. */
-export function leavePlace(node, element) {
+function leavePlace(node, element) {
   const key = keyOf(node, element);
   gone.set(key, element);
   setTimeout(() => gone.get(key) === element && gone.delete(key), 5000);
 }
 
 /** Put `element` where that of the removed node with the same number still stands. */
-export async function takePlace(node, element) {
+async function takePlace(node, element) {
   for (let frame = 0; frame < 10 && !element.isConnected; frame++) {
     await new Promise(requestAnimationFrame);
     const before = gone.get(keyOf(node, element));

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from threading import Thread
 
 import comfy.model_management
 import pytest
 from comfy.patcher_extension import WrappersMP
+from comfy_execution.utils import CurrentNodeContext, current_executing_context
 
 from dit_toolkit.host.accelerate import report as report_module
 from dit_toolkit.host.accelerate.report import Entry, Report, RunReport
@@ -45,7 +47,8 @@ def page(monkeypatch):
 
     server = Server()
     monkeypatch.setattr(report_module, "page_server", lambda: server)
-    return server
+    with CurrentNodeContext("prompt 1", "20"):  # as ComfyUI does around the sampler's node
+        yield server
 
 
 def test_the_speed_up_is_that_of_the_median_computed_evaluation():
@@ -128,7 +131,7 @@ def test_the_page_is_told_of_every_evaluation_as_it_happens(tiny_flux, page):
     assert counts == list(range(6))
     events = [event.removeprefix("dit_toolkit.") for event, _ in page.sent]
     assert events == ["run_start", *["evaluation"] * 6, "run_end"]
-    assert {(data["node"], data["run"]) for _, data in page.sent} == {("17", 1)}
+    assert {(data["node"], data["prompt_id"], data["run"]) for _, data in page.sent} == {("17", "prompt 1", 1)}
     start, *middle, end = [data for _, data in page.sent]
     assert (start["planned"], start["method"]) == (6, "Test")
     assert [data["computed"] for data in middle] == [True, True, False, True, False, True]
@@ -143,6 +146,42 @@ def test_a_node_without_an_id_and_a_page_that_is_not_there_are_no_matter(tiny_fl
     assert page.sent == []
     monkeypatch.setattr(report_module, "page_server", lambda: None)
     sample(cached(tiny_flux, Interval(2, 2), report=Report("Test", node="17")), 4)
+
+
+@pytest.mark.parametrize("client", [None, ""])
+def test_a_prompt_that_no_page_sent_is_told_to_none(tiny_flux, page, client):
+    """A program queues without a client id, and ComfyUI sends to every page what has no addressee."""
+    page.client_id = client
+    sample(cached(tiny_flux, Interval(2, 2), report=Report("Test", node="17")), 4)
+    assert page.sent == []
+
+
+def test_a_sampler_that_no_prompt_runs_tells_nobody(tiny_flux, page):
+    token = current_executing_context.set(None)
+    try:
+        sample(cached(tiny_flux, Interval(2, 2), report=Report("Test", node="17")), 4)
+    finally:
+        current_executing_context.reset(token)
+    assert page.sent == []
+
+
+def test_an_event_names_its_prompt_from_any_thread(page):
+    """With several GPUs chunks run in threads, where ComfyUI does not know its prompt."""
+    report = Report("Test", node="17")
+    run = report.start(1)
+    thread = Thread(target=report.add, args=(run, entry()))
+    thread.start()
+    thread.join()
+    assert [data["prompt_id"] for _, data in page.sent] == ["prompt 1", "prompt 1"]
+
+
+def test_each_run_names_the_prompt_that_runs_it(tiny_flux, page):
+    """The model may come out of ComfyUI's cache, with the report of an earlier prompt."""
+    model = cached(tiny_flux, Interval(2, 2), report=Report("Test", node="17"))
+    sample(model, 3)
+    with CurrentNodeContext("prompt 2", "20"):
+        sample(model, 3)
+    assert [data["prompt_id"] for event, data in page.sent if event.endswith("run_end")] == ["prompt 1", "prompt 2"]
 
 
 def test_errors_that_are_no_numbers_do_not_break_the_page(tiny_flux, page):

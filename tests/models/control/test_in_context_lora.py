@@ -1,5 +1,11 @@
 """Panels and prompts against the published table, and against cutting and masking pixel by pixel."""
 
+import ast
+import inspect
+import random
+import re
+import sys
+
 import pytest
 import torch
 
@@ -12,6 +18,7 @@ from dit_toolkit.models.control.in_context_lora import (
     encode_panels,
     fitted,
     given_panels,
+    has_word,
     joint_prompt,
     latent_panels,
     panel_layout,
@@ -436,3 +443,41 @@ def test_a_stretched_gradient_stays_a_gradient():
     panel = fitted(picture, 32, 16, "stretch")[0, 8, 4:-4, 0]
     expected = (torch.arange(4, 28) * 2 + 0.5) / 63
     torch.testing.assert_close(panel, expected, atol=1e-3, rtol=0)
+
+
+def test_no_pattern_begins_anew_at_every_blank():
+    """A text of 16,000 blanks may come over a link: nothing that could fail stands behind a repetition."""
+    module = sys.modules[panel_layout.__module__]
+    calls = [
+        node
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re.")
+    ]
+    patterns = [ast.literal_eval(call.args[0]) for call in calls]
+    assert patterns
+    assert not [pattern for pattern in patterns if not reads_once(pattern)]
+    assert not any(reads_once(slow) for slow in (r"[ .]+$", r"\s+$", r"(a+)+b", r"x{2,}y"))
+
+
+def reads_once(pattern: str) -> bool:
+    plain = re.sub(r"\[[^\]]*\]", "c", re.sub(r"\\.", "e", pattern))
+    return re.search(r"([+*]|\{\d+,\}).", plain) is None
+
+
+def test_a_word_stands_by_itself_where_no_letter_touches_it():
+    draw = random.Random(0)
+    letters = ["a", "aa", "_", "1", " ", "[", "é", "猫", "\U0001d49c", "\U0001f408", "."]
+    found = 0
+    for _ in range(5000):
+        text = "".join(draw.choices(letters, k=draw.randrange(12)))
+        for word in ("a", "aa", "[", "\U0001d49c"):
+            expected = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
+            assert has_word(text, word) == expected, (text, word)
+            found += expected
+    assert found > 1000
+
+
+def test_a_number_of_thousands_of_digits_is_no_panel():
+    with pytest.raises(ValueError, match=r"'given' must list panel numbers from 1 to 2.*got '1{20}\.\.\.'"):
+        parse_given("1" * 5000, 2)
+    assert parse_given("0" * 5000 + "2", 2) == (1,)
