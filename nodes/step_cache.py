@@ -12,7 +12,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.accelerate.report import Report
+from ..host.accelerate.report import NodeReport, Report
 from ..host.accelerate.step_cache import StepCache, attach
 from ..host.accelerate.step_cache_taps import (
     LastBlockTap,
@@ -23,6 +23,7 @@ from ..host.accelerate.step_cache_taps import (
     require_blocks,
     tap_for,
 )
+from ..host.execution import running, runs_before
 from ..host.part_of_run import PartOfRun
 from ..models.accelerate.cg_taylor import FirstBlockGate, Reduce
 from ..models.accelerate.delta_dit import Stages
@@ -424,22 +425,36 @@ class AccelerationReport(io.ComfyNode):
             node_id="DiTAccelerationReport",
             display_name="Acceleration Report",
             category="DiT Toolkit/utils",
-            description="Reads what an accelerated model did in the sampler that ran last, as text.",
+            description="Reads what an accelerated model did in the sampler that is connected, as text.",
             search_aliases=["report", "statistics", "cache statistics", "speed", "gate error"],
             inputs=[
                 ReportType.Input("report", tooltip="From the node that accelerates the model."),
-                io.AnyType.Input("after", tooltip="What the sampler made, so that this node waits for it."),
+                io.AnyType.Input(
+                    "after",
+                    tooltip="What the sampler made, or what was made of it: this node reads that sampler's run.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="text", tooltip="Several lines, for Preview as Text."),
                 io.String.Output(display_name="json", tooltip="Every evaluation, as JSON, for scripts."),
                 io.AnyType.Output(display_name="after", tooltip="What came in at 'after', unchanged."),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
-    def execute(cls, report: Report, after: Any) -> io.NodeOutput:
-        return io.NodeOutput(report.text(), report.json(), after)
+    def execute(cls, report: NodeReport, after: Any) -> io.NodeOutput:
+        runs = cls.runs_of(report)
+        return io.NodeOutput(report.text(runs), report.json(runs), after)
+
+    @classmethod
+    def runs_of(cls, report: NodeReport) -> list | None:
+        """The runs of the samplers that 'after' leads back to; None where nobody says what is connected."""
+        prompt = cls.hidden and cls.hidden.dynprompt
+        if prompt is None:
+            return None
+        link = prompt.get_node(cls.hidden.unique_id)["inputs"].get("after")
+        return runs_before(report.runs, link, lambda node: prompt.get_node(node)["inputs"], running().item)
 
 
 NODES = [TaylorSeer, ConfidenceGatedTaylor, DeltaDiT, AccelerationReport]

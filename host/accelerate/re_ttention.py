@@ -5,7 +5,6 @@ Hooks and state are in `re_ttention_run.py`, the method in `models/accelerate/re
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,9 +14,11 @@ from comfy.model_patcher import ModelPatcher
 
 from ...models.accelerate.re_ttention import DRIFT, Kind, Schedule, Storage, Window
 from ...models.accelerate.sparse_attention import Band, Disc, FrameBand, Grid, Pattern, kept_ratio
+from ..execution import Origin, running
 from ..run import KEY, Run, attached
 from ..run import attach as attach_description
 from .re_ttention_run import ReTtentionRun
+from .report import NodeReport
 from .sparse_attention import SparseAttention
 
 STORAGE: dict[str, Storage] = {
@@ -32,12 +33,9 @@ LETTERS: dict[Kind, str] = {"full": "#", "refresh": "R", "sparse": "."}
 
 
 @dataclass(eq=False)
-class Report:
-    """What the latest run did. It is filled while a sampler runs, so its text is worth reading after the sampler."""
+class RunReport:
+    """What was done in one run of a sampler. It is filled while that goes on."""
 
-    settings: str = ""
-    off: bool = False  # the node gave its model back as it came
-    ran: bool = False
     kinds: dict[int, set[Kind]] = field(default_factory=dict)  # by evaluation
     patterns: dict[Grid, Pattern] = field(default_factory=dict)
     left_full: Counter[str] = field(default_factory=Counter)  # calls of attention that were not ours, by the reason
@@ -47,10 +45,7 @@ class Report:
     failed: dict[str, str] = field(default_factory=dict)  # why FlexAttention was given up, by what it was for
     planned: tuple[int, int] = (0, 0)  # most bytes to be kept between evaluations: on the device, in host memory
     held: int = 0  # bytes kept at the end of the run, on both
-
-    def start(self) -> None:
-        """Forget the run before."""
-        vars(self).update(vars(Report(self.settings, ran=True)))
+    origin: Origin = field(default_factory=running)  # who runs the sampler
 
     @property
     def evaluations(self) -> str:
@@ -68,11 +63,7 @@ class Report:
 
     def text(self) -> str:
         """Several lines: what was kept, when, at which cost."""
-        if self.off:
-            return "Re-ttention is off: the model is as it came."
-        lines = [f"Re-ttention: {self.settings}"]
-        if not self.ran:
-            return "\n".join([*lines, "No sampler has run with this model yet."])
+        lines = []
         for grid, pattern in self.patterns.items():
             lines.append(f"{in_words(grid)}: {in_words(pattern)}, {kept_ratio(pattern, grid):.1%} of all pairs")
         if self.kinds:
@@ -88,11 +79,19 @@ class Report:
             lines.append("This model does not let nodes reach its attention: nothing was changed.")
         return "\n".join(lines)
 
-    def json(self) -> str:
-        values: dict[str, Any] = {"method": "Re-ttention", "settings": self.settings, "evaluations": self.evaluations}
+    def values(self) -> dict[str, Any]:
+        """For scripts."""
+        values: dict[str, Any] = {"evaluations": self.evaluations}
         values |= {"pairs": self.pairs, "pairs_in_full": self.pairs_in_full, "left_full": dict(self.left_full)}
-        values |= {"bytes_planned": sum(self.planned), "bytes_held": self.held}
-        return json.dumps(values)
+        return values | {"bytes_planned": sum(self.planned), "bytes_held": self.held}
+
+
+class Report(NodeReport[RunReport]):
+    def __init__(self, settings: str = "", off: bool = False):
+        super().__init__("Re-ttention", settings if off else f"Re-ttention: {settings}", off=off)
+
+    def start(self) -> RunReport:
+        return self.keep(RunReport())
 
 
 def in_words(thing: Grid | Pattern) -> str:

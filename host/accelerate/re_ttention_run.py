@@ -127,7 +127,7 @@ class ReTtentionRun:
 
     def __init__(self, settings: ReTtention, run: Run):
         self.settings = settings
-        self.report = settings.report
+        self.report = settings.report.start()
         self.run = run
         self.backend = Backend()
         self.planned: dict[tuple[Condition, Hashable], tuple[int, int]] = {}  # bytes, by condition and layer
@@ -139,7 +139,6 @@ class ReTtentionRun:
         self.passes = -1  # evaluations that did: those that a step cache answers do not make a condition older
 
     def install(self, model_options: dict) -> None:
-        self.report.start()
         token_grid.install(model_options)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.apply_model, model_options, is_model_options=True)
         if self.run.model is not None:

@@ -1,6 +1,8 @@
 """What a step cache did, for people: live events for the page, a summary for the log and the report output.
 
-A `Report` belongs to one node. It is filled while a sampler runs, so its text is worth reading after the sampler.
+A report belongs to one node and keeps its latest runs. It is filled while samplers run. Who reads it says of which
+runs: those of the samplers that are wired to the reader.
+
 The page receives `dit_toolkit.run_start`, `dit_toolkit.evaluation` and `dit_toolkit.run_end`, each with the id of the
 node that asked for the cache and of the prompt that runs. Only the page that sent the prompt receives them.
 """
@@ -11,13 +13,17 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
-from comfy_execution.utils import get_executing_context
+from ..execution import NOBODY, Origin, running
 
 logger = logging.getLogger(__name__)
+
+NO_RUN = "No sampler has run with this model yet."
+NOT_BEFORE = "No sampler that 'after' leads back to has run with this model. Connect what the sampler made."
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class RunReport:
     started: float = field(default_factory=time.perf_counter)
     seconds: float | None = None  # of the whole run, once it is over
     interrupted: bool = False
-    prompt: str | None = None  # the id of the prompt that runs the sampler
+    origin: Origin = NOBODY  # who runs the sampler
 
     @property
     def computed(self) -> int:
@@ -81,6 +87,18 @@ class RunReport:
     def errors(self) -> list[float]:
         return [entry.error for entry in self.entries if entry.error is not None]
 
+    def values(self) -> dict[str, Any]:
+        """For scripts, every evaluation of it."""
+        return {
+            "method": self.method,
+            "summary": self.summary,
+            "notes": self.notes,
+            "computed": self.computed,
+            "speedup": self.speedup,
+            "bytes_held": self.bytes_held,
+            "evaluations": [asdict(entry) for entry in self.entries],
+        }
+
     def text(self) -> str:
         """Several lines: the summary, then what a reader needs to set the knobs."""
         lines = [f"{self.method}: {self.summary}"]
@@ -96,21 +114,57 @@ class RunReport:
         return "\n".join(lines)
 
 
+class ReportedRun(Protocol):
+    """What a report keeps of one run of a sampler."""
+
+    @property
+    def origin(self) -> Origin: ...
+
+    def text(self) -> str: ...
+
+    def values(self) -> dict[str, Any]: ...
+
+
+RunT = TypeVar("RunT", bound=ReportedRun)
+
+
 @dataclass(eq=False)
-class Report:
-    """Of one node: its settings in words, and its latest runs."""
+class NodeReport(Generic[RunT]):
+    """Of one node: its settings in words, and its latest runs. This is what travels to the node Acceleration Report."""
 
     method: str
     settings: str = ""
-    node: str | None = None  # its id in the workflow
+    node: str | None = None  # its id in the workflow, where the page shows its runs
     off: bool = False  # the node gave its model back as it came
-    runs: list[RunReport] = field(default_factory=list)
-    kept = 8
+    runs: list[RunT] = field(default_factory=list)
+    kept = 16
+
+    def keep(self, run: RunT) -> RunT:
+        self.runs = [*self.runs[1 - self.kept :], run]
+        return run
+
+    def text(self, runs: Sequence[RunT] | None = None) -> str:
+        """Settings, and these runs; the latest one if it is not said which."""
+        if self.off:
+            return f"{self.method} is off: the model is as it came."
+        runs = self.runs[-1:] if runs is None else runs
+        nothing = NOT_BEFORE if self.runs else NO_RUN
+        return "\n".join([*filter(None, [self.settings]), *([run.text() for run in runs] or [nothing])])
+
+    def json(self, runs: Sequence[RunT] | None = None) -> str:
+        """The last of these runs, for scripts."""
+        runs = self.runs[-1:] if runs is None else runs
+        about = {"method": self.method, "settings": self.settings, "evaluations": []}
+        return json.dumps(about | (runs[-1].values() if runs else {}))
+
+
+@dataclass(eq=False)
+class Report(NodeReport[RunReport]):
+    """Of a step cache."""
 
     def start(self, planned: int | None) -> RunReport:
         number = self.runs[-1].number + 1 if self.runs else 1
-        run = RunReport(number, self.method, planned, prompt=running_prompt())
-        self.runs = [*self.runs[1 - self.kept :], run]
+        run = self.keep(RunReport(number, self.method, planned, origin=running()))
         self._send("run_start", run, planned=planned, method=self.method)
         return run
 
@@ -126,35 +180,12 @@ class Report:
         self._send("run_end", run, summary=run.summary, interrupted=run.interrupted, **values)
         logger.info("%s: %s", run.method, run.summary)
 
-    def text(self) -> str:
-        """Settings, and the latest run if there was one."""
-        if self.off:
-            return f"{self.method} is off: the model is as it came."
-        lines = [self.settings] if self.settings else []
-        lines.append(self.runs[-1].text() if self.runs else "No sampler has run with this model yet.")
-        return "\n".join(lines)
-
-    def json(self) -> str:
-        """The latest run, every evaluation of it."""
-        if not self.runs:
-            return json.dumps({"method": self.method, "evaluations": []})
-        run = self.runs[-1]
-        values: dict[str, Any] = {"method": run.method, "summary": run.summary, "notes": run.notes}
-        values |= {"computed": run.computed, "speedup": run.speedup, "bytes_held": run.bytes_held}
-        return json.dumps({**values, "evaluations": [asdict(entry) for entry in run.entries]})
-
     def _send(self, event: str, run: RunReport, **values: Any) -> None:
         server = page_server()
-        if self.node is None or run.prompt is None or server is None or not server.client_id:
+        if self.node is None or run.origin.prompt is None or server is None or not server.client_id:
             return  # sent to nobody, it would reach every page
-        data = {"node": self.node, "prompt_id": run.prompt, "run": run.number, **values}
+        data = {"node": self.node, "prompt_id": run.origin.prompt, "run": run.number, **values}
         server.send_sync(f"dit_toolkit.{event}", data, server.client_id)
-
-
-def running_prompt() -> str | None:
-    """The id of the prompt that runs. ComfyUI knows it in the thread of its nodes only, so ask when a run starts."""
-    context = get_executing_context()
-    return context.prompt_id if context is not None else None
 
 
 def page_server() -> Any:

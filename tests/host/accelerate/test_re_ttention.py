@@ -106,14 +106,14 @@ def differ(a: Tensor, b: Tensor) -> bool:
 def test_a_run_that_never_leaves_the_start_is_the_model_without_us(name):
     model, report = sparse(FAMILIES[name].load(), first=6)
     assert torch.equal(sample(FAMILIES[name], model, steps=4, cfg=2.0), plain(name))
-    assert report.evaluations == "####"
+    assert report.runs[-1].evaluations == "####"
 
 
 @every_family
 def test_a_refresh_in_every_evaluation_is_full_attention(name):
     model, report = sparse(FAMILIES[name].load(), first=0, period=1)
     near(sample(FAMILIES[name], model, steps=4, cfg=2.0), plain(name))
-    assert report.evaluations == "RRRR"
+    assert report.runs[-1].evaluations == "RRRR"
 
 
 @every_family
@@ -121,7 +121,7 @@ def test_sparse_evaluations_of_the_same_input_are_full_ones(name):
     """The method's identity: queries, keys and values unchanged, nothing drifts."""
     model, report = sparse(FAMILIES[name].load(), keep=0.1)
     first, *others = outputs_at_one_place(name, model)
-    assert report.evaluations == "#R.."
+    assert report.runs[-1].evaluations == "#R.."
     for other in others:
         near(other, first)
 
@@ -130,7 +130,7 @@ def test_sparse_evaluations_of_the_same_input_are_full_ones(name):
 def test_it_really_acts(name):
     model, report = sparse(FAMILIES[name].load())
     got = sample(FAMILIES[name], model, steps=4, cfg=2.0)
-    assert report.evaluations == "#R.."
+    assert report.runs[-1].evaluations == "#R.."
     assert torch.isfinite(got).all()
     assert differ(got, plain(name))
 
@@ -209,8 +209,8 @@ GRIDS = {  # of the calls of one evaluation
 def test_it_is_the_method_written_out(name, clamp):
     model, report = sparse(FAMILIES[name].load(), pattern="disc", drift=0.1, clamp=clamp)
     got = sample(FAMILIES[name], model, steps=7)
-    assert report.evaluations == "#R....R"
-    (pattern,) = set(report.patterns.values())
+    assert report.runs[-1].evaluations == "#R....R"
+    (pattern,) = set(report.runs[-1].patterns.values())
     expected = written_out(FAMILIES[name].load(), GRIDS[name], "#R....R", pattern, 0.1, clamp)
     near(got, sample(FAMILIES[name], expected, steps=7))
     assert differ(got, plain(name, steps=7, cfg=1.0))
@@ -221,8 +221,8 @@ def test_keys_of_easycontrol_are_seen_by_every_token(influence):
     controlled = tiny.controlled(FAMILIES["flux"].load(), influence=influence)
     model, report = sparse(controlled, pattern="disc", drift=0.1)
     got = tiny.sample(model, steps=7)
-    assert report.evaluations == "#R....R"
-    (pattern,) = set(report.patterns.values())
+    assert report.runs[-1].evaluations == "#R....R"
+    (pattern,) = set(report.runs[-1].patterns.values())
     expected = written_out(controlled, GRIDS["flux"], "#R....R", pattern, 0.1, extra=9)  # a latent of 6 x 6
     near(got, tiny.sample(expected, steps=7))
     assert differ(got, tiny.sample(sparse(FAMILIES["flux"].load(), pattern="disc", drift=0.1)[0], steps=7))
@@ -273,8 +273,8 @@ def test_prompts_of_different_length_have_states_of_their_own():
     model, report = sparse(FAMILIES["flux"].load(), keep=0.1)
     sampled = sample(FAMILIES["flux"], model, steps=4, cfg=2.0, positive=positive, negative=negative)
     assert torch.isfinite(sampled).all()
-    assert len(report.patterns) == 2
-    assert report.evaluations == "#R.."
+    assert len(report.runs[-1].patterns) == 2
+    assert report.runs[-1].evaluations == "#R.."
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_prompts_of_different_length_have_states_of_their_own():
 def test_every_kind_of_sampler_gets_through(sampler):
     model, report = sparse(FAMILIES["flux"].load(), first=2, drift=0.04)
     assert torch.isfinite(sample(FAMILIES["flux"], model, steps=4, sampler=sampler)).all()
-    assert "##R....R".startswith(report.evaluations)
+    assert "##R....R".startswith(report.runs[-1].evaluations)
 
 
 def test_a_step_that_takes_sigma_far_asks_for_a_refresh():
@@ -292,14 +292,14 @@ def test_a_step_that_takes_sigma_far_asks_for_a_refresh():
     sampling = model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 4).tolist()
     assert sigmas[2] > 0.6 * sigmas[1] > sigmas[3]
-    assert report.evaluations == "#R.R"
+    assert report.runs[-1].evaluations == "#R.R"
 
 
 def test_only_what_a_step_cache_computes_counts():
     family = FAMILIES["flux"]
     model, report = sparse(cached(family.load(), Interval(2, 1), "prediction"), period=3)
     sample(family, model, steps=9)
-    assert report.evaluations == "#-R-.-.-R"
+    assert report.runs[-1].evaluations == "#-R-.-.-R"
 
 
 @pytest.mark.parametrize("name", ["sd35", "ltx", "qwen"])
@@ -316,7 +316,7 @@ def test_a_block_that_somebody_skips_confuses_no_other(name):
     skipping.set_model_patch_replace(skip, "dit", "double_block", 0)
     model, report = sparse(skipping)
     first, *others = outputs_at_one_place(name, model)
-    assert report.evaluations == "#R.."
+    assert report.runs[-1].evaluations == "#R.."
     for other in others:
         near(other, first)
 
@@ -360,7 +360,7 @@ def test_a_lora_that_is_scheduled_asks_for_a_refresh_where_its_strength_changes(
     hooks.set_keyframes_on_hooks(frames)
     model, report = sparse(FAMILIES["flux"].load(), period=50)
     sample(FAMILIES["flux"], model, steps=12, positive=tiny.prompt(hooks=hooks))
-    assert report.evaluations == "#R....R....."
+    assert report.runs[-1].evaluations == "#R....R....."
 
 
 @pytest.mark.parametrize(
@@ -397,8 +397,8 @@ def test_memory_is_as_planned_and_given_back(storage, monkeypatch):
     monkeypatch.setattr(ReTtentionRun, "install", spy(ReTtentionRun.install, made))
     model, report = sparse(FAMILIES["flux"].load(), storage=storage)
     sample(FAMILIES["flux"], model, steps=4, cfg=2.0)
-    assert report.held == sum(report.planned) > 0
-    assert (report.planned[1] > 0) == (storage == "cpu")
+    assert report.runs[-1].held == sum(report.runs[-1].planned) > 0
+    assert (report.runs[-1].planned[1] > 0) == (storage == "cpu")
     assert len(made) == 1
     gc.collect()
     assert made[0]() is None
@@ -431,8 +431,8 @@ def test_too_much_memory_is_refused_before_it_is_kept(first):
     model, report = sparse(FAMILIES["flux"].load(), first=first, max_bytes=1000)
     with pytest.raises(ValueError, match=r"would keep 0 MiB for this size, 0 MiB are allowed\. Set 'storage'"):
         sample(FAMILIES["flux"], model, steps=4)
-    assert report.evaluations == ("" if first == 0 else "#")
-    assert report.held == 0
+    assert report.runs[-1].evaluations == ("" if first == 0 else "#")
+    assert report.runs[-1].held == 0
 
 
 def test_without_a_limit_a_quarter_of_free_memory_is_allowed(monkeypatch):
@@ -477,13 +477,13 @@ def test_prompts_that_are_over_are_let_go_of(watched):
     """Four prompts of five evaluations each: two are held at most, and the limit is not for those that are over."""
     model, report = sparse(FAMILIES["flux"].load(), first=0)
     sample(FAMILIES["flux"], model, steps=2)
-    one = sum(report.planned)
+    one = sum(report.runs[-1].planned)
     model, report = sparse(FAMILIES["flux"].load(), first=0, max_bytes=2 * one)
     watched.held = []
     sample(FAMILIES["flux"], model, steps=20, positive=scheduled_prompts())
     assert len(watched.held) == 20
     assert max(watched.held) == (2 * one, 2)
-    assert (sum(report.planned), report.held) == (2 * one, one)
+    assert (sum(report.runs[-1].planned), report.runs[-1].held) == (2 * one, one)
 
 
 def test_windows_that_have_moved_on_are_let_go_of(watched):
@@ -503,7 +503,7 @@ def test_what_a_step_cache_answers_makes_no_condition_older():
     family = FAMILIES["flux"]
     model, report = sparse(cached(family.load(), Interval(5, 1), "prediction"), period=50)
     sample(family, model, steps=17)
-    assert report.evaluations == "#----R----.----."
+    assert report.runs[-1].evaluations == "#----R----.----."
 
 
 def test_a_condition_that_comes_back_after_long_is_refreshed():
@@ -541,7 +541,7 @@ def test_references_that_somebody_takes_out_are_named():
     model, report = sparse(without)
     positive = flux2.prompt(3, reference_latents=[torch.randn(1, 128, 6, 4)])
     sample(flux2, model, steps=4, positive=positive)
-    assert report.evaluations == "#"
+    assert report.runs[-1].evaluations == "#"
     assert "calls, self-attention of another length than the picture's" in report.text()
 
 
@@ -562,7 +562,7 @@ def test_the_route_of_cuda_gives_the_same_picture(on_cuda):
         expected = sample(FAMILIES["flux"], sparse(FAMILIES["flux"].load())[0], steps=4, cfg=2.0)
     model, report = sparse(FAMILIES["flux"].load())
     near(sample(FAMILIES["flux"], model, steps=4, cfg=2.0), expected)
-    assert list(report.backends) == ["FlexAttention"]
+    assert list(report.runs[-1].backends) == ["FlexAttention"]
     assert "failed" not in report.text()
 
 
@@ -578,7 +578,7 @@ def test_a_dense_call_that_fails_leaves_flex_attention_to_the_sparse_ones(on_cud
     model, report = sparse(FAMILIES["flux"].load())
     near(sample(FAMILIES["flux"], model, steps=4), expected)
     assert len(tried) == 1
-    assert list(report.backends) == ["FlexAttention"]
+    assert list(report.runs[-1].backends) == ["FlexAttention"]
     assert "FlexAttention failed for refreshes: RuntimeError: no shared memory\n" in report.text()
 
 
@@ -606,7 +606,7 @@ def test_what_was_there_before_is_called_on():
     model, report = sparse(with_foreign())
     for output in outputs_at_one_place("flux", model):
         near(output, expected)
-    assert report.evaluations == "#R.."
+    assert report.runs[-1].evaluations == "#R.."
     assert len(seen) == 2 * 4
 
 

@@ -108,14 +108,14 @@ def test_a_run_that_broke_off_before_anything_was_computed_has_a_text():
 def test_before_any_sampler_ran():
     assert Report("Test").text() == "No sampler has run with this model yet."
     assert Report("Test", "Interval 3").text() == "Interval 3\nNo sampler has run with this model yet."
-    assert json.loads(Report("Test").json()) == {"method": "Test", "evaluations": []}
+    assert json.loads(Report("Test").json()) == {"method": "Test", "settings": "", "evaluations": []}
 
 
 def test_the_newest_runs_are_kept_and_numbered_on():
     report = Report("Test")
-    for _ in range(12):
+    for _ in range(24):
         report.end(report.start(3), completed=True)
-    assert [run.number for run in report.runs] == list(range(5, 13))
+    assert [run.number for run in report.runs] == list(range(9, 25))
 
 
 def test_the_page_is_told_of_every_evaluation_as_it_happens(tiny_flux, page):
