@@ -17,6 +17,7 @@ from torch import Tensor
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # what ships with the pack
 SAFE = {".safetensors", ".sft"}
+DEMO = "dit_toolkit_demo_"
 
 AGAIN = "Download it again."
 CONVERT = "Get it as a safetensors file; another ending is not enough."
@@ -47,7 +48,11 @@ def register(kind: str) -> None:
 
 
 def offer_loras() -> None:
-    """Add the LoRAs that ship with the pack to what ComfyUI's own LoRA loaders offer, after the user's own."""
+    """Add the LoRAs that ship with the pack to what ComfyUI's own LoRA loaders offer, after the user's own.
+
+    Every LoRA loader of the installation lists them, so their names begin with DEMO. A folder would show it too, but
+    on Windows its separator is another one than in the workflows that name the file.
+    """
     shipped = WEIGHTS / "loras"
     if shipped.is_dir():
         folder_paths.add_model_folder_path("loras", str(shipped))

@@ -113,7 +113,7 @@ def parse(
 
     if len(alpha_leaves) > 1:
         raise ValueError(f"{name} mixes '.alpha' and '.network_alpha'; keep one of them.")
-    double, single = (_blocks(weights.values(), stream) for stream in PARTS)
+    double, single = (_blocks([*weights.values(), *alphas.values()], stream) for stream in PARTS)
     slots = []
     for slot in range(max([*weights, *alphas]) + 1):
         expected = (published_name(layer, slot, leaf) for layer in layers(double, single) for leaf in LEAVES)
@@ -176,7 +176,7 @@ def _said_kind(metadata: Mapping[str, str] | None, name: str) -> Kind | None:
 
 
 def _blocks(slots: Iterable[dict[str, Tensor]], stream: str) -> int:
-    numbers = [int(key.split(".")[1]) for weights in slots for key in weights if key.startswith(stream)]
+    numbers = [int(key.split(".")[1]) for tensors in slots for key in tensors if key.startswith(stream)]
     return max(numbers, default=-1) + 1
 
 

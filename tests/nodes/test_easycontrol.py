@@ -192,7 +192,7 @@ def test_a_kind_that_the_file_is_known_not_to_be_for_is_refused():
         r"subject\.safetensors is for subject conditions, and 'kind' is spatial\. Set 'kind' to auto or subject\."
     )
     with pytest.raises(ValueError, match=published + " If it is another file than the published one, rename it"):
-        named("subject.safetensors").kind("spatial")
+        named("subject.sft").kind("spatial")
     own = r"mine\.sft is for spatial conditions, and 'kind' is subject\. Set 'kind' to auto or spatial\.$"
     with pytest.raises(ValueError, match=own):
         named("mine.sft", "spatial").kind("subject")

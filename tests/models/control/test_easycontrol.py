@@ -675,6 +675,7 @@ BAD = "transformer_blocks.0.attn.processor.q_loras.0"
         ),
         (lambda s: s.update({"transformer_blocks.0.attn.processor.q_loras.2.alpha": torch.ones(1)}), "missing"),
         (lambda s: s.update({f"{BAD.replace('0', '9999', 1)}.up.weight": torch.zeros(8, 2)}), "more missing"),
+        (lambda s: s.update({f"{BAD.replace('0', '2', 1)}.alpha": torch.ones(1)}), "and 7 more missing"),
         (lambda s: s.update({f"{BAD.replace('0', '9' * 18, 1)}.up.weight": torch.zeros(8, 2)}), "which no EasyControl"),
         (lambda s: s.update({f"{BAD.replace('0', '00', 1)}.up.weight": torch.zeros(8, 2)}), "which no EasyControl"),
         (lambda s: s.update({BAD.replace("0", "\u0660", 1) + ".up.weight": torch.zeros(8, 2)}), "which no EasyControl"),
