@@ -44,14 +44,13 @@ KEYS = Keys(
     "transformer_blocks.0.attn.processor.q_loras.0.down.weight",
     ("", "transformer.", "module.", "model.", "diffusion_model.", "base_model.model."),
 )
-PUBLISHED: dict[str, Kind] = {
-    **dict.fromkeys(("canny", "depth", "hedsketch", "pose", "seg", "inpainting", "ghibli"), "spatial"),
-    "subject": "subject",
+PUBLISHED: dict[Kind, tuple[str, ...]] = {  # names of the files
+    "spatial": ("canny", "depth", "hedsketch", "pose", "seg", "inpainting", "ghibli"),
+    "subject": ("subject",),
 }
-WORDS: dict[str, Kind] = {  # that people put into the names of such files
-    **PUBLISHED,
-    **dict.fromkeys(("hed", "sketch", "edge", "edges", "lineart", "openpose", "segmentation"), "spatial"),
-    **dict.fromkeys(("inpaint", "style"), "spatial"),
+WORDS: dict[Kind, tuple[str, ...]] = {  # that people put into the names of such files, too
+    "spatial": ("hed", "sketch", "edge", "edges", "lineart", "openpose", "segmentation", "inpaint", "style"),
+    "subject": (),
 }
 
 
@@ -142,13 +141,14 @@ def write_metadata(kind: Kind) -> dict[str, str]:
 
 def published_kind(name: str) -> Kind | None:
     """What kind of condition the published file of this name is for: `"flux/Ghibli.safetensors"` -> `"spatial"`."""
-    return PUBLISHED.get(_stem(name))
+    return next((kind for kind, names in PUBLISHED.items() if _stem(name) in names), None)
 
 
 def likely_kind(name: str) -> Kind | None:
     """What the words in a file's name mean: `"my_depth-v2.safetensors"` -> `"spatial"`. None where they disagree."""
-    kinds = {WORDS[word] for word in re.findall("[a-z]+", _stem(name)) if word in WORDS}
-    return kinds.pop() if len(kinds) == 1 else None
+    words = set(re.findall("[a-z]+", _stem(name)))
+    kinds: list[Kind] = [kind for kind, names in PUBLISHED.items() if words & {*names, *WORDS[kind]}]
+    return kinds[0] if len(kinds) == 1 else None
 
 
 def published_name(layer: str, slot: int, leaf: str) -> str:

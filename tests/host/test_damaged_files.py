@@ -216,7 +216,8 @@ def other_dtype(state: State, key: str, rng: random.Random) -> None:
 
 def other_shape(state: State, key: str, rng: random.Random) -> None:
     tensor = state[key]
-    others = [tensor.flatten(), tensor[None], tensor.flatten()[0], tensor.repeat(2, *[1] * max(tensor.ndim - 1, 0))]
+    twice = tensor.repeat(2, *[1] * max(tensor.ndim - 1, 0))
+    others = [tensor.flatten(), tensor[None], torch.zeros((), dtype=tensor.dtype), twice]
     if tensor.ndim:
         others += [tensor[:0], tensor[..., :0], tensor[1:], tensor.movedim(0, -1)]
     state[key] = rng.choice(others)
