@@ -188,9 +188,7 @@ def test_auto_asks_where_nothing_says_the_kind_and_any_choice_is_taken(name, cap
 
 
 def test_a_kind_that_the_file_is_known_not_to_be_for_is_refused():
-    published = (
-        r"subject\.safetensors is for subject conditions, and 'kind' is spatial\. Set 'kind' to auto or subject\."
-    )
+    published = r"subject\.sft is for subject conditions, and 'kind' is spatial\. Set 'kind' to auto or subject\."
     with pytest.raises(ValueError, match=published + " If it is another file than the published one, rename it"):
         named("subject.sft").kind("spatial")
     own = r"mine\.sft is for spatial conditions, and 'kind' is subject\. Set 'kind' to auto or spatial\.$"
