@@ -7,9 +7,11 @@ VAE classes, so that its memory management, prompt weights, hooks and tiling app
 
 from __future__ import annotations
 
-import json
 import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -20,26 +22,49 @@ import comfy.supported_models_base
 import comfy.utils
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..models.checkpoint import about, checked_weight, require, shown
 from ..models.tiny_text import PAD, SLOTS, VOCABULARY, TinyTextEncoder, word_ids
 from ..models.tiny_vae import CHANNELS, PATCH, TinyVAE
+from . import model_files
+from .picture_files import read_picture
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS, EXAMPLES = ROOT / "weights", ROOT / "web" / "examples"
 TOKENS = "t5xxl"  # the name CLIP Text Encode (Flux) looks for
-KEY = "dit_toolkit"  # of the safetensors metadata: a JSON text that describes the file
+REMEDY = "Install DiT Toolkit again."
+WIDEST = 1024  # channels of any layer
 
 
-def _load(name: str) -> tuple[dict[str, Tensor], dict]:
+def _load(name: str, section: str, settings: Collection[str] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights in a file of the pack, and what it says of itself under `section`."""
     path = WEIGHTS / name
     if not path.is_file():
-        raise FileNotFoundError(f"{name} is missing from the pack's 'weights' folder. Install DiT Toolkit again.")
-    weights, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
-    return weights, json.loads((metadata or {}).get(KEY, "{}"))
+        raise FileNotFoundError(f"{name} is missing from the pack's 'weights' folder. {REMEDY}")
+    weights, metadata = model_files.read(str(path), name, REMEDY)
+    config = about(metadata, section, settings, name)
+    with _intact(name):
+        for key, tensor in weights.items():
+            checked_weight(tensor, tensor.ndim, key, name)
+    return weights, config
+
+
+@contextmanager
+def _intact(name: str) -> Iterator[None]:
+    """Building a model from a file that is as it was shipped does not fail."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} is damaged. {REMEDY} ({model_files.in_one_line(error)})") from error
+
+
+def _size(value: object) -> int:
+    if not isinstance(value, int) or not 1 <= value <= WIDEST:
+        raise ValueError(f"a size of {shown(value)}")
+    return value
 
 
 class EmbeddedTokenizer:
@@ -128,26 +153,31 @@ class EmbeddedVAE(comfy.sd.VAE):
 
 def load_model():
     """MODEL: the transformer, through ComfyUI's diffusion-model loader."""
-    path = WEIGHTS / "tiny_flux.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.name} is missing from the pack's 'weights' folder. Install DiT Toolkit again.")
-    return comfy.sd.load_diffusion_model(str(path))
+    name = "tiny_flux.safetensors"
+    weights, _ = _load(name, "tiny_flux")
+    with _intact(name):
+        model = comfy.sd.load_diffusion_model(str(WEIGHTS / name))
+        require(model.model.diffusion_model.state_dict(), weights, name)  # core leaves what is missing as it comes
+    return model
 
 
 def load_clip() -> comfy.sd.CLIP:
     """CLIP: tokenizer and text encoder."""
-    weights, about = _load("tiny_text_encoder.safetensors")
-    config = about["tiny_text"]
+    name = "tiny_text_encoder.safetensors"
+    weights, config = _load(name, "tiny_text", ("dim", "pooled_dim", "slots"))
     target = comfy.supported_models_base.ClipTarget(EmbeddedTokenizer, EmbeddedTextEncoder)
-    target.params = {"dim": config["dim"], "pooled_dim": config["pooled_dim"]}
-    return comfy.sd.CLIP(target, parameters=comfy.utils.calculate_parameters(weights), state_dict=[weights])
+    with _intact(name):
+        target.params = {size: _size(config[size]) for size in ("dim", "pooled_dim")}
+        return comfy.sd.CLIP(target, parameters=comfy.utils.calculate_parameters(weights), state_dict=[weights])
 
 
 def load_vae() -> EmbeddedVAE:
     """VAE: FLUX.1's latent layout, 16 channels at an eighth of the size."""
-    weights, about = _load("tiny_vae.safetensors")
-    config = about["tiny_vae"]
-    return EmbeddedVAE(weights, config["live"], tuple(config["widths"]))
+    name = "tiny_vae.safetensors"
+    weights, config = _load(name, "tiny_vae", ("live", "widths"))
+    with _intact(name):
+        first, second, third = (_size(width) for width in config["widths"])
+        return EmbeddedVAE(weights, _size(config["live"]), (first, second, third))
 
 
 def example_names() -> list[str]:
@@ -160,7 +190,7 @@ def load_example(name: str) -> Tensor:
     """An example picture as IMAGE, `[1, H, W, 3]` in 0..1, where and as ComfyUI's Load Image puts it."""
     if name not in example_names():
         raise FileNotFoundError(f"There is no example picture {name!r}. Choose one of: {', '.join(example_names())}.")
-    with Image.open(EXAMPLES / name) as picture:
-        pixels = torch.from_numpy(np.array(picture.convert("RGB"), np.float32) / 255)[None]
+    picture = read_picture(EXAMPLES / name, name, REMEDY).convert("RGB")
+    pixels = torch.from_numpy(np.array(picture, np.float32) / 255)[None]
     manage = comfy.model_management
     return pixels.to(device=manage.intermediate_device(), dtype=manage.intermediate_dtype())

@@ -1,4 +1,4 @@
-"""Kinds of model files that the pack adds to ComfyUI's: where they lie, and what is there.
+"""Kinds of model files that the pack adds to ComfyUI's: where they lie, what is there, and how they are read.
 
 Many users keep all LoRAs in one place, so the loaders look into the LoRA folders too. These do not become folders of a
 kind: core lists, tags and uploads to files by their folder.
@@ -8,14 +8,34 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import comfy.utils
 import folder_paths
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # what ships with the pack
 SAFE = {".safetensors", ".sft"}
+DEMO = "dit_toolkit_demo_"
+
+AGAIN = "Download it again."
+CONVERT = "Get it as a safetensors file; another ending is not enough."
+# What people have in place of a safetensors file: its first bytes, what it is, what to do.
+TAKEN_FOR_ONE = (
+    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "Run 'git lfs pull', or download it."),
+    (b"<", "is a web page, not the file itself", "Download it again; its page may want you to log in first."),
+    (b"PK\x03\x04", "is a zip archive or a PyTorch file", CONVERT),
+    (b"\x80", "is a PyTorch file", CONVERT),
+    (b"GGUF", "is a GGUF file", CONVERT),
+)
+
+
+class Contents(NamedTuple):
+    """What a safetensors file holds."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
 
 
 def register(kind: str) -> None:
@@ -28,7 +48,11 @@ def register(kind: str) -> None:
 
 
 def offer_loras() -> None:
-    """Add the LoRAs that ship with the pack to what ComfyUI's own LoRA loaders offer, after the user's own."""
+    """Add the LoRAs that ship with the pack to what ComfyUI's own LoRA loaders offer, after the user's own.
+
+    Every LoRA loader of the installation lists them, so their names begin with DEMO. A folder would show it too, but
+    on Windows its separator is another one than in the workflows that name the file.
+    """
     shipped = WEIGHTS / "loras"
     if shipped.is_dir():
         folder_paths.add_model_folder_path("loras", str(shipped))
@@ -69,6 +93,44 @@ def _own_lora(name: str) -> str | None:
     return None
 
 
-def read(path: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file."""
-    return cast("dict[str, Tensor]", comfy.utils.load_torch_file(path, safe_load=True))
+def read(path: str, name: str, remedy: str | None = None) -> Contents:
+    """A safetensors file, called `name` in errors.
+
+    Args:
+        remedy: what to do about a damaged one. None: what is best for its damage.
+
+    Raises:
+        ValueError: it is damaged, or no safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as file:  # core's reader for dynamic VRAM takes a header as it comes
+            metadata = file.metadata() or {}
+        tensors = comfy.utils.load_torch_file(path, safe_load=True)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        what, best = _damage(path)
+        raise ValueError(f"{name} {what}. {remedy or best} ({in_one_line(error)})") from error
+    return Contents(cast("dict[str, Tensor]", tensors), metadata)
+
+
+def in_one_line(error: Any) -> str:
+    """The words of an error that another program raised."""
+    return " ".join(str(error).split())[:150]
+
+
+def _damage(path: str) -> tuple[str, str]:
+    """What is wrong with a file that cannot be read, and what to do."""
+    if os.path.isdir(path):
+        return "is a folder, not a file", "Put the file that lies in it in its place."
+    try:
+        with open(path, "rb") as file:
+            start = file.read(40)
+    except OSError:
+        return "cannot be opened", "See whether ComfyUI may read it."
+    if not start:
+        return "is empty", AGAIN
+    for first, what, best in TAKEN_FOR_ONE:
+        if start.lstrip().startswith(first):
+            return what, best
+    if start.isascii() and start.decode("ascii").strip().isprintable():  # what a server answered
+        return f"is a text, {in_one_line(start.decode('ascii'))!r}, not the file itself", AGAIN
+    return "is damaged, or was not downloaded to its end", AGAIN

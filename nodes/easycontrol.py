@@ -7,16 +7,17 @@ are in `host/control/conditions.py`.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..host import model_files
 from ..host.control.conditions import PATCH, Cache, check_numbers
-from ..host.control.easycontrol import Kind, Padding, attach, prepare_image
+from ..host.control.easycontrol import Padding, attach, prepare_image
 from ..host.control.easycontrol_files import FOLDER, EasyControlFile, load
 from ..host.part_of_run import PartOfRun
+from ..models.control.easycontrol_keys import Kind
 from .inputs import kv_cache, part_of_run
 
 logger = logging.getLogger(__name__)
@@ -45,16 +46,15 @@ class LoadEasyControl(io.ComfyNode):
             ],
             outputs=[
                 EasyControlType.Output(display_name="easycontrol", tooltip="The LoRA, for Apply EasyControl."),
-                io.String.Output(display_name="report", tooltip="One line: rank, slots and blocks found in the file."),
+                io.String.Output(display_name="report", tooltip="One line: what the file holds and is for."),
             ],
         )
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         loaded = load(file)
-        report = f"{file}: {loaded.checkpoint.summary}"
-        logger.info("EasyControl %s", report)
-        return io.NodeOutput(loaded, report)
+        logger.info("EasyControl %s", loaded.report)
+        return io.NodeOutput(loaded, loaded.report)
 
 
 class ApplyEasyControl(io.ComfyNode):
@@ -85,10 +85,10 @@ class ApplyEasyControl(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "kind",
-                    options=["spatial", "subject"],
-                    default="spatial",
+                    options=["auto", "spatial", "subject"],
+                    default="auto",
                     tooltip="spatial: the image lies over the picture (edges, depth, pose, inpainting, style). "
-                    "subject: it shows something to put into the picture.",
+                    "subject: it shows something to put into the picture. auto: as the file or its name says.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -147,7 +147,7 @@ class ApplyEasyControl(io.ComfyNode):
         cls,
         model: io.Model.Type,
         easycontrol: EasyControlFile,
-        kind: Kind,
+        kind: Kind | Literal["auto"],
         strength: float,
         start_percent: float,
         end_percent: float,
@@ -165,12 +165,13 @@ class ApplyEasyControl(io.ComfyNode):
         check_condition(image, vae, latent, condition_size)
         if strength == 0 or influence == 0:
             return io.NodeOutput(model)
+        found = easycontrol.kind(kind)
         patched = attach(
             model,
             easycontrol,
             slot,
-            encoded(image, vae, latent, kind, condition_size, pad_color),
-            kind=kind,
+            encoded(image, vae, latent, found, condition_size, pad_color),
+            kind=found,
             strength=strength,
             part=part,
             influence=influence,

@@ -17,6 +17,7 @@ import {
   moved,
   noteText,
   oneLine,
+  packSpare,
   panels,
   plural,
   refilled,
@@ -272,7 +273,8 @@ class Editor {
       if (!this.links.has("given")) this.write("given", formatGiven(numbers));
     });
     this.spare = spare;
-    if (Object.keys(spare).length) this.node.properties[PROPERTY] = spare;
+    const packed = packSpare(spare);
+    if (packed) this.node.properties[PROPERTY] = packed;
     else delete this.node.properties[PROPERTY];
     this.look();
   }

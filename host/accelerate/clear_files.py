@@ -53,7 +53,7 @@ def load(name: str) -> ClearFile:
         FileNotFoundError: no such file in any of the folders.
         ValueError: it is no CLEAR file, or a damaged one.
     """
-    return ClearFile(name, parse(model_files.read(model_files.path_of(FOLDER, name)), name))
+    return ClearFile(name, parse(model_files.read(model_files.path_of(FOLDER, name), name).tensors, name))
 
 
 def with_weights(model: ModelPatcher, file: ClearFile) -> ModelPatcher:

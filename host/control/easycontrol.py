@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...models.control.easycontrol import spatial_ids, subject_ids
+from ...models.control.easycontrol_keys import Kind
 from . import conditions
 from .conditions import PATCH, ConditionImage
 from .easycontrol_files import EasyControlFile
 
-Kind = Literal["spatial", "subject"]
 Padding = Literal["grey", "black"]
 
 

@@ -20,13 +20,12 @@ from hashlib import sha256
 from pathlib import Path
 
 import folder_paths
-import node_helpers
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from ...models.control.in_context_lora import Fit, Layout, compose, fitted, joint_prompt
+from .. import picture_files
 
 logger = logging.getLogger(__name__)
 
@@ -151,15 +150,13 @@ def words_of(one: Path, text: Path) -> str:
         return text.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"Set {one.name!r}: {text.name} is not UTF-8 text. Save it as UTF-8.") from error
+    except OSError as error:
+        raise ValueError(f"Set {one.name!r}: {text.name} cannot be opened. Is ComfyUI allowed to? ({error})") from error
 
 
 def read_picture(one: Path, path: Path) -> Tensor:
     """IMAGE `[1, H, W, 3]` in 0..1, turned upright, without alpha."""
-    try:
-        picture = node_helpers.pillow(Image.open, path)
-        upright = node_helpers.pillow(ImageOps.exif_transpose, picture)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"Set {one.name!r}: {path.name} is no picture that can be read. {error}") from error
+    upright = picture_files.read_picture(path, f"Set {one.name!r}: {path.name}")
     if upright.mode.startswith("I"):  # 16 bits grey
         values = np.array(upright, np.float32) / 65535
         if values.min() < 0 or values.max() > 1:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
 
-import comfy.utils
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor
 
 from ...models.control.mc_vton import BranchLora
 from ...models.control.mc_vton_keys import Branch, Checkpoint, parse
@@ -48,7 +45,7 @@ def load(name: str) -> TryOnFile:
 
     Raises:
         FileNotFoundError: no such file in any of the folders.
-        ValueError: it is no try-on LoRA, or a damaged one.
+        ValueError: it is no try-on LoRA, a damaged one, or one for a newer version of the pack.
     """
     path = model_files.path_of(FOLDER, name)
     return TryOnFile(name, read(path, name), path)
@@ -56,8 +53,7 @@ def load(name: str) -> TryOnFile:
 
 def read(path: str, name: str) -> Checkpoint:
     """The file at `path`, called `name` in errors."""
-    found = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    state, metadata = cast("tuple[dict[str, Tensor], dict[str, str] | None]", found)
+    state, metadata = model_files.read(path, name)
     return parse(state, name, metadata)
 
 

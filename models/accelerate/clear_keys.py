@@ -14,17 +14,26 @@ Every tensor becomes one patch of a slice of rows, so nothing is copied or joine
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from ..checkpoint import NUMBER, Keys, checked_weight, put, require
 
 Block = tuple[str, int]  # ("double" or "single", number)
 
 PLACES = {"to_q": 0, "to_k": 1, "to_v": 2}
 LAYERS = {"double": ("to_q", "to_k", "to_v", "to_out.0"), "single": ("to_q", "to_k", "to_v")}
-KEY = re.compile(
-    r"(single_)?transformer_blocks\.(\d+)\.attn\.(?:(to_q|to_k|to_v|to_out\.0)\.(weight|bias)|processor\.spatial_weight)"
+FOLDERS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+CELL = "processor.spatial_weight"
+KEYS = Keys(
+    "CLEAR file",
+    re.compile(
+        rf"(?P<single>single_)?transformer_blocks\.(?P<block>{NUMBER})\.attn\."
+        r"(?P<part>(?P<layer>to_q|to_k|to_v|to_out\.0)\.(?:weight|bias)|processor\.spatial_weight)"
+    ),
+    "transformer_blocks.0.attn.to_q.weight",
 )
 
 
@@ -65,54 +74,47 @@ def parse(state: Mapping[str, Tensor], name: str) -> ClearWeights:
         name: of the file, for messages.
 
     Raises:
-        ValueError: keys that are unknown, missing or of another shape.
+        ValueError: keys that are unknown or missing, or tensors that do not fit each other.
     """
     found: dict[tuple[str, int, str], Tensor] = {}
-    unknown = []
-    for key, value in state.items():
-        match = KEY.fullmatch(key)
-        if match is None:
-            unknown.append(key)
-            continue
-        kind = "single" if match[1] else "double"
-        part = "spatial_weight" if match[3] is None else f"{match[3]}.{match[4]}"
-        if kind == "single" and match[3] == "to_out.0":
-            unknown.append(key)
-            continue
-        found[kind, int(match[2]), part] = value
-    if not found:
-        raise ValueError(f"{name} is no CLEAR file: it has no key like transformer_blocks.0.attn.to_q.weight.")
-    if unknown:
-        raise ValueError(f"{name} is no CLEAR file as published: unknown keys {_some(unknown)}.")
+    for key, match, tensor in KEYS.read(state, name):
+        kind, part = "single" if match["single"] else "double", match["part"]
+        if match["layer"] and match["layer"] not in LAYERS[kind]:
+            raise KEYS.unknown(key, name)
+        axes = 7 if part == CELL else 2 if part.endswith("weight") else 1
+        put(found, (kind, int(match["block"]), part), checked_weight(tensor, axes, key, name), key, name)
 
-    blocks: dict[str, int] = {kind: 1 + max((n for k, n, _ in found if k == kind), default=-1) for kind in LAYERS}
-    pooled = any(part == "spatial_weight" for _, _, part in found)
-    missing = []
-    for kind, count in blocks.items():
-        parts = [f"{layer}.{end}" for layer in LAYERS[kind] for end in ("weight", "bias")]
-        parts += ["spatial_weight"] if pooled else []
-        missing += [f"{kind} {n} {part}" for n in range(count) for part in parts if (kind, n, part) not in found]
-    missing += [f"all {kind} blocks" for kind, count in blocks.items() if not count]
-    if missing:
-        raise ValueError(f"{name} is incomplete: {_some(missing)} missing. Download it again.")
+    # A kind without any block lacks its first.
+    blocks = {kind: 1 + max((n for k, n, _ in found if k == kind), default=0) for kind in LAYERS}
+    pooled = any(part == CELL for _, _, part in found)
+    require(_published_names(blocks, pooled), state, name)
 
     dim = found["double", 0, "to_q.weight"].shape[0]
     patches, cells = [], {}
     for (kind, n, part), value in found.items():
-        if part == "spatial_weight":
+        if part == CELL:
             cells[kind, n] = _cell(value, name)
         else:
             patches.append(_patch(kind, n, part, value, dim, name))
     if len({cell.shape for cell in cells.values()}) > 1:
-        raise ValueError(f"{name} has pooled cells of different sizes. Download it again.")
+        raise ValueError(f"{name} has pooled cells of different sizes. Get the file again.")
     return ClearWeights(dim, blocks["double"], blocks["single"], tuple(patches), cells)
+
+
+def _published_names(blocks: Mapping[str, int], pooled: bool) -> Iterator[str]:
+    """All keys of a file with so many blocks of each kind."""
+    for kind, count in blocks.items():
+        parts = [f"{layer}.{end}" for layer in LAYERS[kind] for end in ("weight", "bias")] + [CELL] * pooled
+        for n in range(count):
+            yield from (f"{FOLDERS[kind]}.{n}.attn.{part}" for part in parts)
 
 
 def _patch(kind: str, n: int, part: str, value: Tensor, dim: int, name: str) -> Patch:
     layer, end = part.rsplit(".", 1)
     expected = (dim, dim) if end == "weight" else (dim,)
     if tuple(value.shape) != expected:
-        raise ValueError(f"{name}: {kind} {n} {part} must be {expected}, got {tuple(value.shape)}. Download it again.")
+        key = f"{FOLDERS[kind]}.{n}.attn.{part}"
+        raise ValueError(f"{name}: '{key}' must be {expected}, got {tuple(value.shape)}. Get the file again.")
     if layer == "to_out.0":
         return Patch(f"double_blocks.{n}.img_attn.proj.{end}", 0, value)
     target = "linear1" if kind == "single" else "img_attn.qkv"
@@ -121,11 +123,7 @@ def _patch(kind: str, n: int, part: str, value: Tensor, dim: int, name: str) -> 
 
 def _cell(value: Tensor, name: str) -> Tensor:
     """`[1, 1, 1, f, 1, f, 1]` as `[f, f]`."""
-    f = value.shape[3] if value.ndim == 7 else 0
-    if tuple(value.shape) != (1, 1, 1, f, 1, f, 1) or f < 1:
+    f = value.shape[3]
+    if tuple(value.shape) != (1, 1, 1, f, 1, f, 1):
         raise ValueError(f"{name}: spatial_weight must be (1, 1, 1, f, 1, f, 1), got {tuple(value.shape)}.")
     return value[0, 0, 0, :, 0, :, 0]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

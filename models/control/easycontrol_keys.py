@@ -9,6 +9,9 @@ Shapes: down `[rank, D]`, up `[D, rank]`. Slot `n` belongs to the n-th condition
 files have one. Published files carry no alpha, which means alpha = rank; files of other trainers may add
 `..._loras.{n}.alpha` (or `.network_alpha`), a single number.
 
+Published files tell by their names what kind of condition they are for. Ours say it in their metadata, see
+`checkpoint.py`: `{"format": 1, "easycontrol": {"kind": "subject"}}`.
+
 Inside the pack a layer is called `double_blocks.{i}.{part}` or `single_blocks.{i}.{part}`, as in `ConditionLora`.
 Nothing is dropped in silence: a key that does not fit, or a missing one, refuses the file.
 """
@@ -18,22 +21,37 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import isfinite
+from typing import Literal, get_args
 
 from torch import Tensor
 
+from ..checkpoint import NUMBER, Keys, about, checked_number, checked_weight, described, put, require, shown
 from .low_rank import LowRankWeights
 
-PREFIXES = ("", "transformer.", "module.", "model.", "diffusion_model.", "base_model.model.")
+Kind = Literal["spatial", "subject"]  # the condition lies over the picture, or shows something to put into it
+
+SECTION, FORMAT = "easycontrol", 1  # of the metadata
 PARTS = {"double_blocks": ("q", "k", "v", "proj"), "single_blocks": ("q", "k", "v")}
 STREAMS = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
 FOLDERS = {stream: folder for folder, stream in STREAMS.items()}
-# One way to write a number: no two keys of a file fall on one layer.
-KEY = re.compile(
-    r"(?P<folder>transformer_blocks|single_transformer_blocks)\.(?P<block>0|[1-9]\d{0,3})\.attn\.processor\."
-    r"(?P<part>q|k|v|proj)_loras\.(?P<slot>0|[1-9]\d{0,3})\.(?P<leaf>down\.weight|up\.weight|alpha|network_alpha)",
-    re.ASCII,
+LEAVES = ("down.weight", "up.weight")
+KEYS = Keys(
+    "EasyControl LoRA",
+    re.compile(
+        rf"(?P<folder>transformer_blocks|single_transformer_blocks)\.(?P<block>{NUMBER})\.attn\.processor\."
+        rf"(?P<part>q|k|v|proj)_loras\.(?P<slot>{NUMBER})\.(?P<leaf>down\.weight|up\.weight|alpha|network_alpha)"
+    ),
+    "transformer_blocks.0.attn.processor.q_loras.0.down.weight",
+    ("", "transformer.", "module.", "model.", "diffusion_model.", "base_model.model."),
 )
+PUBLISHED: dict[Kind, tuple[str, ...]] = {  # names of the files
+    "spatial": ("canny", "depth", "hedsketch", "pose", "seg", "inpainting", "ghibli"),
+    "subject": ("subject",),
+}
+WORDS: dict[Kind, tuple[str, ...]] = {  # that people put into the names of such files, too
+    "spatial": ("hed", "sketch", "edge", "edges", "lineart", "openpose", "segmentation", "inpaint", "style"),
+    "subject": (),
+}
 
 
 class Slot(LowRankWeights):
@@ -42,7 +60,10 @@ class Slot(LowRankWeights):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A parsed file: `dim` channels, `double` and `single` blocks, one `Slot` per condition."""
+    """A parsed file: `dim` channels, `double` and `single` blocks, one `Slot` per condition.
+
+    kind: of its conditions, if the file says so.
+    """
 
     slots: tuple[Slot, ...]
     dim: int
@@ -50,6 +71,7 @@ class Checkpoint:
     single: int
     prefix: str = ""
     alpha_leaf: str = "alpha"
+    kind: Kind | None = None
 
     @property
     def summary(self) -> str:
@@ -58,40 +80,46 @@ class Checkpoint:
         return f"rank {rank}, slots {len(self.slots)}, blocks {self.double}+{self.single}, hidden size {self.dim}"
 
 
-def parse(state: Mapping[str, Tensor], name: str = "This file") -> Checkpoint:
+def parse(
+    state: Mapping[str, Tensor], name: str = "This file", metadata: Mapping[str, str] | None = None
+) -> Checkpoint:
     """Read a checkpoint.
 
     Args:
         state: the file's tensors by their published names.
         name: what to call the file in an error.
+        metadata: the safetensors metadata, texts by key.
 
     Raises:
-        ValueError: no EasyControl LoRA, an unknown or missing key, or shapes that do not fit each other.
+        ValueError: no EasyControl LoRA, an unknown or missing key, or tensors that do not fit each other.
     """
-    prefix = _prefix(state, name)
+    kind = _said_kind(metadata, name)
+    prefix = KEYS.prefix(state, name)
     weights: dict[int, dict[str, Tensor]] = {}
     alphas: dict[int, dict[str, Tensor]] = {}
     alpha_leaves: set[str] = set()
-    for key, tensor in state.items():
-        match = KEY.fullmatch(key.removeprefix(prefix))
-        if match is None or not key.startswith(prefix) or match["part"] not in PARTS[STREAMS[match["folder"]]]:
-            raise ValueError(f"{name} has the key '{key}', which no EasyControl LoRA for FLUX.1 has.")
-        layer = f"{STREAMS[match['folder']]}.{int(match['block'])}.{match['part']}"
+    for key, match, tensor in KEYS.read(state, name):
+        stream, slot = STREAMS[match["folder"]], int(match["slot"])
+        if match["part"] not in PARTS[stream]:
+            raise KEYS.unknown(key, name)
+        layer = f"{stream}.{int(match['block'])}.{match['part']}"
         if match["leaf"].endswith("alpha"):
-            alphas.setdefault(int(match["slot"]), {})[layer] = _checked_alpha(tensor, key, name)
+            put(alphas.setdefault(slot, {}), layer, checked_number(tensor, key, name), key, name)
             alpha_leaves.add(match["leaf"])
         else:
-            weights.setdefault(int(match["slot"]), {})[f"{layer}.{match['leaf']}"] = tensor
+            place = f"{layer}.{match['leaf']}"
+            put(weights.setdefault(slot, {}), place, checked_weight(tensor, 2, key, name), key, name)
 
     if len(alpha_leaves) > 1:
         raise ValueError(f"{name} mixes '.alpha' and '.network_alpha'; keep one of them.")
-    double, single = (_blocks(weights.values(), stream) for stream in PARTS)
+    double, single = (_blocks([*weights.values(), *alphas.values()], stream) for stream in PARTS)
     slots = []
     for slot in range(max([*weights, *alphas]) + 1):
-        _refuse_missing(weights.get(slot, {}), slot, double, single, prefix, name)
+        expected = (published_name(layer, slot, leaf) for layer in layers(double, single) for leaf in LEAVES)
+        require((prefix + key for key in expected), state, name)
         slots.append(Slot(weights[slot], alphas.get(slot, {})))
     dim = _checked_dim(slots, name)
-    return Checkpoint(tuple(slots), dim, double, single, prefix, next(iter(alpha_leaves), "alpha"))
+    return Checkpoint(tuple(slots), dim, double, single, prefix, next(iter(alpha_leaves), "alpha"), kind)
 
 
 def write(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -104,6 +132,23 @@ def write(checkpoint: Checkpoint) -> dict[str, Tensor]:
         for layer, alpha in slot.alphas.items():
             state[checkpoint.prefix + published_name(layer, number, checkpoint.alpha_leaf)] = alpha
     return state
+
+
+def write_metadata(kind: Kind) -> dict[str, str]:
+    """The safetensors metadata that says what kind of condition a file is for."""
+    return described(SECTION, {"kind": kind}, FORMAT)
+
+
+def published_kind(name: str) -> Kind | None:
+    """What kind of condition the published file of this name is for: `"flux/Ghibli.safetensors"` -> `"spatial"`."""
+    return next((kind for kind, names in PUBLISHED.items() if _stem(name) in names), None)
+
+
+def likely_kind(name: str) -> Kind | None:
+    """What the words in a file's name mean: `"my_depth-v2.safetensors"` -> `"spatial"`. None where they disagree."""
+    words = set(re.findall("[a-z]+", _stem(name)))
+    kinds: list[Kind] = [kind for kind, names in PUBLISHED.items() if words & {*names, *WORDS[kind]}]
+    return kinds[0] if len(kinds) == 1 else None
 
 
 def published_name(layer: str, slot: int, leaf: str) -> str:
@@ -119,32 +164,20 @@ def layers(double: int, single: int) -> Iterator[str]:
             yield from (f"{stream}.{i}.{part}" for part in PARTS[stream])
 
 
-def _prefix(state: Mapping[str, Tensor], name: str) -> str:
-    for prefix in PREFIXES:
-        if any(key.startswith(prefix) and KEY.fullmatch(key.removeprefix(prefix)) for key in state):
-            return prefix
-    raise ValueError(
-        f"{name} is no EasyControl LoRA: none of its {len(state)} keys looks like "
-        "'transformer_blocks.0.attn.processor.q_loras.0.down.weight'. Ordinary LoRAs go into a LoRA loader."
-    )
+def _stem(name: str) -> str:
+    return re.split(r"[/\\]", name)[-1].rsplit(".", 1)[0].casefold()
+
+
+def _said_kind(metadata: Mapping[str, str] | None, name: str) -> Kind | None:
+    kind = about(metadata, SECTION, ("kind",), name, FORMAT).get("kind")
+    if kind is not None and kind not in get_args(Kind):
+        raise ValueError(f"{name} must say 'spatial' or 'subject' as its kind, got {shown(kind)}.")
+    return kind
 
 
 def _blocks(slots: Iterable[dict[str, Tensor]], stream: str) -> int:
-    numbers = [int(key.split(".")[1]) for weights in slots for key in weights if key.startswith(stream)]
+    numbers = [int(key.split(".")[1]) for tensors in slots for key in tensors if key.startswith(stream)]
     return max(numbers, default=-1) + 1
-
-
-def _refuse_missing(weights: dict[str, Tensor], slot: int, double: int, single: int, prefix: str, name: str) -> None:
-    expected = (f"{layer}.{leaf}" for layer in layers(double, single) for leaf in ("down.weight", "up.weight"))
-    first = next((key for key in expected if key not in weights), None)  # lazy: block numbers in a file may be absurd
-    if first is None:
-        return
-    layer, leaf = _split(first)
-    count = 2 * (double * len(PARTS["double_blocks"]) + single * len(PARTS["single_blocks"])) - len(weights)
-    others = f" and {count - 1} more" if count > 1 else ""
-    raise ValueError(
-        f"{name} is incomplete: '{prefix}{published_name(layer, slot, leaf)}'{others} missing. Download it again."
-    )
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -155,31 +188,17 @@ def _split(key: str) -> tuple[str, str]:
 
 def _checked_dim(slots: list[Slot], name: str) -> int:
     """Hidden size, once every layer's down `[rank, D]` and up `[D, rank]` agree."""
-    first = next(iter(slots[0].weights.values()))
-    dim = max(first.shape)
-    for number, slot in enumerate(slots):
+    dim = next(slots[0].weights[f"{layer}.down.weight"].shape[1] for layer in slots[0].ranks)
+    for index, slot in enumerate(slots):
         for layer in slot.ranks:
             down, up = slot.weights[f"{layer}.down.weight"], slot.weights[f"{layer}.up.weight"]
-            label = published_name(layer, number, "down.weight").removesuffix(".down.weight")
-            if down.ndim != 2 or up.ndim != 2 or not (down.is_floating_point() and up.is_floating_point()):
-                raise ValueError(f"{name}: '{label}' must hold two floating-point matrices, got {_shapes(down, up)}.")
+            label = published_name(layer, index, "down.weight").removesuffix(".down.weight")
             if down.shape[0] != up.shape[1]:
                 raise ValueError(
                     f"{name}: '{label}' has rank {down.shape[0]} in 'down' and {up.shape[1]} in 'up'. "
                     "The file is damaged; download it again."
                 )
             if down.shape[1] != dim or up.shape[0] != dim:
-                raise ValueError(f"{name}: '{label}' must map {dim} channels to {dim}, got {_shapes(down, up)}.")
-            if not all(weight.float().sum().isfinite() for weight in (down, up)):
-                raise ValueError(f"{name}: '{label}' holds NaN or infinite values. Download it again.")
+                shapes = f"down {tuple(down.shape)} and up {tuple(up.shape)}"
+                raise ValueError(f"{name}: '{label}' must map {dim} channels to {dim}, got {shapes}.")
     return dim
-
-
-def _checked_alpha(alpha: Tensor, key: str, name: str) -> Tensor:
-    if alpha.numel() != 1 or not isfinite(float(alpha)):
-        raise ValueError(f"{name}: '{key}' must be one finite number, got shape {tuple(alpha.shape)}.")
-    return alpha
-
-
-def _shapes(down: Tensor, up: Tensor) -> str:
-    return f"down {tuple(down.shape)} and up {tuple(up.shape)}"

@@ -11,9 +11,9 @@ image stream behind the name of a branch, `person` or `garment`. For block `i`, 
     {branch}.single_transformer_blocks.{i}.{proj_mlp,proj_out,norm.linear}   D to M, D + M to D, D to 3D
 
 Which layers of which blocks are there, and their ranks, is up to the file; so is whether it has both branches. How it
-was trained stands in the safetensors metadata, a JSON text under "dit_toolkit": `{"mc_vton": {"position": "beside",
+was trained stands in its metadata, see `checkpoint.py`: `{"format": 1, "mc_vton": {"position": "beside",
 "fill": "grey", "mask": "isolated", "steps": 20, "prompt": "a doll", "double_blocks": 19, "single_blocks": 38}}`. All of
-it may be left out.
+it may be left out. A setting that readers of an earlier format do not know makes a new format.
 
 Inside the pack a layer is called `double_blocks.{i}.{part}` or `single_blocks.{i}.{part}`, as in `BranchLora`.
 Nothing is dropped in silence: a key or a setting that does not fit refuses the file.
@@ -21,23 +21,22 @@ Nothing is dropped in silence: a key or a setting that does not fit refuses the 
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from math import isfinite
 from typing import Literal, get_args
 
 from torch import Tensor
 
+from ..checkpoint import MOST, NUMBER, Keys, about, checked_number, checked_weight, described, put, require, shown
 from .low_rank import LowRankWeights
 
 Position = Literal["beside", "below"]  # where the garment's tokens lie: right of the picture, or EasyControl's subject
 Fill = Literal["grey", "black"]  # of the masked part of the person
 
 BRANCHES = ("person", "garment")
-METADATA = ("dit_toolkit", "mc_vton")  # key of the metadata, key of its JSON text
+SECTION, FORMAT = "mc_vton", 1  # of the metadata
 PARTS = {
     "double_blocks": {
         "q": "attn.to_q",
@@ -60,13 +59,24 @@ PARTS = {
 FOLDERS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
 STREAMS = {folder: stream for stream, folder in FOLDERS.items()}
 LEAVES = {"lora_A.weight": "down.weight", "lora_B.weight": "up.weight"}
-# One way to write a number: no two keys of a file fall on one layer.
-KEY = re.compile(
-    r"(?P<branch>person|garment)\.(?P<folder>transformer_blocks|single_transformer_blocks)\.(?P<block>0|[1-9]\d{0,3})\."
-    r"(?P<layer>[\w.]+?)\.(?P<leaf>lora_[AB]\.weight|alpha)",
-    re.ASCII,
-)
 TEXT_STREAM = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context")
+
+
+class TryOnKeys(Keys):
+    def why(self, key: str) -> str:
+        if any(part in key for part in TEXT_STREAM):
+            return "which belongs to the text stream; a branch acts on its own image tokens only"
+        return super().why(key)
+
+
+KEYS = TryOnKeys(
+    "try-on LoRA",
+    re.compile(
+        rf"(?P<branch>person|garment)\.(?P<folder>transformer_blocks|single_transformer_blocks)\.(?P<block>{NUMBER})\."
+        r"(?P<layer>[a-z0-9_.]+?)\.(?P<leaf>lora_[AB]\.weight|alpha)"
+    ),
+    "person.transformer_blocks.0.attn.to_q.lora_A.weight",
+)
 
 
 @dataclass(frozen=True)
@@ -86,13 +96,14 @@ class Settings:
     def __post_init__(self):
         for title, choices in (("position", Position), ("fill", Fill)):
             if getattr(self, title) not in get_args(choices):
-                raise ValueError(f"{title} must be one of {', '.join(get_args(choices))}, got {getattr(self, title)!r}")
+                found = shown(getattr(self, title))
+                raise ValueError(f"{title} must be one of {', '.join(get_args(choices))}, got {found}")
         if self.mask != "isolated":
-            raise ValueError(f"mask must be 'isolated', got {self.mask!r}: joint attention is not built")
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or not 1 <= self.steps <= 10_000:
-            raise ValueError(f"steps must be a whole number from 1 to 10000, got {self.steps!r}")
+            raise ValueError(f"mask must be 'isolated', got {shown(self.mask)}: joint attention is not built")
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or not 1 <= self.steps <= MOST:
+            raise ValueError(f"steps must be a whole number from 1 to {MOST}, got {shown(self.steps)}")
         if not isinstance(self.prompt, str):
-            raise ValueError(f"prompt must be a text, got {self.prompt!r}")
+            raise ValueError(f"prompt must be a text, got {shown(self.prompt)}")
 
 
 class Branch(LowRankWeights):
@@ -147,39 +158,34 @@ def parse(
         metadata: the safetensors metadata, texts by key. None: all settings are the defaults.
 
     Raises:
-        ValueError: no try-on LoRA, an unknown key or setting, half a layer, or shapes that do not fit each other.
+        ValueError: no try-on LoRA, an unknown key or setting, half a layer, or tensors that do not fit each other.
     """
+    said = about(metadata, SECTION, (*PARTS, *Settings.__dataclass_fields__), name, FORMAT)
     weights: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        match = KEY.fullmatch(key)
-        stream = STREAMS[match["folder"]] if match else ""
-        part = next((part for part, layer in PARTS[stream].items() if layer == match["layer"]), None) if match else None
-        if match is None or part is None:
-            raise ValueError(_unknown(key, state, name))
+    for key, match, tensor in KEYS.read(state, name):
+        stream, branch = STREAMS[match["folder"]], match["branch"]
+        part = next((part for part, layer in PARTS[stream].items() if layer == match["layer"]), None)
+        if part is None:
+            raise KEYS.unknown(key, name)
         layer = f"{stream}.{int(match['block'])}.{part}"
         if match["leaf"] == "alpha":
-            alphas.setdefault(match["branch"], {})[layer] = _checked_alpha(tensor, key, name)
+            put(alphas.setdefault(branch, {}), layer, checked_number(tensor, key, name), key, name)
         else:
-            weights.setdefault(match["branch"], {})[f"{layer}.{LEAVES[match['leaf']]}"] = _checked_matrix(
-                tensor, key, name
-            )
-    if not weights:
-        raise ValueError(f"{name} is no try-on LoRA: it holds no weights.")
+            place = f"{layer}.{LEAVES[match['leaf']]}"
+            put(weights.setdefault(branch, {}), place, checked_weight(tensor, 2, key, name), key, name)
 
-    about = _about(metadata, name)
     branches = {}
     for branch in BRANCHES:
         if branch in weights or branch in alphas:
-            _refuse_halves(branch, weights.get(branch, {}), alphas.get(branch, {}), name)
-            branches[branch] = Branch(weights[branch], alphas.get(branch, {}))
+            own = weights.get(branch, {}), alphas.get(branch, {})
+            touched = {key.rsplit(".", 2)[0] for key in own[0]} | own[1].keys()
+            require((file_name(branch, layer, leaf) for layer in sorted(touched) for leaf in LEAVES), state, name)
+            branches[branch] = Branch(*own)
     dim, hidden = _sizes(branches, name)
-    counts = [_blocks(branches, stream, about.pop(stream, None), name) for stream in PARTS]
-    strange = [setting for setting in about if setting not in Settings.__dataclass_fields__]
-    if strange:
-        raise ValueError(f"{name} has the setting '{strange[0]}', which no try-on LoRA has.")
+    counts = [_blocks(branches, stream, said.pop(stream, None), name) for stream in PARTS]
     try:
-        settings = Settings(**about)
+        settings = Settings(**said)
     except ValueError as error:
         raise ValueError(f"{name}: {error}.") from None
     return Checkpoint(branches, dim, hidden, counts[0], counts[1], settings)
@@ -199,8 +205,8 @@ def write(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def write_metadata(checkpoint: Checkpoint) -> dict[str, str]:
     """The safetensors metadata that `parse` reads back."""
-    about = {**asdict(checkpoint.settings), "double_blocks": checkpoint.double, "single_blocks": checkpoint.single}
-    return {METADATA[0]: json.dumps({METADATA[1]: about}, sort_keys=True)}
+    counts = {"double_blocks": checkpoint.double, "single_blocks": checkpoint.single}
+    return described(SECTION, {**asdict(checkpoint.settings), **counts}, FORMAT)
 
 
 def file_name(branch: str, layer: str, leaf: str) -> str:
@@ -216,39 +222,6 @@ def widths(layer: str, dim: int, hidden: int) -> tuple[int, int]:
         return dim, (6 if layer.startswith("double") else 3) * dim
     into = {"mlp_out": hidden, "out": dim + hidden}.get(part, dim)
     return into, hidden if part in ("mlp_in", "mlp") else dim
-
-
-def _about(metadata: Mapping[str, str] | None, name: str) -> dict:
-    try:
-        whole = json.loads((metadata or {}).get(METADATA[0], "{}"))
-        return dict(whole.get(METADATA[1], {}))
-    except (AttributeError, TypeError, ValueError):
-        raise ValueError(
-            f"{name}: its metadata '{METADATA[0]}' must be JSON with an object '{METADATA[1]}'. Save the file again."
-        ) from None
-
-
-def _unknown(key: str, state: Mapping[str, Tensor], name: str) -> str:
-    if not any(KEY.fullmatch(other) for other in state):
-        return (
-            f"{name} is no try-on LoRA: none of its {len(state)} keys looks like "
-            "'person.transformer_blocks.0.attn.to_q.lora_A.weight'. Ordinary LoRAs go into a LoRA loader."
-        )
-    why = (
-        "which belongs to the text stream; a branch acts on its own image tokens only"
-        if any(part in key for part in TEXT_STREAM)
-        else "which no try-on LoRA for FLUX.1 has"
-    )
-    return f"{name} has the key '{key}', {why}."
-
-
-def _refuse_halves(branch: str, weights: dict[str, Tensor], alphas: dict[str, Tensor], name: str) -> None:
-    layers = {key.rsplit(".", 2)[0] for key in weights} | alphas.keys()
-    wanted = ((layer, leaf, end) for layer in sorted(layers) for leaf, end in LEAVES.items())
-    missing = [file_name(branch, layer, leaf) for layer, leaf, end in wanted if f"{layer}.{end}" not in weights]
-    if missing:
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{name} is incomplete: '{missing[0]}'{others} missing. Get the whole file again.")
 
 
 def _sizes(branches: dict[str, Branch], name: str) -> tuple[int, int]:
@@ -271,9 +244,11 @@ def _sizes(branches: dict[str, Branch], name: str) -> tuple[int, int]:
         if part in ("mlp_in", "mlp", "mlp_out", "out"):
             hidden = up.shape[0] if part in ("mlp_in", "mlp") else down.shape[1] - (dim if part == "out" else 0)
             break
+    if hidden < 1:
+        raise ValueError(f"{name}: the 'proj_out' layers leave no channel to the MLP. Get the file again.")
     for label, layer, down, up in layers:
         into, out = widths(layer, dim, hidden)
-        if down.shape[0] != up.shape[1] or down.shape[0] < 1:
+        if down.shape[0] != up.shape[1]:
             raise ValueError(
                 f"{name}: '{label}_A' has rank {down.shape[0]} and '{label}_B' {up.shape[1]}. Get the file again."
             )
@@ -291,20 +266,8 @@ def _blocks(branches: dict[str, Branch], stream: str, said: object, name: str) -
     last = max((int(layer.split(".")[1]) + 1 for layer in layers if layer.startswith(stream)), default=0)
     if said is None:
         return last
-    if not isinstance(said, int) or isinstance(said, bool) or said < last:
-        raise ValueError(f"{name} says {stream} {said!r}, and has layers of {last}. Save it with the right number.")
+    if not isinstance(said, int) or isinstance(said, bool) or not last <= said <= MOST:
+        raise ValueError(
+            f"{name} says {stream} {shown(said)}, and has layers of {last}. Save it with the right number."
+        )
     return said
-
-
-def _checked_matrix(weight: Tensor, key: str, name: str) -> Tensor:
-    if weight.ndim != 2 or not weight.is_floating_point():
-        raise ValueError(f"{name}: '{key}' must be a floating-point matrix, got {tuple(weight.shape)} {weight.dtype}.")
-    if not weight.float().sum().isfinite():
-        raise ValueError(f"{name}: '{key}' holds NaN or infinite values. Get the file again.")
-    return weight
-
-
-def _checked_alpha(alpha: Tensor, key: str, name: str) -> Tensor:
-    if alpha.numel() != 1 or not isfinite(float(alpha)):
-        raise ValueError(f"{name}: '{key}' must be one finite number, got shape {tuple(alpha.shape)}.")
-    return alpha

@@ -23,6 +23,7 @@ from dit_toolkit.models.control.easycontrol import (
     spatial_ids,
     subject_ids,
 )
+from dit_toolkit.models.control.easycontrol_keys import write_metadata
 from dit_toolkit.models.tiny_text import PAD
 
 from . import data, train, world
@@ -201,5 +202,7 @@ def load_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: st
 
 
 def export_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: str = "base") -> None:
-    """In the published layout, so that the loader has one path for theirs and ours."""
-    train.write(f"easycontrol/tiny_{kind}.safetensors", published_state([load_adapter(kind, base, recipe, stage)]), {})
+    """In the published layout, so that the loader has one path for theirs and ours. It says its kind."""
+    state = published_state([load_adapter(kind, base, recipe, stage)])
+    about = write_metadata("subject" if kind == "subject" else "spatial")
+    train.write(f"easycontrol/tiny_{kind}.safetensors", state, about)

@@ -38,7 +38,7 @@ from .evaluate import pictures
 from .score import OUTFIT, agreement, ground_of, pose_of, read_doll
 
 SIDE = 96
-NAME = "loras/tiny_in_context.safetensors"
+NAME = "loras/dit_toolkit_demo_in_context.safetensors"
 STEPS, CFG = 20, 2.5  # of the sampler, as in the example workflows
 JUDGED = 200  # sets on which the reader of dolls is tried
 

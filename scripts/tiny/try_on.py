@@ -41,7 +41,7 @@ from .score import agreement, pose_of, read_doll, score, silhouette_agreement
 SIDE = 96
 GREY = 127  # of the masked shirt
 PROMPT = "a doll"
-NAME, FAST = "try_on/tiny_try_on.safetensors", "loras/tiny_try_on_8_steps.safetensors"
+NAME, FAST = "try_on/tiny_try_on.safetensors", "loras/dit_toolkit_demo_try_on_8_steps.safetensors"
 TEACHER = (*train.SHIPPED, NAME)  # of the 8 steps
 LEVELS = (0, 0, 1.0, 0.35)  # dolls alone, and with an object
 

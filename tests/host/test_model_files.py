@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import folder_paths
 import pytest
 from app.model_manager import ModelFileManager
 
 from dit_toolkit.host import model_files
+from dit_toolkit.scripts.tiny import in_context, try_on
 
 pytestmark = pytest.mark.comfy
 
 KIND = "try_on"
 SHIPPED = "tiny_try_on.safetensors"
-LORA = "tiny_in_context.safetensors"  # ships too, as an ordinary LoRA
+LORA = "dit_toolkit_demo_in_context.safetensors"  # ships too, as an ordinary LoRA
 
 
 @pytest.fixture
@@ -54,6 +57,14 @@ def test_a_file_of_the_user_goes_before_one_that_ships(folders):
     assert model_files.path_of(KIND, SHIPPED) == str(folders / "loras" / SHIPPED)
     (folders / "nas" / SHIPPED).touch()
     assert model_files.path_of(KIND, SHIPPED) == str(folders / "nas" / SHIPPED)
+
+
+def test_loras_that_ship_say_whose_they_are_in_every_list(folders):
+    shipped = [path.name for path in (model_files.WEIGHTS / "loras").iterdir()]
+    assert shipped
+    assert all(name.startswith(model_files.DEMO) for name in shipped)
+    assert all(Path(name).name.startswith(model_files.DEMO) for name in (in_context.NAME, try_on.FAST))
+    assert set(folder_paths.get_filename_list("loras")) - {"mine.safetensors", "old.ckpt"} == set(shipped)
 
 
 def test_loras_that_ship_are_no_files_of_the_kind(folders):

@@ -11,6 +11,9 @@ from comfy import supported_models
 from safetensors.torch import save_file
 
 from dit_toolkit.host import model_files
+from dit_toolkit.host.control import easycontrol_files
+from dit_toolkit.models.checkpoint import described
+from dit_toolkit.models.control.easycontrol_keys import write_metadata
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl, LoadEasyControl
 from dit_toolkit.tests.host import tiny
 
@@ -99,7 +102,9 @@ def test_folders_that_the_user_set_up_stay(folders, tmp_path):
 def test_a_loaded_file_says_what_it_holds_and_acts(folders, tiny_flux):
     save_file(tiny.lora_state(slots=2), folders / "loras" / "two.safetensors")
     loaded, report = LoadEasyControl.execute("two.safetensors").args
-    assert report == "two.safetensors: rank 8, slots 2, blocks 2+2, hidden size 256"
+    assert report == (
+        "two.safetensors: rank 8, slots 2, blocks 2+2, hidden size 256; kind not known, set it in Apply EasyControl"
+    )
     assert all(p.cached_patcher_init[2] == slot for slot, p in enumerate(loaded.patchers))
     results = [
         tiny.sample(apply(tiny_flux, loaded, latent={"samples": tiny.latent()}, slot=slot), 1) for slot in (0, 1)
@@ -145,6 +150,76 @@ def test_nodes_chain(tiny_flux, file):
     one = apply(tiny_flux, file, latent=first)
     both = apply(one, tiny.lora_file(4), latent=second, kind="subject", strength=0.8)
     assert (tiny.sample(both, 2) - tiny.sample(one, 2)).abs().mean() > 0.01
+
+
+def named(name, kind=None):
+    """A file of this name, which may say its kind."""
+    metadata = None if kind is None else write_metadata(kind)
+    return easycontrol_files.from_state(tiny.lora_state(double=1, single=1, dim=8), name, None, metadata)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "kind", "words"),
+    [
+        ("canny.safetensors", None, "spatial", "kind spatial"),
+        ("flux/Ghibli.safetensors", None, "spatial", "kind spatial"),
+        ("loras\\subject.sft", None, "subject", "kind subject"),
+        ("EasyControl-Depth_v2.safetensors", None, "spatial", "kind spatial by its name"),
+        ("my_subject.v1.safetensors", None, "subject", "kind subject by its name"),
+        ("mine.safetensors", "subject", "subject", "kind subject"),
+        ("canny.safetensors", "subject", "subject", "kind subject"),  # the file knows better than its name
+    ],
+)
+def test_auto_is_the_kind_that_the_file_or_its_name_says(name, said, kind, words):
+    file = named(name, said)
+    assert file.kind("auto") == kind
+    assert file.report.endswith(f"; {words}")
+    assert file.kind(kind) == kind
+
+
+@pytest.mark.parametrize("name", ["mine.safetensors", "subject_pose.safetensors", "lifestyle.sft", "subject/a.sft"])
+def test_auto_asks_where_nothing_says_the_kind_and_any_choice_is_taken(name, caplog):
+    file = named(name)
+    assert file.report.endswith("; kind not known, set it in Apply EasyControl")
+    with pytest.raises(ValueError, match=r"does not say what kind of condition it is for\. Set 'kind' to spatial if"):
+        file.kind("auto")
+    assert [file.kind(kind) for kind in ("spatial", "subject")] == ["spatial", "subject"]
+    assert not caplog.records
+
+
+def test_a_kind_that_the_file_is_known_not_to_be_for_is_refused():
+    published = r"subject\.sft is for subject conditions, and 'kind' is spatial\. Set 'kind' to auto or subject\."
+    with pytest.raises(ValueError, match=published + " If it is another file than the published one, rename it"):
+        named("subject.sft").kind("spatial")
+    own = r"mine\.sft is for spatial conditions, and 'kind' is subject\. Set 'kind' to auto or spatial\.$"
+    with pytest.raises(ValueError, match=own):
+        named("mine.sft", "spatial").kind("subject")
+
+
+def test_a_kind_that_a_name_only_sounds_against_is_taken_with_a_warning(caplog):
+    assert named("my_depth.sft").kind("subject") == "subject"
+    assert "by its name, my_depth.sft is for spatial conditions, and 'kind' is subject" in caplog.text
+
+
+def test_a_file_must_say_a_kind_that_there_is():
+    metadata = described("easycontrol", {"kind": ["subject"]})
+    with pytest.raises(ValueError, match=r"f must say 'spatial' or 'subject' as its kind, got \['subject'\]"):
+        easycontrol_files.from_state(tiny.lora_state(double=1, single=1, dim=8), "f", None, metadata)
+
+
+@pytest.mark.parametrize("kind", ["spatial", "subject"])
+def test_auto_draws_what_the_kind_drew(tiny_flux, kind):
+    file = easycontrol_files.from_state(tiny.lora_state(), "a.sft", None, write_metadata(kind))
+    vae = Vae()
+    found = [tiny.sample(apply(tiny_flux, file, image=image(), vae=vae, kind=asked), 1) for asked in ("auto", kind)]
+    assert torch.equal(vae.seen[0], vae.seen[1])
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["edge", "pose", "subject"])
+def test_the_files_that_ship_say_their_kind(kind):
+    loaded = easycontrol_files.load(f"tiny_{kind}.safetensors")
+    assert loaded.checkpoint.kind == ("subject" if kind == "subject" else "spatial")
 
 
 @pytest.mark.parametrize("off", [{"strength": 0.0}, {"influence": 0.0}])

@@ -15,6 +15,7 @@ import {
   moved,
   noteText,
   oneLine,
+  packSpare,
   panels,
   parseGiven,
   parseTexts,
@@ -97,6 +98,14 @@ test("a workflow that was edited by hand may say anything", () => {
     }
   for (const value of [...odd, { "0,0": 3, a: "b", "1,1": "  " }]) assert.deepEqual(unpackSpare(value), {});
   assert.deepEqual(unpackSpare({ "2,0": "kept" }), { "2,0": "kept" });
+});
+
+test("spare texts are kept with a version, and those of a newer one are left alone", () => {
+  assert.deepEqual(packSpare({ "2,0": "kept" }), { version: 1, "2,0": "kept" });
+  assert.equal(packSpare({}), undefined);
+  assert.deepEqual(unpackSpare(packSpare({ "2,0": "kept" })), { "2,0": "kept" });
+  for (const version of [2, 0, "1", null, {}])
+    assert.deepEqual(unpackSpare({ version, "2,0": "kept" }), version === null ? { "2,0": "kept" } : {});
 });
 
 test("what comes over a link is not guessed", () => {

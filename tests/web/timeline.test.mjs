@@ -166,6 +166,15 @@ test("what is kept is small, and has no list without a gate", () => {
   assert.ok(JSON.stringify(packed).length < 300);
 });
 
+test("what is kept has a version: none is read as the first, a newer one is left alone", () => {
+  const packed = pack(ended(play(start(), evaluation(0, true), evaluation(1, false)), end()));
+  assert.equal(packed.version, 1);
+  const { version, ...old } = packed;
+  assert.deepEqual(unpack(old), unpack(packed));
+  assert.equal(kinds(unpack(old)), "cf");
+  for (const other of [2, 1e9, 0, "1", {}]) assert.equal(unpack({ ...packed, version: other }), nothing());
+});
+
 test("whatever a workflow holds in that place, the strip takes no harm", () => {
   for (const bad of [null, undefined, 7, "###", [], {}, { marks: "" }, { marks: "<b>" }, { marks: 5 }])
     assert.equal(unpack(bad), nothing());

@@ -27,7 +27,7 @@ EMBEDDED = {"UNETLoader": 0, "DualCLIPLoader": 1, "T5TokenizerOptions": 1, "VAEL
 TINY_FILES = {
     "canny.safetensors": "tiny_edge.safetensors",
     "subject.safetensors": "tiny_subject.safetensors",
-    "couple-profile.safetensors": "tiny_in_context.safetensors",
+    "couple-profile.safetensors": "dit_toolkit_demo_in_context.safetensors",
 }
 TINY_NUMBERS = {
     "condition_size": 96, "width": 96, "height": 96, "panel_width": 96, "panel_height": 96, "steps": 4,

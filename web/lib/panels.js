@@ -260,9 +260,15 @@ export function withMore(spare, more, { rows, columns }) {
   return { ...spare, ...Object.fromEntries(added.filter(([, said]) => strip(said))) };
 }
 
-/** The spare texts in a saved workflow, which may say anything. */
+const VERSION = 1; // of the spare texts in a saved workflow; those from before it had a number have none
+
+/** The spare texts as they are kept in a saved workflow; undefined when there are none. */
+export const packSpare = (spare) => (Object.keys(spare).length ? { version: VERSION, ...spare } : undefined);
+
+/** The spare texts in a saved workflow, which may say anything; none where a newer version of the pack wrote them. */
 export function unpackSpare(packed) {
   if (!packed || typeof packed !== "object" || Array.isArray(packed)) return {};
+  if ((packed.version ?? VERSION) !== VERSION) return {};
   const sound = ([key, said]) => /^\d{1,2},\d{1,2}$/.test(key) && typeof said === "string" && strip(said);
   return Object.fromEntries(Object.entries(packed).filter(sound));
 }

@@ -5,6 +5,7 @@
 
 export const SHOWN_ON = new Set(["DiTTaylorSeer", "DiTCGTaylor", "DiTDeltaDiT", "DiTAccelerate", "DiTAccelerateAutotune"]);
 export const PROPERTY = "dit_toolkit.timeline"; // of a node, in a saved workflow
+const VERSION = 1; // of what is kept there; workflows from before it had a number have none
 export const THRESHOLD_HEIGHT = 0.72; // where a share of 1 is drawn; what is computed fills the strip
 
 const MOST_CELLS = 1000; // more are counted and not drawn; a saved workflow may say anything
@@ -116,6 +117,7 @@ export function label(state) {
 export function pack(state) {
   const drawn = state.evaluations.slice(0, MOST_CELLS);
   const packed = {
+    version: VERSION,
     method: state.method,
     summary: state.summary,
     speedup: state.speedup,
@@ -128,9 +130,10 @@ export function pack(state) {
   return packed;
 }
 
-/** The state that `pack` made; nothing where something else is in its place. */
+/** The state that `pack` made; nothing where something else is in its place, or what a newer version of the pack made. */
 export function unpack(packed) {
   if (!packed || typeof packed !== "object" || !/^[#.]+$/.test(text(packed.marks))) return NOTHING;
+  if ((packed.version ?? VERSION) !== VERSION) return NOTHING;
   const shares = Array.isArray(packed.shares) ? packed.shares : [];
   const evaluations = [...packed.marks.slice(0, MOST_CELLS)].map((mark, index) =>
     Object.freeze({

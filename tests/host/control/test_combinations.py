@@ -51,7 +51,7 @@ from dit_toolkit.tests.host.tiny import close
 pytestmark = pytest.mark.comfy
 
 SIDE, STEPS, CFG = 96, 6, 2.5
-LORA, TRY_ON = "tiny_in_context.safetensors", "tiny_try_on.safetensors"
+LORA, TRY_ON = "dit_toolkit_demo_in_context.safetensors", "tiny_try_on.safetensors"
 
 Make = Callable[[Any], Any]  # MODEL to MODEL
 

@@ -15,7 +15,7 @@ from dit_toolkit.scripts.tiny.score import read_doll
 
 pytestmark = pytest.mark.comfy
 
-NAME = "tiny_in_context.safetensors"
+NAME = "dit_toolkit_demo_in_context.safetensors"
 COUNT = 12
 
 

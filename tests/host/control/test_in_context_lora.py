@@ -125,6 +125,24 @@ def broken(place):
     (place / "first" / "2.png").write_bytes(b"not a picture")
 
 
+def half_a_png(place):
+    """Core's Load Image fills the rest with grey."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(place / "first" / "2.png")
+    halve(place / "first" / "2.png")
+
+
+def half_a_jpeg(place):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    (place / "first" / "2.png").unlink()
+    Image.fromarray(noise).save(place / "first" / "2.jpg")
+    halve(place / "first" / "2.jpg")
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def deep(place):
     Image.fromarray(np.full((7, 9), 70000, np.int32)).save(place / "first" / "2.png", format="TIFF")
 
@@ -146,6 +164,8 @@ def no_sets(place):
         (one_too_many, "Set 'first' needs 2 pictures, one per panel, and has 3: 1.png, 2.png, 3.png."),
         (one_too_few, "Set 'first' needs 2 pictures, one per panel, and has 1: 1.png."),
         (broken, "Set 'first': 2.png is no picture that can be read."),
+        (half_a_png, "Set 'first': 2.png is damaged, or a part of it is missing. Save it again. (image file is trunc"),
+        (half_a_jpeg, "Set 'first': 2.jpg is damaged, or a part of it is missing. Save it again. (image file is trunc"),
         (deep, "Set 'first': 2.png has more than 16 bits. Save it with 8 or 16."),
         (no_sets, "'sets' has no sets: put the pictures of each set into a folder of their own inside it."),
     ],
@@ -159,7 +179,7 @@ def test_what_a_set_lacks_is_said_with_its_name(folder, change, sentence):
 
 def test_a_picture_too_large_to_be_opened_is_said_with_its_set(folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"Set 'first': 1\.png is no picture that can be read\. Image size"):
+    with pytest.raises(ValueError, match=r"Set 'first': 1\.png is no picture that can be read\. .*\(Image size"):
         read_sets("sets", layout(), "crop")
 
 

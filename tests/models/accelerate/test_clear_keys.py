@@ -93,31 +93,53 @@ def without(state, *names):
     return {key: value for key, value in state.items() if key not in names}
 
 
+QUERY = "transformer_blocks.0.attn.to_q.weight"
+SPATIAL = "transformer_blocks.0.attn.processor.spatial_weight"
+
+
+def with_key(key, value=None, **sizes):
+    return {**published(**sizes), key: torch.zeros(DIM, DIM) if value is None else value}
+
+
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        ({"lora.up.weight": torch.zeros(1)}, "f is no CLEAR file: it has no key like"),
-        ({**published(), "proj_out.weight": torch.zeros(1)}, "unknown keys proj_out.weight"),
+        ({"lora.up.weight": torch.zeros(1)}, "f is no CLEAR file: none of its 1 keys looks like"),
+        (with_key("proj_out.weight"), "has the key 'proj_out.weight', which no CLEAR file has"),
         (
-            {**published(), "single_transformer_blocks.0.attn.to_out.0.weight": torch.zeros(DIM, DIM)},
-            "unknown keys single_transformer_blocks.0.attn.to_out.0.weight",
-        ),
-        (without(published(), "transformer_blocks.1.attn.to_k.bias"), "incomplete: double 1 to_k.bias missing"),
-        (published(double=0), "incomplete: all double blocks missing"),
-        (
-            without(published(factor=4), "transformer_blocks.0.attn.processor.spatial_weight"),
-            "incomplete: double 0 spatial_weight missing",
+            with_key("single_transformer_blocks.0.attn.to_out.0.weight"),
+            "has the key 'single_transformer_blocks.0.attn.to_out.0.weight', which no CLEAR file has",
         ),
         (
-            {**published(), "transformer_blocks.0.attn.to_k.weight": torch.zeros(DIM, 3)},
-            r"double 0 to_k.weight must be \(12, 12\), got \(12, 3\)",
+            without(published(), "transformer_blocks.1.attn.to_k.bias"),
+            "incomplete: 'transformer_blocks.1.attn.to_k.bias' missing",
         ),
-        (
-            {**published(factor=4), "transformer_blocks.0.attn.processor.spatial_weight": torch.zeros(4, 4)},
-            r"spatial_weight must be \(1, 1, 1, f, 1, f, 1\), got \(4, 4\)",
-        ),
+        (published(double=0), f"incomplete: '{QUERY}' and 7 more missing"),
+        (published(single=0), "incomplete: 'single_transformer_blocks.0.attn.to_q.weight' and 5 more missing"),
+        (without(published(factor=4), SPATIAL), f"incomplete: '{SPATIAL}' missing"),
+        (with_key(QUERY, torch.zeros(DIM, 3)), r"to_q.weight' must be \(12, 12\), got \(12, 3\)"),
+        (with_key(SPATIAL, torch.zeros(4, 4), factor=4), r"tensor of 7 axes, got \(4, 4\) float32"),
+        (with_key(SPATIAL, torch.zeros(1, 1, 1, 4, 1, 3, 1), factor=4), r"must be \(1, 1, 1, f, 1, f, 1\), got"),
+        (with_key(QUERY, torch.full((DIM, DIM), float("nan"))), f"'{QUERY}' holds NaN or infinite values"),
+        (with_key(SPATIAL, torch.full((1, 1, 1, 4, 1, 4, 1), torch.inf), factor=4), "holds NaN or infinite values"),
+        (with_key(QUERY, torch.zeros(DIM, DIM).int()), "floating-point matrix, got .* int32"),
+        (with_key(QUERY, torch.zeros(DIM, DIM).bool()), "floating-point matrix, got .* bool"),
+        (with_key(QUERY, torch.tensor(1.0)), r"floating-point matrix, got \(\) float32"),
+        (with_key(QUERY, torch.zeros(0, 0)), "floating-point matrix"),
+        (with_key(QUERY.replace("0", "00")), "has the key 'transformer_blocks.00.attn.to_q.weight', which no CLEAR"),
+        (with_key(QUERY.replace("0", "\u0660")), "which no CLEAR file has"),
+        (with_key(QUERY.replace("0", "999999999")), "which no CLEAR file has"),
+        (with_key(QUERY.replace("0", "9" * 5000)), "which no CLEAR file has"),
+        (with_key(QUERY.replace("0", "9999")), r"incomplete: .* and \d+ more missing"),
     ],
 )
 def test_what_is_not_as_published_is_refused_in_one_sentence(state, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as refused:
         parse(state, "f")
+    assert str(refused.value).startswith("f")
+    assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_of_any_floating_point_kind_are_taken(dtype):
+    assert parse({key: value.to(dtype) for key, value in published().items()}, "f").patches[0].value.dtype == dtype

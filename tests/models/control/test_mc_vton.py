@@ -302,13 +302,26 @@ Q = "person.transformer_blocks.0.attn.to_q"
 @pytest.mark.parametrize(
     ("state", "metadata", "message"),
     [
-        ({}, None, "holds no weights"),
+        ({}, None, "is no try-on LoRA: none of its 0 keys"),
         ({"transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(2, 4)}, None, "is no try-on LoRA.*LoRA loader"),
         (changed("cloth.transformer_blocks.0.attn.to_q.alpha", torch.ones(())), None, "which no try-on LoRA"),
         (changed("person.transformer_blocks.0.proj_out.alpha", torch.ones(())), None, "which no try-on LoRA"),
         (changed("person.transformer_blocks.0.ff_context.net.2.alpha", torch.ones(())), None, "text stream"),
         (changed(drop=f"{Q}.lora_B.weight"), None, "incomplete: 'person.transformer_blocks.0.attn.to_q.lora_B.weight'"),
-        ({f"{Q}.alpha": torch.ones(())}, None, "holds no weights"),
+        ({f"{Q}.alpha": torch.ones(())}, None, "incomplete: 'person.*attn.to_q.lora_A.weight' and 1 more"),
+        (
+            {f"{Q.replace('attn.to_q', 'norm1.linear')}.lora_A.weight": torch.zeros(2, 4)},
+            None,
+            "incomplete: .*norm1.linear.lora_B.weight' missing",
+        ),
+        (
+            {
+                "person.single_transformer_blocks.0.proj_out.lora_A.weight": torch.zeros(2, 4),
+                "person.single_transformer_blocks.0.proj_out.lora_B.weight": torch.zeros(4, 2),
+            },
+            None,
+            "leave no channel to the MLP",
+        ),
         ({**changed(), "garment.transformer_blocks.9.attn.to_q.alpha": torch.ones(())}, None, "and 1 more missing"),
         (changed("person.transformer_blocks.00.attn.to_q.alpha", torch.ones(())), None, "which no try-on LoRA"),
         (changed("person.transformer_blocks.\u0661.attn.to_q.alpha", torch.ones(())), None, "which no try-on LoRA"),
@@ -319,6 +332,9 @@ Q = "person.transformer_blocks.0.attn.to_q"
         (changed("garment.single_transformer_blocks.0.proj_out.lora_B.weight", torch.zeros(3, 2)), None, "must map"),
         (changed(f"{Q}.alpha", torch.tensor(float("nan"))), None, "one finite number"),
         (changed(f"{Q}.alpha", torch.ones(2)), None, "one finite number"),
+        (changed(f"{Q}.alpha", torch.tensor(True)), None, "one finite number, got .. bool"),
+        (changed(f"{Q}.lora_A.weight", torch.tensor(1.0)), None, "floating-point matrix, got .. float32"),
+        (changed(f"{Q}.lora_A.weight", torch.zeros(0, DIM)), None, "floating-point matrix, got .0, "),
         (changed(), {"position": "above"}, "position must be one of beside, below, got 'above'"),
         (changed(), {"fill": 127}, "fill must be one of grey, black"),
         (changed(), {"mask": "joint"}, "joint attention is not built"),
@@ -328,7 +344,8 @@ Q = "person.transformer_blocks.0.attn.to_q"
         (changed(), {"colour": "red"}, "setting 'colour'"),
         (changed(), {"double_blocks": 1}, "says double_blocks 1, and has layers of 2"),
         (changed(), {"single_blocks": "38"}, "says single_blocks '38'"),
-        (changed(), "text", "must be JSON with an object 'mc_vton'"),
+        (changed(), {"single_blocks": 10**300}, "says single_blocks 1000"),
+        (changed(), "text", "'mc_vton' in its metadata must be a JSON object, got 'text'"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_refuses_the_file(state, metadata, message):
@@ -338,10 +355,15 @@ def test_what_does_not_fit_refuses_the_file(state, metadata, message):
     assert str(caught.value).startswith("odd.safetensors")
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "null", '"x"'])
-def test_damaged_metadata_refuses_the_file(text):
-    with pytest.raises(ValueError, match="must be JSON with an object"):
-        parse(write(checkpoint()), "odd", {"dit_toolkit": text})
+def test_a_newer_format_asks_for_an_update_whatever_else_is_new_in_the_file():
+    state = {**write(checkpoint()), "person.new.weight": torch.zeros(1)}
+    newer = {"dit_toolkit": json.dumps({"format": 2, "mc_vton": {"colour": "red"}})}
+    with pytest.raises(ValueError, match=r"^odd was made for a newer DiT Toolkit: .* Update DiT Toolkit\.$"):
+        parse(state, "odd", newer)
+
+
+def test_what_is_written_carries_the_format():
+    assert json.loads(write_metadata(checkpoint())["dit_toolkit"])["format"] == 1
 
 
 def test_widths_are_those_of_flux_dev():
