@@ -10,7 +10,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.control.freecus import Fit, Prompts, attach
+from ..host.control.freecus import NODE, Fit, Prompts, attach
 from ..models.control.freecus import (
     KEY_SCALE,
     REFERENCE_SHIFT,
@@ -20,7 +20,7 @@ from ..models.control.freecus import (
     instruction_to_keep,
     prompt_with_description,
 )
-from .inputs import part_of_run
+from .inputs import check, part_of_run, warn_of_background
 
 SAME_NOISE, OWN_NOISE = "same as the picture", "own seed"
 
@@ -155,8 +155,9 @@ class ApplyFreeCus(io.ComfyNode):
         fit: Fit,
         subject: io.Mask.Type | None = None,
     ) -> io.NodeOutput:
-        if noise not in (SAME_NOISE, OWN_NOISE):
-            raise ValueError(f"noise must be '{SAME_NOISE}' or '{OWN_NOISE}', got '{noise}'.")
+        check(cls, locals())
+        if subject is not None:
+            warn_of_background(NODE, "subject", subject)
         patched = attach(
             model,
             reference,
@@ -170,7 +171,7 @@ class ApplyFreeCus(io.ComfyNode):
             reference_shift=reference_shift,
             start=start_percent,
             end=end_percent,
-            seed=noise_seed if noise == OWN_NOISE else None,
+            seed=int(noise_seed) if noise == OWN_NOISE else None,
             prompts=prompts,
         )
         return io.NodeOutput(patched)
@@ -224,6 +225,7 @@ class SubjectDescription(io.ComfyNode):
 
     @classmethod
     def execute(cls, subject: str, prompt: str, text: str, aspect: Aspect) -> io.NodeOutput:
+        check(cls, locals())
         return io.NodeOutput(
             prompt_with_description(prompt, text),
             instruction_to_describe(subject, aspect),

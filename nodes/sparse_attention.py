@@ -14,7 +14,7 @@ from ..host import model_files
 from ..host.accelerate.clear_files import FOLDER, load, with_weights
 from ..host.accelerate.sparse_attention import Scale, SparseAttention, attach, report, require_known_tokens
 from ..models.accelerate.clear import Variant
-from .inputs import part_of_run
+from .inputs import check, part_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ class ApplyClear(io.ComfyNode):
         start_percent: float,
         end_percent: float,
     ) -> io.NodeOutput:
+        check(cls, locals(), files=("file",))
         require_known_tokens(model, "Apply CLEAR")
         if file == MASK_ONLY:
             variant, found, cells, patched = Variant(radius or MASK_ONLY_RADIUS, pooling), "mask only", {}, model

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
-import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
@@ -70,8 +69,7 @@ class ConditionImage:
         for title, value, allowed in choices:
             if value not in allowed:
                 raise ValueError(f"{title} must be one of {', '.join(allowed)}, got '{value}'.")
-        if not torch.isfinite(self.latent).all():
-            raise ValueError("The condition holds NaN or infinite values. Check the image, or the VAE that encoded it.")
+        flux.require_latent(self.latent, "The condition")
 
     @property
     def off(self) -> bool:

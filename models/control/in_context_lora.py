@@ -197,9 +197,9 @@ def parse_given(text: str, count: int) -> tuple[int, ...]:
     for word in re.split(r"[\s,;]+", text.strip()):
         if not word:
             continue
-        if not re.fullmatch("[0-9]+", word) or not 1 <= int(word) <= count:
+        if not re.fullmatch("[0-9]{1,9}", word) or not 1 <= int(word) <= count:
             raise ValueError(
-                f"'given' must list panel numbers from 1 to {count}, like 1, 3, or stay empty; got {word!r}."
+                f"'given' must list panel numbers from 1 to {count}, like 1, 3, or stay empty; got {word[:40]!r}."
             )
         numbers.add(int(word))
     return tuple(sorted(number - 1 for number in numbers))
