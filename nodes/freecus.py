@@ -49,7 +49,8 @@ class ApplyFreeCus(io.ComfyNode):
                     optional=True,
                     tooltip="Where the subject is on the reference. A token of 16 x 16 pixels counts in full where its "
                     "middle is inside; of parts too thin for that, the tokens they lie in. Draw it tight. Without a "
-                    "mask the whole picture is the subject, its background too.",
+                    "mask the whole picture is the subject, its background too. From Load Image, put Invert Mask "
+                    "between: its mask is 1 where the picture is transparent.",
                 ),
                 io.Float.Input(
                     "key_scale",
