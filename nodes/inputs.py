@@ -116,8 +116,7 @@ def fault_of_number(entry: Any, value: Any, kind: type, words: str) -> str | Non
 
 def fault_of_choice(entry: io.Combo.Input, value: Any, is_file: bool) -> str | None:
     options = list(entry.options or ())
-    is_name = isinstance(value, str) and value.strip() != "" and "\0" not in value
-    if value in options or (is_file and is_name):
+    if isinstance(value, str) and (value in options or (is_file and value.strip() and "\0" not in value)):
         return None
     few = len(options) <= MANY and not is_file
     choices = ", ".join(f"'{option}'" for option in options) if few else "the choices in its list"

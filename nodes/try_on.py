@@ -148,6 +148,7 @@ class TryOnPrepare(io.ComfyNode):
         counts = (len(person), len(garment))
         if 1 not in counts and counts[0] != counts[1]:
             raise ValueError(f"Got {counts[0]} persons and {counts[1]} garments. Give one of either, or one for each.")
+        warn_of_background("Try-On Prepare", "mask", mask)
         paste = plan(
             fitted_masks(mask, person, dilation),
             None if crop == "whole picture" else margin,

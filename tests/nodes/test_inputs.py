@@ -136,7 +136,8 @@ def wrong(entry: Any) -> list[Any]:
         case io.String.Input():
             return [None, 1, 0.5, b"text", ["text"], True]
         case io.Combo.Input():
-            return ["unknown", "", " ", "\0", None, 0, True, NAN, ["auto"], entry.options[0].upper() + "!"]
+            return ["unknown", "", " ", "\0", None, 0, True, NAN, ["auto"], entry.options[0].upper() + "!",
+                    np.array(entry.options), PICTURE]  # fmt: skip
         case io.Image.Input():
             return NO_PICTURES
         case io.Mask.Input():

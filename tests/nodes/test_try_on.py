@@ -110,15 +110,17 @@ def test_nodes_say_what_they_are():
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_a_mask_of_the_background_is_noticed(caplog, background):
-    """As core's Load Image gives it of a cut-out garment: 1 where the picture is transparent."""
+@pytest.mark.parametrize("name", ["mask", "garment_mask"])
+def test_a_mask_of_the_background_is_noticed(caplog, name, background):
+    """As core's Load Image gives it of a cut-out person or garment: 1 where the picture is transparent."""
     mask = torch.zeros(1, 30, 30)
     mask[:, 8:22, 8:22] = 1
-    prepare(garment_mask=1 - mask if background else mask)
+    prepare(person=image(30, 30), **{"mask": mask, name: 1 - mask if background else mask})
     prepare(garment_mask=torch.ones(1, 30, 30))
     prepare(garment=image(1, 1), garment_mask=torch.ones(1, 1, 1))
     said = [record.getMessage() for record in caplog.records if "put Invert Mask between" in record.getMessage()]
     assert len(said) == background
+    assert all(text.startswith(f"Try-On Prepare: '{name}' covers all corners") for text in said)
 
 
 def test_prepared_pictures_have_one_size():
