@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from .attention import Block, BlockKeys
 
 apply_rope = apply_rope1  # (x, pe) to x rotated
+LARGEST = 1e4  # value of a latent: VAEs stay within some tens, and half precision ends at 65504
 
 
 def require_flux1(model: ModelPatcher, node: str) -> Flux:
@@ -46,6 +47,21 @@ def is_flux1(transformer: Any) -> bool:
     p = transformer.params
     others = p.global_modulation or p.yak_mlp or p.txt_norm or p.mlp_silu_act
     return not others and p.vec_in_dim is not None and p.patch_size == 2
+
+
+def require_latent(latent: Tensor, what: str) -> None:
+    """Refuse a latent that would turn the picture black. `what` it is, for messages.
+
+    Raises:
+        ValueError: no values at all, values that are no numbers, or far larger ones than any VAE gives.
+    """
+    if latent.numel() == 0:
+        raise ValueError(f"{what} is empty: its latent is {list(latent.shape)}. Check the image.")
+    if not latent.abs().max() <= LARGEST:  # NaN too
+        raise ValueError(
+            f"{what} holds NaN or infinite values, or far larger ones than any VAE gives. Check the image, or the VAE "
+            "that encoded it."
+        )
 
 
 def token_grid(transformer: Flux, height: int, width: int) -> tuple[int, int]:

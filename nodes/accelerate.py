@@ -17,6 +17,7 @@ from torch import Tensor
 from ..host.accelerate.accelerate import QUALITIES, Quality, accelerated, family_name, preset, tune
 from ..host.accelerate.charts import trade_off
 from ..host.accelerate.report import Report
+from .inputs import check
 from .step_cache import CATEGORY, model_input, outputs
 
 
@@ -49,6 +50,7 @@ class AccelerateDiT(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, quality: Quality) -> io.NodeOutput:
+        check(cls, locals())
         report = Report("Accelerate DiT", "", cls.hidden.unique_id, off=True)
         if quality == "off":  # pyright: ignore[reportUnnecessaryComparison]
             return io.NodeOutput(model, report, "off")
@@ -134,6 +136,8 @@ class Autotune(io.ComfyNode):
         scheduler: str,
         vae: Any = None,
     ) -> io.NodeOutput:
+        check(cls, locals())
+        seed = int(seed)  # torch takes no numbers of numpy
         samples = comfy.sample.fix_empty_latent_channels(
             model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
         )

@@ -15,10 +15,10 @@ from torch import Tensor
 from ..host import model_files
 from ..host.control.conditions import PATCH, Cache, check_numbers
 from ..host.control.easycontrol import Padding, attach, prepare_image
-from ..host.control.easycontrol_files import FOLDER, EasyControlFile, load
+from ..host.control.easycontrol_files import FOLDER, load
 from ..host.part_of_run import PartOfRun
 from ..models.control.easycontrol_keys import Kind
-from .inputs import kv_cache, part_of_run
+from .inputs import check, kv_cache, part_of_run, whole_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class LoadEasyControl(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
+        check(cls, locals(), files=("file",))
         loaded = load(file)
         logger.info("EasyControl %s", loaded.report)
         return io.NodeOutput(loaded, loaded.report)
@@ -71,7 +72,9 @@ class ApplyEasyControl(io.ComfyNode):
             search_aliases=["easycontrol", "controlnet", "canny", "depth", "pose", "subject reference", "kv cache"],
             inputs=[
                 io.Model.Input("model", tooltip="A FLUX.1 model: dev, schnell or a fine-tune, fp8 included."),
-                EasyControlType.Input("easycontrol", tooltip="The LoRA that was trained for this kind of condition."),
+                EasyControlType.Input(
+                    "easycontrol", optional=True, tooltip="The LoRA that was trained for this kind of condition."
+                ),
                 io.Image.Input(
                     "image",
                     optional=True,
@@ -146,7 +149,6 @@ class ApplyEasyControl(io.ComfyNode):
     def execute(
         cls,
         model: io.Model.Type,
-        easycontrol: EasyControlFile,
         kind: Kind | Literal["auto"],
         strength: float,
         start_percent: float,
@@ -156,10 +158,12 @@ class ApplyEasyControl(io.ComfyNode):
         slot: int,
         influence: float,
         kv_cache: Cache,
+        easycontrol: Any = None,
         image: Any = None,
         vae: Any = None,
         latent: Any = None,
     ) -> io.NodeOutput:
+        check(cls, locals())
         check_numbers(strength, influence)
         part = PartOfRun(start_percent, end_percent)
         check_condition(image, vae, latent, condition_size)
@@ -188,8 +192,7 @@ def check_condition(image: Any, vae: Any, latent: Any, size: int) -> None:
         raise ValueError("Apply EasyControl takes an 'image' or a 'latent', not both. Disconnect one of them.")
     if image is not None and vae is None:
         raise ValueError("Apply EasyControl needs a VAE to encode 'image'. Connect 'vae', or use 'latent' instead.")
-    if size < PATCH or size % PATCH:
-        raise ValueError(f"condition_size must be a positive multiple of {PATCH}, got {size}.")
+    whole_tokens(PATCH, condition_size=size)
 
 
 def encoded(image: Any, vae: Any, latent: Any, kind: Kind, size: int, padding: Padding) -> Tensor:

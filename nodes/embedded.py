@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host import embedded
+from .inputs import check
 
 
 class LoadEmbedded(io.ComfyNode):
@@ -60,6 +61,7 @@ class ExamplePicture(io.ComfyNode):
 
     @classmethod
     def execute(cls, picture: str) -> io.NodeOutput:
+        check(cls, locals())
         return io.NodeOutput(embedded.load_example(picture))
 
 

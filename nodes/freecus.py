@@ -10,7 +10,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.control.freecus import Fit, Prompts, attach
+from ..host.control.freecus import NODE, Fit, Prompts, attach
 from ..host.part_of_run import PartOfRun
 from ..models.control.freecus import (
     KEY_SCALE,
@@ -21,7 +21,7 @@ from ..models.control.freecus import (
     instruction_to_keep,
     prompt_with_description,
 )
-from .inputs import part_of_run
+from .inputs import check, part_of_run, warn_of_background
 
 SAME_NOISE, OWN_NOISE = "same as the picture", "own seed"
 
@@ -50,7 +50,8 @@ class ApplyFreeCus(io.ComfyNode):
                     optional=True,
                     tooltip="Where the subject is on the reference. A token of 16 x 16 pixels counts in full where its "
                     "middle is inside; of parts too thin for that, the tokens they lie in. Draw it tight. Without a "
-                    "mask the whole picture is the subject, its background too.",
+                    "mask the whole picture is the subject, its background too. From Load Image, put Invert Mask "
+                    "between: its mask is 1 where the picture is transparent.",
                 ),
                 io.Float.Input(
                     "key_scale",
@@ -156,8 +157,9 @@ class ApplyFreeCus(io.ComfyNode):
         fit: Fit,
         subject: io.Mask.Type | None = None,
     ) -> io.NodeOutput:
-        if noise not in (SAME_NOISE, OWN_NOISE):
-            raise ValueError(f"noise must be '{SAME_NOISE}' or '{OWN_NOISE}', got '{noise}'.")
+        check(cls, locals())
+        if subject is not None:
+            warn_of_background(NODE, "subject", subject)
         patched = attach(
             model,
             reference,
@@ -170,7 +172,7 @@ class ApplyFreeCus(io.ComfyNode):
             shift_mode=shift_mode,
             reference_shift=reference_shift,
             part=PartOfRun(start_percent, end_percent),
-            seed=noise_seed if noise == OWN_NOISE else None,
+            seed=int(noise_seed) if noise == OWN_NOISE else None,
             prompts=prompts,
         )
         return io.NodeOutput(patched)
@@ -224,6 +226,7 @@ class SubjectDescription(io.ComfyNode):
 
     @classmethod
     def execute(cls, subject: str, prompt: str, text: str, aspect: Aspect) -> io.NodeOutput:
+        check(cls, locals())
         return io.NodeOutput(
             prompt_with_description(prompt, text),
             instruction_to_describe(subject, aspect),

@@ -14,6 +14,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..models.image_difference import Box, difference, draw_boxes, find_boxes, heat, psnr, ssim
+from .inputs import check
 
 
 class ImageDifference(io.ComfyNode):
@@ -106,9 +107,7 @@ class ImageDifference(io.ComfyNode):
         merge_gap: int,
         min_pixels: int,
     ) -> io.NodeOutput:
-        for name, value in (("threshold", threshold), ("heat_range", heat_range)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"Image Difference: '{name}' must be a finite number and at least 0, got {value}.")
+        check(cls, locals())
         first, second = matched(reference, image, resize)
         pairs = [compare(a, b, threshold, merge_gap, min_pixels) for a, b in zip(first, second, strict=True)]
         numbers, *places = report(pairs, psnr(first, second), threshold)
@@ -140,20 +139,13 @@ class Pair:
 
 def matched(reference: Tensor, image: Tensor, resize: str) -> tuple[Tensor, Tensor]:
     """Both batches with the same shape `[B, H, W, C]` and colours in 0..1, or a sentence that says why not."""
-    for name, pictures in (("reference", reference), ("image", image)):
-        if not torch.isfinite(pictures).all():
-            raise ValueError(
-                f"Image Difference: '{name}' has pixels that are no numbers (NaN or infinite), so the picture is "
-                "broken. Look for the node that made it."
-            )
     if reference.shape[1:3] != image.shape[1:3]:
         if resize == "off":
             raise ValueError(
                 f"Image Difference needs two pictures of one size, got {size(reference)} for 'reference' and "
                 f"{size(image)} for 'image'. Set 'resize' to stretch 'image'."
             )
-        height, width = reference.shape[1:3]
-        image = common_upscale(image.movedim(-1, 1), width, height, "lanczos", "disabled").movedim(1, -1)
+        image = stretched(image, *reference.shape[1:3])
     if reference.shape[3] != image.shape[3]:
         raise ValueError(
             f"Image Difference needs pictures with the same colour channels, got {reference.shape[3]} for 'reference' "
@@ -167,6 +159,12 @@ def matched(reference: Tensor, image: Tensor, resize: str) -> tuple[Tensor, Tens
         )
     reference, image = (pictures.clamp(0, 1).expand(max(counts), -1, -1, -1) for pictures in (reference, image))
     return reference, image
+
+
+def stretched(pictures: Tensor, height: int, width: int) -> Tensor:
+    channels = pictures.shape[-1]
+    pixels = pictures.movedim(-1, 1).expand(-1, max(channels, 3), -1, -1)  # core's Lanczos drops a single channel
+    return common_upscale(pixels, width, height, "lanczos", "disabled").movedim(1, -1)[..., :channels]
 
 
 def compare(reference: Tensor, image: Tensor, threshold: float, merge_gap: int, min_pixels: int) -> Pair:

@@ -35,6 +35,7 @@ from ..models.control.in_context_lora import (
     start_panel,
     unknown_mask,
 )
+from .inputs import check
 
 PanelsType = io.Custom("DIT_PANELS")
 
@@ -139,6 +140,7 @@ class PanelLayout(io.ComfyNode):
         panel_prompts: str,
         given: str,
     ) -> io.NodeOutput:
+        check(cls, locals())
         layout = panel_layout(preset, rows, columns, panel_width, panel_height, tags, prefix, given)
         prompt = joint_prompt(layout, summary, panel_texts(panel_prompts, layout.count))
         return io.NodeOutput(layout, prompt, layout.width, layout.height, ui=ui.PreviewText(prompt))
@@ -157,7 +159,9 @@ class PanelLatent(io.ComfyNode):
             ),
             search_aliases=["in-context lora", "ic-lora", "inpaint panel", "image to set", "compose", "diptych"],
             inputs=[
-                PanelsType.Input("panels", tooltip="From Panel Layout, which says what panels are given."),
+                PanelsType.Input(
+                    "panels", optional=True, tooltip="From Panel Layout, which says what panels are given."
+                ),
                 io.Vae.Input("vae", tooltip="The model's VAE, which encodes the pictures."),
                 io.Autogrow.Input(
                     "images",
@@ -206,14 +210,15 @@ class PanelLatent(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        panels: Layout,
         vae: Any,
         fit: Fit,
         encode: str,
         start: str,
         batch_size: int,
+        panels: Any = None,
         images: io.Autogrow.Type | None = None,
     ) -> io.NodeOutput:
+        check(cls, locals())
         given = given_panels(panels, pictures(images), fit)
         fill = start_panel(panels, given, start)
         canvas = compose(panels, given, fill)
@@ -223,12 +228,8 @@ class PanelLatent(io.ComfyNode):
             size = (panels.height // ratio, panels.width // ratio)
             zeros = torch.zeros(batch_size, vae.latent_channels, *size, device=intermediate_device())
             return io.NodeOutput({"samples": zeros, "downscale_ratio_spacial": ratio}, canvas, mask[0])
-        if encode == "per panel":
-            latent = encode_panels(panels, given, fill, vae.encode)
-        elif encode == "whole canvas":
-            latent = vae.encode(canvas)
-        else:
-            raise ValueError(f"'encode' must be per panel or whole canvas, got {encode!r}.")
+        per_panel = encode == "per panel"
+        latent = encode_panels(panels, given, fill, vae.encode) if per_panel else vae.encode(canvas)
         samples = latent.repeat(batch_size, *[1] * (latent.ndim - 1))
         return io.NodeOutput({"samples": samples, "noise_mask": mask}, canvas, mask[0])
 
@@ -249,7 +250,7 @@ class SplitPanels(io.ComfyNode):
                 io.Image.Input(
                     "image", optional=True, tooltip="The decoded canvas, or several. May have been upscaled."
                 ),
-                PanelsType.Input("panels", tooltip="The layout that it was sampled with."),
+                PanelsType.Input("panels", optional=True, tooltip="The layout that it was sampled with."),
                 io.Int.Input(
                     "inset",
                     default=0,
@@ -279,13 +280,14 @@ class SplitPanels(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        panels: Layout,
         inset: int,
+        panels: Any = None,
         image: Tensor | None = None,
         canvas: Tensor | None = None,
         latent: Any = None,
         vae: Any = None,
     ) -> io.NodeOutput:
+        check(cls, locals())
         if (image is None) == (latent is None):
             raise ValueError("Split Panels needs either 'image', or 'latent' and 'vae'. Connect one of the two.")
         if image is not None:
@@ -319,7 +321,9 @@ class PanelSets(io.ComfyNode):
                     "pack: 20 sets for 1 x 2 panels of 96 x 96.",
                 ),
                 PanelsType.Input(
-                    "panels", tooltip="From Panel Layout: sizes, tags and prefix. Its prompts are not read here."
+                    "panels",
+                    optional=True,
+                    tooltip="From Panel Layout: sizes, tags and prefix. Its prompts are not read here.",
                 ),
                 io.Combo.Input("fit", options=FIT, default="crop", tooltip=f"For other proportions: {FIT_TOOLTIP}"),
             ],
@@ -334,7 +338,8 @@ class PanelSets(io.ComfyNode):
         return fingerprint(folder)
 
     @classmethod
-    def execute(cls, folder: str, panels: Layout, fit: Fit) -> io.NodeOutput:
+    def execute(cls, folder: str, fit: Fit, panels: Any = None) -> io.NodeOutput:
+        check(cls, locals(), files=("folder",))
         sets = read_sets(folder, panels, fit)
         return io.NodeOutput([found.canvas for found in sets], [found.caption for found in sets])
 

@@ -1,8 +1,33 @@
-"""Inputs that several nodes have, said once: same name, same range, same step."""
+"""Inputs that several nodes have, said once: same name, same range, same step; and one check of what comes in.
+
+ComfyUI checks what is set in a widget. Over a link comes whatever another node made, and NaN passes everywhere. So the
+first line of every `execute` is `check(cls, locals())`: values are held to what the node's own schema says of them.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
 from comfy_api.latest import io
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+MANY = 8  # choices; more are not repeated in a sentence
+
+# Types of ours that a node cannot do without, and who gives them. Their inputs are optional all the same: where the
+# giver is bypassed or muted, ComfyUI would only say that a required input is missing.
+GIVERS = {
+    "DIT_EASYCONTROL": "Load EasyControl LoRA",
+    "DIT_PANELS": "Panel Layout",
+    "DIT_TRY_ON": "Load Try-On LoRA",
+    "DIT_CROP": "Try-On Prepare",
+}
 
 
 def part_of_run(begins: str, stops: str, advanced: bool | None = None) -> list[io.Input]:
@@ -24,3 +49,148 @@ def kv_cache(whose: str) -> io.Input:
         tooltip=f"Where {whose} keys and values are kept during a run; the picture is the same. "
         "'offload to CPU' saves memory, 'off' computes them anew in each step and is slow.",
     )
+
+
+# The check of what comes in
+
+
+def check(node: type[io.ComfyNode], values: Mapping[str, Any], files: Collection[str] = ()) -> None:
+    """Hold what a node was given to its own schema.
+
+    Args:
+        values: by the input's id; others are not read.
+        files: choices out of a folder, whose list may be older than the folder. Who opens the file says what is wrong.
+
+    Raises:
+        ValueError: names the node and the input, and says what it takes and what came.
+    """
+    schema = node.define_schema()
+    for entry, name, value in given(schema, values):
+        fault = fault_of(entry, value, entry.id in files)
+        if fault is not None:
+            raise ValueError(f"{schema.display_name}: '{name}' {fault}")
+
+
+def given(schema: io.Schema, values: Mapping[str, Any]) -> Iterator[tuple[io.Input, str, Any]]:
+    """Every input, its name on the screen, and its value; of a growing one, each that is connected."""
+    for entry in schema.inputs:
+        if isinstance(entry, io.Autogrow.Input):
+            yield from ((entry.template.input, name, each) for name, each in (values[entry.id] or {}).items())
+        else:
+            yield entry, entry.display_name or entry.id, values[entry.id]
+
+
+def fault_of(entry: io.Input, value: Any, is_file: bool = False) -> str | None:
+    """What is wrong with a value, as the end of a sentence; None where nothing is."""
+    kind = entry.get_io_type()
+    if value is None and kind in GIVERS:
+        return f"is missing. Connect {GIVERS[kind]}, or bypass this node, too, if that one is bypassed or muted."
+    if value is None and entry.optional:
+        return None
+    match entry:
+        case io.Int.Input():
+            return fault_of_number(entry, value, Integral, "a whole number")
+        case io.Float.Input():
+            return fault_of_number(entry, value, Real, "a number")
+        case io.Boolean.Input():
+            return None if isinstance(value, bool | np.bool_) else f"must be true or false, got {shown(value)}."
+        case io.String.Input():
+            return None if isinstance(value, str) else f"must be a text, got {shown(value)}."
+        case io.Combo.Input():
+            return fault_of_choice(entry, value, is_file)
+        case io.Image.Input():
+            return fault_of_picture(value)
+        case io.Mask.Input():
+            return fault_of_mask(value)
+        case io.Latent.Input():
+            return fault_of_latent(value)
+    return None
+
+
+def fault_of_number(entry: Any, value: Any, kind: type, words: str) -> str | None:
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    if is_number and entry.min <= value <= entry.max:  # NaN is in no range
+        return None
+    return f"must be {words} from {entry.min} to {entry.max}, got {shown(value)}."
+
+
+def fault_of_choice(entry: io.Combo.Input, value: Any, is_file: bool) -> str | None:
+    options = list(entry.options or ())
+    if isinstance(value, str) and (value in options or (is_file and value.strip() and "\0" not in value)):
+        return None
+    few = len(options) <= MANY and not is_file
+    choices = ", ".join(f"'{option}'" for option in options) if few else "the choices in its list"
+    return f"must be one of {choices}; got {shown(value)}."
+
+
+def fault_of_picture(value: Any) -> str | None:
+    """Of an IMAGE, `[N, H, W, C]`: grey, RGB or RGB with alpha."""
+    if not isinstance(value, Tensor) or value.ndim != 4 or not value.is_floating_point():
+        return f"must be pictures [N, H, W, C] in 0..1, got {shown(value)}."
+    if value.shape[-1] not in (1, 3, 4):
+        return f"must have 1, 3 or 4 channels (grey, RGB, RGB with alpha), got {value.shape[-1]}."
+    return fault_of_values(value, "pixels")
+
+
+def fault_of_mask(value: Any) -> str | None:
+    """Of a MASK, `[N, H, W]` or `[H, W]`."""
+    if not isinstance(value, Tensor) or value.ndim not in (2, 3):
+        return f"must be masks [N, H, W], got {shown(value)}."
+    return fault_of_values(value, "pixels")
+
+
+def fault_of_latent(value: Any) -> str | None:
+    samples = value.get("samples") if isinstance(value, Mapping) else None
+    if not isinstance(samples, Tensor):
+        return f"must be the latent of pictures or of a video, got {shown(value if samples is None else samples)}."
+    return fault_of_values(samples, "values")
+
+
+def fault_of_values(values: Tensor, what: str) -> str | None:
+    if values.numel() == 0:
+        return f"is empty: {shown(values)}. Look for the node that made it."
+    low, high = values.aminmax()  # both are NaN where one value is; no copy, however long the video
+    if torch.isfinite(low) and torch.isfinite(high):
+        return None
+    return f"has {what} that are no numbers (NaN or infinite), so it is broken. Look for the node that made it."
+
+
+def shown(value: Any) -> str:
+    """A value in a sentence, whatever it is."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}, {value.dtype}".replace("torch.", "")
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a value of type {type(value).__name__} that is too long to show"
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def whole_tokens(side: int, **sides: int) -> None:
+    """Refuse sides in pixels that are no multiple of `side`, those of one token."""
+    for name, value in sides.items():
+        if value % side:
+            raise ValueError(f"'{name}' must be a multiple of {side} pixels, got {value}.")
+
+
+# Masks of a cut-out
+
+
+def warn_of_background(node: str, name: str, mask: Tensor) -> None:
+    """Say so in the log where masks `[N, H, W]` cover what lies around something, as Load Image's of a cut-out do.
+
+    It stays a warning: a wreath or a frame looks the same.
+    """
+    if any(around_something(each > 0.5) for each in (mask[None] if mask.ndim == 2 else mask)):
+        logger.warning(
+            "%s: '%s' covers all corners of its picture and not the middle. From Load Image, put Invert Mask between: "
+            "its mask is 1 where the picture is transparent.",
+            node,
+            name,
+        )
+
+
+def around_something(mask: Tensor) -> bool:
+    """Whether a mask `[H, W]` bool has all four corners and not the middle, as that of a background does."""
+    corners = mask[:: mask.shape[0] - 1 or 1, :: mask.shape[1] - 1 or 1]
+    return bool(corners.all()) and not mask[mask.shape[0] // 2, mask.shape[1] // 2]

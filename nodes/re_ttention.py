@@ -6,13 +6,13 @@ hooks are in `host/accelerate/re_ttention.py`.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..host.accelerate.re_ttention import STORAGE, Report, ReTtention, attach
 from ..models.accelerate.re_ttention import DRIFT, Schedule, Window
+from .inputs import check
 
 ReportType = io.Custom("DIT_REPORT")
 
@@ -149,13 +149,12 @@ class ApplyReTtention(io.ComfyNode):
         min_tokens: int,
         max_memory: float,
     ) -> io.NodeOutput:
+        check(cls, locals())
         off = keep == 1 or interval == 1
         words = (
             f"keep {keep:.4g}, full at the first {first_full} evaluations and every {interval} then, storage {storage}"
         )
         report = Report("off" if off else words, off=off)
-        if not 0 <= max_memory < math.inf:
-            raise ValueError(f"max_memory must be a finite number of GiB and at least 0, got {max_memory}.")
         if off:
             return io.NodeOutput(model, report)
         settings = ReTtention(

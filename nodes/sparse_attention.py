@@ -16,7 +16,7 @@ from ..host.accelerate.clear_files import FOLDER, load, with_weights
 from ..host.accelerate.sparse_attention import Scale, SparseAttention, attach, report, require_known_tokens
 from ..host.part_of_run import PartOfRun
 from ..models.accelerate.clear import Variant
-from .inputs import part_of_run
+from .inputs import check, part_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +122,7 @@ class ApplyClear(io.ComfyNode):
         end_percent: float,
         below_min_tokens: Below = "auto",
     ) -> io.NodeOutput:
+        check(cls, locals(), files=("file",))
         require_known_tokens(model, "Apply CLEAR")
         if file == MASK_ONLY:
             variant, found, cells, patched = Variant(radius or MASK_ONLY_RADIUS, pooling), "mask only", {}, model

@@ -7,7 +7,6 @@ Papers: TaylorSeer, arXiv:2503.06923; CG-Taylor, arXiv:2508.02240; Delta-DiT, ar
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf
 from typing import Any
 
 from comfy_api.latest import io
@@ -30,10 +29,11 @@ from ..models.accelerate.delta_dit import Stages
 from ..models.accelerate.input_change import InputChange
 from ..models.accelerate.step_cache import Guard, Listed, Policy
 from ..models.accelerate.taylorseer import FORECASTS, Forecaster, Interval
-from .inputs import part_of_run
+from .inputs import check, part_of_run
 
 ReportType = io.Custom("DIT_REPORT")
 CATEGORY = "DiT Toolkit/model/patch"
+NO_REPORT = "There is no report: the node that accelerates the model is bypassed, muted or not connected."
 SPACINGS = {"to the last step": True, "as published": False}  # Interval.to_end
 
 
@@ -175,11 +175,10 @@ class TaylorSeer(io.ComfyNode):
         offload: bool,
         max_memory: float,
     ) -> io.NodeOutput:
+        check(cls, locals())
         listed = bool(schedule.strip())
         policy = Listed.parse(schedule) if listed else Interval(interval, first_full, SPACINGS[spacing])
         form, coordinate = FORECASTS[forecast]
-        if not 0 <= max_memory < inf:
-            raise ValueError(f"max_memory must be 0 or a number of GiB, got {max_memory}.")
         chosen = tap_for(model, tap, "Apply TaylorSeer", int(max_memory * 2**30) or None)
         report = Report(
             "TaylorSeer", f"TaylorSeer at the {chosen.name}, order {order}, {forecast}", cls.hidden.unique_id
@@ -299,6 +298,8 @@ class ConfidenceGatedTaylor(io.ComfyNode):
         end_percent: float,
         offload: bool,
     ) -> io.NodeOutput:
+        check(cls, locals())
+        threshold = float(threshold)  # JSON takes no numbers of numpy
         words = f"Confidence-Gated Taylor by {compare}, threshold {threshold:g}, order {last_order}, {forecast}"
         report = Report("Confidence-Gated Taylor", words, cls.hidden.unique_id)
         form, coordinate = FORECASTS[forecast]
@@ -396,6 +397,7 @@ class DeltaDiT(io.ComfyNode):
         end_percent: float,
         offload: bool,
     ) -> io.NodeOutput:
+        check(cls, locals())
         if interval == 1 or share == 0:
             return io.NodeOutput(model, Report("Delta-DiT", "", cls.hidden.unique_id, off=True))
         family, keys = require_blocks(model, "Apply Delta-DiT", "Apply TaylorSeer with tap 'prediction'")
@@ -428,7 +430,11 @@ class AccelerationReport(io.ComfyNode):
             description="Reads what an accelerated model did in the sampler that is connected, as text.",
             search_aliases=["report", "statistics", "cache statistics", "speed", "gate error"],
             inputs=[
-                ReportType.Input("report", tooltip="From the node that accelerates the model."),
+                ReportType.Input(
+                    "report",
+                    optional=True,
+                    tooltip="From the node that accelerates the model. While that one is bypassed, the text says so.",
+                ),
                 io.AnyType.Input(
                     "after",
                     tooltip="What the sampler made, or what was made of it: this node reads that sampler's run.",
@@ -443,7 +449,9 @@ class AccelerationReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, report: NodeReport, after: Any) -> io.NodeOutput:
+    def execute(cls, report: NodeReport | None = None, after: Any = None) -> io.NodeOutput:
+        if report is None:
+            return io.NodeOutput(NO_REPORT, Report("none").json(), after)
         runs = cls.runs_of(report)
         return io.NodeOutput(report.text(runs), report.json(runs), after)
 

@@ -8,20 +8,17 @@ paper's text and claim none of its quality. The method is in `models/control/mc_
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any, Literal
 
 from comfy_api.latest import io
-from torch import Tensor
 
 from ..host import model_files
 from ..host.control.conditions import PATCH, Cache
 from ..host.control.try_on import attach, brought_to
-from ..host.control.try_on_files import FOLDER, TryOnFile, load
+from ..host.control.try_on_files import FOLDER, load
 from ..host.part_of_run import PartOfRun
 from ..models.control.try_on_image import (
     Fill,
-    Paste,
     composite,
     fitted_masks,
     garments_on_white,
@@ -29,7 +26,7 @@ from ..models.control.try_on_image import (
     placed_masks,
     plan,
 )
-from .inputs import kv_cache, part_of_run
+from .inputs import check, kv_cache, part_of_run, warn_of_background, whole_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -146,10 +143,13 @@ class TryOnPrepare(io.ComfyNode):
         fill: Fill,
         garment_mask: Any = None,
     ) -> io.NodeOutput:
-        check_numbers_of_prepare(size, megapixels, width, height, dilation, margin)
+        check(cls, locals())
+        if size == "fixed":
+            whole_tokens(PATCH, width=width, height=height)
         counts = (len(person), len(garment))
         if 1 not in counts and counts[0] != counts[1]:
             raise ValueError(f"Got {counts[0]} persons and {counts[1]} garments. Give one of either, or one for each.")
+        warn_of_background("Try-On Prepare", "mask", mask)
         paste = plan(
             fitted_masks(mask, person, dilation),
             None if crop == "whole picture" else margin,
@@ -158,11 +158,7 @@ class TryOnPrepare(io.ComfyNode):
         )
         if garment_mask is not None:
             garment_mask = fitted_masks(garment_mask, garment, what="garment")
-            if any(around_something(each) for each in garment_mask):
-                logger.warning(
-                    "Try-On Prepare: garment_mask covers all corners of its picture and not the middle. From Load "
-                    "Image, put Invert Mask between."
-                )
+            warn_of_background("Try-On Prepare", "garment_mask", garment_mask)
         persons, masks = masked_persons(person, paste, fill)
         garments = garments_on_white(garment, garment_mask, paste.working)
         return io.NodeOutput(persons, garments, masks, paste.working[1], paste.working[0], max(counts), paste)
@@ -197,6 +193,7 @@ class LoadTryOn(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
+        check(cls, locals(), files=("file",))
         loaded = load(file)
         settings = loaded.checkpoint.settings
         words = " ".join(settings.prompt.split())  # in one line, whatever the file holds
@@ -220,7 +217,9 @@ class ApplyTryOn(io.ComfyNode):
             search_aliases=["try on", "vton", "mc-vton", "virtual try-on", "garment", "clothes", "outfit"],
             inputs=[
                 io.Model.Input("model", tooltip="A FLUX.1 model: dev, schnell or a fine-tune, fp8 included."),
-                TryOnType.Input("try_on", tooltip="A LoRA that was trained for this model, from Load Try-On LoRA."),
+                TryOnType.Input(
+                    "try_on", optional=True, tooltip="A LoRA that was trained for this model, from Load Try-On LoRA."
+                ),
                 io.Vae.Input("vae", tooltip="The model's VAE, which encodes both pictures."),
                 io.Image.Input(
                     "person",
@@ -286,7 +285,6 @@ class ApplyTryOn(io.ComfyNode):
     def execute(
         cls,
         model: io.Model.Type,
-        try_on: TryOnFile,
         vae: Any,
         person: Any,
         garment: Any,
@@ -298,17 +296,14 @@ class ApplyTryOn(io.ComfyNode):
         person_size: int,
         garment_size: int,
         kv_cache: Cache,
+        try_on: Any = None,
     ) -> io.NodeOutput:
-        for title, strength in (("person_strength", person_strength), ("garment_strength", garment_strength)):
-            if not math.isfinite(strength):
-                raise ValueError(f"{title} must be a finite number, got {strength}.")
+        check(cls, locals())
         part = PartOfRun(start_percent, end_percent)
-        for title, strength, side in (
-            ("person_size", person_strength, person_size),
-            ("garment_size", garment_strength, garment_size),
-        ):
-            if strength != 0 and (side < 0 or side % PATCH):
-                raise ValueError(f"{title} must be 0 or a positive multiple of {PATCH}, got {side}.")
+        if person_strength != 0:
+            whole_tokens(PATCH, person_size=person_size)
+        if garment_strength != 0:
+            whole_tokens(PATCH, garment_size=garment_size)
         if person_strength == garment_strength == 0:
             return io.NodeOutput(model)
         patched = attach(
@@ -340,7 +335,7 @@ class TryOnComposite(io.ComfyNode):
             inputs=[
                 io.Image.Input("result", tooltip="What the sampler made, decoded. Upscaled ones are fine."),
                 io.Image.Input("person", tooltip="The original picture, as Try-On Prepare got it."),
-                CropType.Input("crop", tooltip="From Try-On Prepare."),
+                CropType.Input("crop", optional=True, tooltip="From Try-On Prepare."),
                 io.Mask.Input(
                     "mask",
                     optional=True,
@@ -360,9 +355,8 @@ class TryOnComposite(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, result: Any, person: Any, crop: Paste, feather: int, mask: Any = None) -> io.NodeOutput:
-        if feather < 0:
-            raise ValueError(f"feather must be at least 0 pixels, got {feather}.")
+    def execute(cls, result: Any, person: Any, feather: int, crop: Any = None, mask: Any = None) -> io.NodeOutput:
+        check(cls, locals())
         if feather > crop.dilation:
             logger.info(
                 "Try-On Composite: feather is %d and the mask grew by %d pixels, so the feather is %d. For a softer "
@@ -373,26 +367,6 @@ class TryOnComposite(io.ComfyNode):
             )
         masks = None if mask is None else placed_masks(mask, crop)
         return io.NodeOutput(composite(result, person, crop, feather, masks))
-
-
-def around_something(mask: Tensor) -> bool:
-    """Whether a mask `[H, W]` bool has all four corners and not the middle, as that of a background does."""
-    corners = mask[:: mask.shape[0] - 1 or 1, :: mask.shape[1] - 1 or 1]
-    return bool(corners.all()) and not mask[mask.shape[0] // 2, mask.shape[1] // 2]
-
-
-def check_numbers_of_prepare(
-    size: str, megapixels: float, width: int, height: int, dilation: int, margin: float
-) -> None:
-    """Refuse what means nothing: ComfyUI does not check values that come over a link."""
-    if size == "fixed" and any(side < PATCH or side % PATCH for side in (width, height)):
-        raise ValueError(f"width and height must be positive multiples of {PATCH}, got {width} and {height}.")
-    if size == "auto" and not 0 < megapixels <= 64:  # NaN too
-        raise ValueError(f"megapixels must be above 0 and at most 64, got {megapixels}.")
-    if dilation < 0:
-        raise ValueError(f"dilation must be at least 0 pixels, got {dilation}.")
-    if not 0 <= margin < math.inf:
-        raise ValueError(f"margin must be a number of at least 0, got {margin}.")
 
 
 NODES = [TryOnPrepare, LoadTryOn, ApplyTryOn, TryOnComposite]

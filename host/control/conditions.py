@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 from uuid import UUID
 
-import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
@@ -74,8 +73,7 @@ class ConditionImage:
         for title, value, allowed in choices:
             if value not in allowed:
                 raise ValueError(f"{title} must be one of {', '.join(allowed)}, got '{value}'.")
-        if not torch.isfinite(self.latent).all():
-            raise ValueError("The condition holds NaN or infinite values. Check the image, or the VAE that encoded it.")
+        flux.require_latent(self.latent, "The condition")
 
     @property
     def off(self) -> bool:

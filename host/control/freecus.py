@@ -80,6 +80,7 @@ class Reference:
                     f"{NODE}: the VAE made {tuple(encoded.shape)} of the reference, the picture's latent is "
                     f"{height} x {width}. Connect the VAE of the FLUX.1 model."
                 )
+            flux.require_latent(encoded, f"{NODE}: the reference")
             self._kept.clear()
             self._kept[height, width] = encoded
         return self._kept[height, width]

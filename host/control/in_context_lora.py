@@ -83,8 +83,8 @@ def located(folder: str) -> Path:
         return EXAMPLE_SETS
     root = folder_paths.get_input_directory()
     place = Path(root, folder)
-    if not folder_paths.is_within_directory(root, str(place)):
-        raise ValueError(f"{folder!r} leads out of ComfyUI's input folder. Choose a folder inside it.")
+    if not folder_paths.is_within_directory(root, str(place)) or place.resolve() == Path(root).resolve():
+        raise ValueError(f"{folder!r} is no folder inside ComfyUI's input folder. Choose one that is.")
     if not place.is_dir():
         raise FileNotFoundError(f"There is no folder {folder!r} in ComfyUI's input folder. Refresh the page (R).")
     return place

@@ -82,11 +82,11 @@ class Listed:
             return cls(tuple(digit == "1" for digit in text))
         numbers: set[int] = set()
         for part in filter(None, re.split(r"[,\s]+", text)):
-            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+            match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
             low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
             if low > high:
                 raise ValueError(
-                    f"schedule must be a mask such as 1110100, or numbers such as 0-3, 6, 9, 12; got {part!r}."
+                    f"schedule must be a mask such as 1110100, or numbers such as 0-3, 6, 9, 12; got {part[:40]!r}."
                 )
             if high >= LONGEST:
                 raise ValueError(f"schedule names evaluation {high}; the highest allowed is {LONGEST - 1}.")

@@ -130,9 +130,9 @@ def layers_from(text: str, double: int, single: int) -> tuple[int, ...]:
         return tuple(range(count))
     found: set[int] = set()
     for part in wanted.split(","):
-        numbers = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        numbers = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
         if numbers is None:
-            raise ValueError(f"layers must be 'published', 'all', or numbers such as '0-2, 17, 25', got '{text}'.")
+            raise ValueError(f"layers must be 'published', 'all', or numbers such as '0-2, 17, 25', got '{text[:40]}'.")
         first = int(numbers[1])
         last = first if numbers[2] is None else int(numbers[2])
         if last < first:

@@ -223,8 +223,8 @@ class Drawer:
             shown = [{"image_1": torch.from_numpy(one)[None] / 255} for one in left]
             latents = [host.PanelLatent.execute(**how, batch_size=1, images=one).result[0] for one in shown]
             latent = {**latents[0], "samples": torch.cat([one["samples"] for one in latents])}
-        canvas = torch.from_numpy(self.draw(texts, seed, latent))
-        split = host.SplitPanels.execute(panels=plan, inset=0, image=canvas).result[0].numpy()
+        canvas = torch.from_numpy(self.draw(texts, seed, latent)).float()
+        split = host.SplitPanels.execute(panels=plan, inset=0, image=canvas).result[0].byte().numpy()
         return split[0::2], split[1::2]
 
 

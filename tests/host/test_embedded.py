@@ -71,8 +71,9 @@ def apply(stack):
         image = torch.from_numpy(np.asarray(pictures)).float() / 255
         image = image if image.ndim == 4 else image[None]
         return ApplyEasyControl.execute(
-            model or stack.model, load_lora(f"tiny_{adapter}.safetensors"), kind, strength, 0.0, 1.0,
-            SIDE, "grey", 0, influence, "on GPU", image=image, vae=stack.vae,
+            model=model or stack.model, easycontrol=load_lora(f"tiny_{adapter}.safetensors"), kind=kind,
+            strength=strength, start_percent=0.0, end_percent=1.0, condition_size=SIDE, pad_color="grey", slot=0,
+            influence=influence, kv_cache="on GPU", image=image, vae=stack.vae,
         ).result[0]  # fmt: skip
 
     return applied

@@ -235,13 +235,13 @@ def test_off_passes_the_model_on_and_encodes_nothing(tiny_flux, file, off):
         ({}, r"needs a condition: connect 'image' and 'vae', or 'latent'\."),
         ({"image": 1, "latent": 1}, r"takes an 'image' or a 'latent', not both\. Disconnect one"),
         ({"image": 1}, r"needs a VAE to encode 'image'\. Connect 'vae', or use 'latent'"),
-        ({"latent": 1, "strength": float("nan")}, "strength must be a finite number, got nan"),
-        ({"latent": 1, "end_percent": float("nan")}, "end_percent must be between 0 and 1, got nan"),
+        ({"latent": 1, "strength": float("nan")}, r"'strength' must be a number from 0\.0 to 4\.0, got nan"),
+        ({"latent": 1, "end_percent": float("nan")}, r"'end_percent' must be a number from 0\.0 to 1\.0, got nan"),
         ({"latent": 1, "start_percent": 0.6, "end_percent": 0.6}, r"start_percent \(0\.6\) must be below"),
-        ({"latent": 1, "influence": 2.0}, "influence must be between 0 and 1"),
+        ({"latent": 1, "influence": 2.0}, r"'influence' must be a number from 0\.0 to 1\.0, got 2"),
         ({"latent": 1, "slot": 3}, "has no slot 3, its last one is 0"),
-        ({"image": 1, "vae": 1, "condition_size": 72}, "condition_size must be a positive multiple of 16, got 72"),
-        ({"image": 1, "vae": 1, "condition_size": 0}, "condition_size must be a positive multiple of 16"),
+        ({"image": 1, "vae": 1, "condition_size": 72}, "'condition_size' must be a multiple of 16 pixels, got 72"),
+        ({"image": 1, "vae": 1, "condition_size": 0}, "'condition_size' must be a whole number from 16 to 2048, got 0"),
     ],
 )
 def test_wrong_inputs_are_answered_with_a_sentence(tiny_flux, file, values, message):

@@ -160,7 +160,7 @@ def test_pictures_that_cannot_be_compared_are_answered_with_a_sentence(reference
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.5])
 @pytest.mark.parametrize("name", ["threshold", "heat_range"])
 def test_numbers_that_mean_nothing_are_answered_with_a_sentence(name, value):
-    with pytest.raises(ValueError, match=f"'{name}' must be a finite number and at least 0, got {value}"):
+    with pytest.raises(ValueError, match=f"'{name}' must be a number from 0.0 to 1.0, got {value}"):
         run(images(), images(value=0.7), **{name: value})
 
 

@@ -36,11 +36,11 @@ def layout(**values):
 
 def latent(panels, vae, *images, fit="crop", encode="per panel", start="neutral", batch_size=1):
     named = {f"image_{place}": image for place, image in enumerate(images, 1)}
-    return PanelLatent.execute(panels, vae, fit, encode, start, batch_size, named).args
+    return PanelLatent.execute(vae, fit, encode, start, batch_size, panels, named).args
 
 
 def split(panels, image=None, inset=0, **others):
-    (parts,) = SplitPanels.execute(panels, inset, image, **others).args
+    (parts,) = SplitPanels.execute(inset, panels, image, **others).args
     return parts
 
 
@@ -98,7 +98,7 @@ def test_layout_gives_prompt_and_canvas():
     ("values", "sentence"),
     [
         ({"panel_width": 100}, r"'panel_width' must be a multiple of 16 pixels, got 100\. Take 96 or 112\."),
-        ({"rows": 12}, r"'rows' must be from 1 to 8, got 12\."),
+        ({"rows": 12}, r"Panel Layout: 'rows' must be a whole number from 1 to 8, got 12\."),
         ({"given": "3"}, "panel numbers from 1 to 2"),
         ({"panel_prompts": "a\nb\nc"}, "3 lines for 2 panels"),
     ],
@@ -190,7 +190,7 @@ def test_inputs_are_taken_by_number_and_batches_one_by_one():
         ({"given": "1, 2"}, 1, {}, r"marks 2 panels as given \(1, 2\), but 1 pictures are connected"),
         ({}, 1, {}, r"0 panels as given \(none\), but 1 pictures"),
         ({}, 0, {"start": "first given panel"}, "'start' first given panel needs a given panel"),
-        ({"given": "1"}, 1, {"encode": "twice"}, "'encode' must be per panel or whole canvas"),
+        ({"given": "1"}, 1, {"encode": "twice"}, "'encode' must be one of 'per panel', 'whole canvas'; got 'twice'"),
     ],
 )
 def test_pictures_that_do_not_match_the_layout_are_refused(default, values, images, options, sentence):
@@ -333,8 +333,9 @@ def test_with_everything_given_the_panels_come_back_within_the_round_trip_of_the
 )
 def test_it_says_what_there_is_to_split(values, sentence):
     panels, *_ = layout()
+    stand_ins = {"image": noise(1, 96, 192, 3), "latent": {"samples": noise(1, 16, 12, 24)}}
     with pytest.raises(ValueError, match=sentence):
-        split(panels, **values)
+        split(panels, **{name: stand_ins.get(name, value) for name, value in values.items()})
 
 
 def test_of_a_video_each_frame_is_a_canvas():
@@ -406,7 +407,7 @@ def test_the_example_sets_train_a_lora_with_comfyuis_own_nodes(default, checkpoi
     panels, *_ = layout(panel_width=32, panel_height=32)
     folder = PanelSets.define_schema().inputs[0].options[0]
     with torch.inference_mode():  # as ComfyUI runs every node
-        images, texts = PanelSets.execute(folder, panels, "crop").args
+        images, texts = PanelSets.execute(folder, "crop", panels).args
         assert len(images) == len(texts) == 20
         assert images[0].shape == (1, 32, 64, 3)
         latents, conditioning = MakeTrainingDataset.execute(images[:2], [default.vae], [default.clip], texts[:2]).args

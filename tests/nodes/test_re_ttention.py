@@ -35,7 +35,7 @@ def test_neutral_values_give_the_model_back(tiny_flux, neutral):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 @pytest.mark.parametrize("name", ["drift", "max_memory"])
 def test_numbers_that_mean_nothing_are_answered_with_a_sentence(tiny_flux, name, value):
-    with pytest.raises(ValueError, match=f"{name} must be a finite number .*at least 0, got {value}"):
+    with pytest.raises(ValueError, match=f"Apply Re-ttention: '{name}' must be a number from 0.0 to .*, got {value}"):
         apply(tiny_flux, **{name: value})
 
 

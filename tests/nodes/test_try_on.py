@@ -31,6 +31,10 @@ def prepare(**values):
     return TryOnPrepare.execute(**defaults(TryOnPrepare, **values)).args
 
 
+def composite(result, person, crop, feather, mask=None):
+    return TryOnComposite.execute(result=result, person=person, crop=crop, feather=feather, mask=mask).args[0]
+
+
 def apply(model, file, **values):
     given = {"vae": Vae(), "person": image(64, 64), "garment": image(64, 48, seed=1), **values}
     return ApplyTryOn.execute(**defaults(ApplyTryOn, model=model, try_on=file, **given)).args[0]
@@ -106,15 +110,17 @@ def test_nodes_say_what_they_are():
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_a_mask_of_the_background_is_noticed(caplog, background):
-    """As core's Load Image gives it of a cut-out garment: 1 where the picture is transparent."""
+@pytest.mark.parametrize("name", ["mask", "garment_mask"])
+def test_a_mask_of_the_background_is_noticed(caplog, name, background):
+    """As core's Load Image gives it of a cut-out person or garment: 1 where the picture is transparent."""
     mask = torch.zeros(1, 30, 30)
     mask[:, 8:22, 8:22] = 1
-    prepare(garment_mask=1 - mask if background else mask)
+    prepare(person=image(30, 30), **{"mask": mask, name: 1 - mask if background else mask})
     prepare(garment_mask=torch.ones(1, 30, 30))
     prepare(garment=image(1, 1), garment_mask=torch.ones(1, 1, 1))
     said = [record.getMessage() for record in caplog.records if "put Invert Mask between" in record.getMessage()]
     assert len(said) == background
+    assert all(text.startswith(f"Try-On Prepare: '{name}' covers all corners") for text in said)
 
 
 def test_prepared_pictures_have_one_size():
@@ -148,7 +154,7 @@ def test_what_is_pasted_back_leaves_the_rest_bit_for_bit(channels, crop):
     person = image(75, 53, channels=channels)
     prepared = prepare(person=person, mask=hole(75, 53), crop=crop, megapixels=0.01, garment=image(9, 9, 2))
     result = image(prepared[4], prepared[3], 2, seed=3)
-    pasted = TryOnComposite.execute(result, person, prepared[6], 5).args[0]
+    pasted = composite(result, person, prepared[6], 5)
     changed = (pasted != person.expand(2, -1, -1, max(channels, 3))).any(-1)
     allowed = torch.nn.functional.max_pool2d(hole(75, 53)[None], 17, 1, 8)[0] > 0  # 8 pixels of dilation
     assert not (changed & ~allowed).any()
@@ -160,23 +166,23 @@ def test_the_feather_stays_within_the_dilation_and_says_so(caplog, dilation):
     crop = prepare(size="fixed", width=32, height=48, dilation=dilation)[6]
     result, person = image(48, 32, seed=3), image(60, 44)
     with caplog.at_level(logging.INFO):
-        wide = TryOnComposite.execute(result, person, crop, 8).args[0]
+        wide = composite(result, person, crop, 8)
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith(f"Try-On Composite: feather is 8 and the mask grew by {dilation} pixels, so the feather is")
     caplog.clear()
-    assert torch.equal(wide, TryOnComposite.execute(result, person, crop, dilation).args[0])
+    assert torch.equal(wide, composite(result, person, crop, dilation))
     assert not caplog.records
-    hard = TryOnComposite.execute(result, person, crop, 0).args[0]
+    hard = composite(result, person, crop, 0)
     assert torch.equal(wide, hard) == (dilation == 0)
 
 
 def test_a_mask_narrows_what_composite_changes():
     prepared = prepare(size="fixed", width=32, height=48)
     person, result = image(60, 44), image(48, 32, seed=3)
-    whole = TryOnComposite.execute(result, person, prepared[6], 0).args[0]
-    same = TryOnComposite.execute(result, person, prepared[6], 0, prepared[2]).args[0]
+    whole = composite(result, person, prepared[6], 0)
+    same = composite(result, person, prepared[6], 0, prepared[2])
     assert torch.equal(same, whole)  # the working mask covers the mask
-    none = TryOnComposite.execute(result, person, prepared[6], 4, torch.zeros(1, 60, 44)).args[0]
+    none = composite(result, person, prepared[6], 4, torch.zeros(1, 60, 44))
     assert torch.equal(none, person)
 
 
@@ -188,11 +194,11 @@ def test_a_mask_narrows_what_composite_changes():
         ({"garment_mask": torch.zeros(1, 30, 30)}, "The mask is empty"),
         ({"garment_mask": torch.ones(1, 30, 60)}, "The mask is 60 x 30 pixels and the garment 30 x 30"),
         ({"person": image(60, 44, 2), "garment": image(30, 30, 3)}, r"Got 2 persons and 3 garments\. Give one of"),
-        ({"person": image(60, 44, channels=2)}, "must have 1, 3 or 4 channels, got 2"),
-        ({"size": "fixed", "width": 40}, "width and height must be positive multiples of 16, got 40 and 1024"),
-        ({"megapixels": float("nan")}, "megapixels must be above 0 and at most 64, got nan"),
-        ({"margin": float("inf")}, "margin must be a number of at least 0, got inf"),
-        ({"dilation": -1}, "dilation must be at least 0 pixels, got -1"),
+        ({"person": image(60, 44, channels=2)}, "Try-On Prepare: 'person' must have 1, 3 or 4 channels .* got 2"),
+        ({"size": "fixed", "width": 40}, "'width' must be a multiple of 16 pixels, got 40"),
+        ({"megapixels": float("nan")}, r"'megapixels' must be a number from 0\.001 to 16\.0, got nan"),
+        ({"margin": float("inf")}, r"'margin' must be a number from 0\.0 to 4\.0, got inf"),
+        ({"dilation": -1}, "'dilation' must be a whole number from 0 to 512, got -1"),
     ],
 )
 def test_wrong_inputs_of_prepare_are_answered_with_a_sentence(values, message):
@@ -205,11 +211,11 @@ def test_wrong_inputs_of_composite_are_answered_with_a_sentence():
     for values, message in (
         ((image(48, 48), image(60, 44), crop, 0), "The result is 48 x 48 pixels, the crop was 32 x 48"),
         ((image(48, 32), image(44, 60), crop, 0), r"of 44 x 60 pixels, got 1 of 60 x 44\. Connect the pictures"),
-        ((image(48, 32), image(60, 44), crop, -1), "feather must be at least 0 pixels"),
+        ((image(48, 32), image(60, 44), crop, -1), "'feather' must be a whole number from 0 to 512, got -1"),
         ((image(48, 32), image(60, 44), crop, 0, torch.ones(1, 9, 9)), "'mask' must be 44 x 60 pixels"),
     ):
         with pytest.raises(ValueError, match=message):
-            TryOnComposite.execute(*values)
+            composite(*values)
 
 
 # Load and Apply
@@ -300,11 +306,11 @@ def test_garments_of_a_batch_come_out_one_picture_each(tiny_flux, file):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"person_strength": float("nan")}, "person_strength must be a finite number, got nan"),
-        ({"garment_strength": float("inf")}, "garment_strength must be a finite number"),
+        ({"person_strength": float("nan")}, r"'person_strength' must be a number from 0\.0 to 4\.0, got nan"),
+        ({"garment_strength": float("inf")}, "'garment_strength' must be a number from"),
         ({"start_percent": 0.6, "end_percent": 0.6}, r"start_percent \(0\.6\) must be below"),
-        ({"person_size": 40}, "person_size must be 0 or a positive multiple of 16, got 40"),
-        ({"garment_size": -16}, "garment_size must be 0 or a positive multiple of 16"),
+        ({"person_size": 40}, "'person_size' must be a multiple of 16 pixels, got 40"),
+        ({"garment_size": -16}, "'garment_size' must be a whole number from 0 to 4096, got -16"),
         ({"person": image(64, 64, 2), "garment": image(64, 64, 3)}, "Got 2 persons and 3 garments"),
     ],
 )

@@ -75,6 +75,27 @@ def test_a_failed_prompt_says_which_node_and_why(server):
         server.client.run(prompt)
 
 
+def test_a_number_over_a_link_is_held_to_what_the_widget_allows(server):
+    """ComfyUI checks widgets only."""
+    prompt = {
+        "1": {"class_type": "DiTLoadEmbedded", "inputs": {}},
+        "2": {"class_type": "PrimitiveInt", "inputs": {"value": 13}},
+        "3": {
+            "class_type": "DiTDeltaDiT",
+            "inputs": {
+                **{"model": ["1", 0], "interval": ["2", 0], "share": 0.75, "boundary": 0.5, "first_full": 1},
+                **{"last_full": 0, "order": 0, "start_percent": 0.0, "end_percent": 1.0, "offload": False},
+            },
+        },
+        "4": {"class_type": "PreviewAny", "inputs": {"source": ["3", 0]}},
+    }
+    said = r"node 3 \(DiTDeltaDiT\): Apply Delta-DiT: 'interval' must be a whole number from 1 to 12, got 13\."
+    with pytest.raises(PromptFailed, match=said):
+        server.client.run(prompt)
+    prompt["2"]["inputs"]["value"] = 12
+    server.client.run(prompt)
+
+
 def test_an_interrupted_prompt_says_so_and_the_next_one_runs(server):
     """More steps than any machine gets through; the interrupt comes with the first."""
     prompt = {

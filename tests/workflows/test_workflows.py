@@ -42,6 +42,15 @@ WORN = {
     "All together (CPU demo)": [("green", "red")],
 }
 
+# What notes tell their readers to bypass (Ctrl+B).
+TO_BYPASS = {
+    "All together (CPU demo)": ["DiTEasyControlApply", "DiTFreeCus", "DiTAccelerate"],
+    "Confidence-Gated Taylor - forecasts when it can (FLUX.1-dev)": ["DiTCGTaylor"],
+    "EasyControl - edges and subject (CPU demo)": ["DiTEasyControlApply"],
+    "EasyControl - edges and subject (FLUX.1-dev)": ["DiTEasyControlApply"],
+    "TaylorSeer - faster (FLUX.1-dev)": ["DiTTaylorSeer"],
+}
+
 
 @pytest.fixture(scope="module")
 def prompt_of(page):
@@ -77,6 +86,26 @@ def test_the_workflow_runs_as_far_as_the_models_at_hand_allow(stem, prompt_of, s
 def test_what_comes_after_the_loaders_of_flux_runs(stem, prompt_of, server):
     """The same graph on the embedded model: links, values, conditions and sampler, to the saved picture."""
     prompt = on_the_embedded_model(prompt_of(stem))
+    result = server.client.run(prompt)
+    assert any(image.type == "output" for image in result.images)
+    check_pictures(server, result)
+
+
+def test_no_note_tells_to_bypass_what_nobody_has_tried():
+    notes = {
+        stem: [node for node in workflows.nodes_of(workflows.read(stem)) if "Note" in node["type"]] for stem in STEMS
+    }
+    assert {stem for stem in STEMS if "bypass" in str(notes[stem]).lower()} == set(TO_BYPASS)
+
+
+@pytest.mark.parametrize(("stem", "kind"), [(stem, kind) for stem, kinds in TO_BYPASS.items() for kind in kinds])
+def test_what_a_note_tells_to_bypass_can_be_bypassed(stem, kind, page, server):
+    workflow = workflows.read(stem)
+    next(node for node in workflow["nodes"] if node["type"] == kind)["mode"] = 4
+    page.load_workflow(workflow)
+    prompt = page.prompt()
+    if not workflows.is_embedded(stem):
+        prompt = on_the_embedded_model(prompt)
     result = server.client.run(prompt)
     assert any(image.type == "output" for image in result.images)
     check_pictures(server, result)
