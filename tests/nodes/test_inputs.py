@@ -20,7 +20,7 @@ pytestmark = pytest.mark.comfy
 from comfy_api.latest import io  # noqa: E402
 
 from dit_toolkit.host.accelerate.report import Report  # noqa: E402
-from dit_toolkit.host.control.easycontrol_files import EasyControlFile  # noqa: E402
+from dit_toolkit.host.control import easycontrol_files  # noqa: E402
 from dit_toolkit.models.control.in_context_lora import panel_layout  # noqa: E402
 from dit_toolkit.models.control.try_on_image import fitted_masks, plan  # noqa: E402
 from dit_toolkit.nodes import DiTToolkit  # noqa: E402
@@ -67,7 +67,7 @@ class Vae:
 
 
 @pytest.fixture(scope="module")
-def stand_ins(tiny_flux, file: EasyControlFile) -> dict[str, Any]:
+def stand_ins(tiny_flux) -> dict[str, Any]:
     """What there is to connect, by type: small and good."""
     return {
         "MODEL": tiny_flux,
@@ -76,7 +76,7 @@ def stand_ins(tiny_flux, file: EasyControlFile) -> dict[str, Any]:
         "IMAGE": PICTURE,
         "MASK": MASK,
         "LATENT": LATENT,
-        "DIT_EASYCONTROL": file,
+        "DIT_EASYCONTROL": easycontrol_files.from_state(tiny.lora_state(), "canny.safetensors"),
         "DIT_TRY_ON": file_of(),
         "DIT_REPORT": Report("Test"),
         "DIT_PANELS": panel_layout("custom", 1, 2, 16, 32, "auto", "", "1"),
