@@ -39,6 +39,7 @@ const BEHIND = ["panel_prompts", "given"]; // the grid
 const CELL = { cellWidth: 108, cellHeight: 66, most: 400 };
 const [GAP, TOOLS, CAPTION, WORDS, NOTE, MARGIN] = [5, 22, 85, 15, 30, 10];
 const NODE_WIDTH = 430;
+const MORE_IN_NODES_2 = 56; // its rows are higher
 
 const THROUGH = new Set(["Enter", "s", "S"]); // with Ctrl or Cmd: ComfyUI's Run and Save are wanted while typing
 
@@ -217,6 +218,7 @@ class Editor {
     this.asLines = this.node.properties?.[AS_LINES] === true;
     this.look();
     this.draw({ resize: false });
+    fit(this.node, MORE_IN_NODES_2);
   }
 
   // What the user does
@@ -462,6 +464,6 @@ app.registerExtension({
     if (node.comfyClass !== NODE || !WIDGETS.every((name) => node.widgets.some((each) => each.name === name))) return;
     new Editor(node);
     node.setSize([Math.max(node.size[0], NODE_WIDTH), node.size[1]]);
-    fit(node);
+    fit(node, MORE_IN_NODES_2);
   },
 });

@@ -154,7 +154,7 @@ let loading = false; // the graph on the canvas is one workflow's, and the page 
 function watchPrompts() {
   const { queuePrompt } = api; // keep whoever was there before us
   api.queuePrompt = async function (...args) {
-    const origin = originOf(args[1], app.extensionManager.workflow, SHOWN_ON);
+    const origin = originOf(args[1], app.extensionManager?.workflow ?? {}, SHOWN_ON);
     const answer = await queuePrompt.apply(this, args);
     if (origin && answer?.prompt_id) {
       runs.sent(answer.prompt_id, origin);

@@ -23,12 +23,16 @@ export function addElement(node, name, element, height) {
 }
 
 /**
- * Make the node as large as its widgets want it, as soon as they do. The classic canvas would do so when it draws and
- * when a workflow is opened, and undo would take the difference for a step of the user's.
+ * Make the node as large as its widgets want it, as soon as they do. The page would do so when it draws and when a
+ * workflow is opened, and undo would take the difference for a step of the user's.
+ *
+ * Nodes 2.0 measures what it has drawn, and keeps what is larger: for nodes that are higher there than on the classic
+ * canvas, `more` says by how many pixels. Without it, nothing is done there.
  */
-export function fit(node) {
-  if (LiteGraph.vueNodesMode) return; // there the page measures what it drew
-  const [width, height] = node.computeSize();
+export function fit(node, more = 0) {
+  if (LiteGraph.vueNodesMode && !more) return;
+  const [width, least] = node.computeSize();
+  const height = least + (LiteGraph.vueNodesMode ? more : 0);
   if (node.size[0] < width || node.size[1] < height)
     node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
 }
