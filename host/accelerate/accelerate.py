@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from math import isfinite
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -20,6 +20,7 @@ from ...models.accelerate.cg_taylor import FirstBlockGate
 from ...models.accelerate.delta_dit import Stages
 from ...models.accelerate.step_cache import Guard, Policy
 from ...models.accelerate.taylorseer import FORECASTS, Forecaster, Interval
+from ..transformer import transformer_of
 from .report import Report
 from .step_cache import StepCache, attach
 from .step_cache_taps import LastBlockTap, SpanTap, Tap, blocks_of, require_blocks, tap_for
@@ -105,9 +106,7 @@ def family_name(model: ModelPatcher) -> str:
 
 def is_embedded(model: ModelPatcher) -> bool:
     """The tiny FLUX.1 that ships with the pack: its one attention head gives it away."""
-    transformer: Any = model.get_model_object("diffusion_model")
-    transformer = getattr(transformer, "_orig_mod", transformer)
-    return family_name(model).startswith("FLUX.1") and transformer.params.num_heads == 1
+    return family_name(model).startswith("FLUX.1") and transformer_of(model).params.num_heads == 1
 
 
 def preset(model: ModelPatcher, quality: Quality) -> Setting:
