@@ -24,6 +24,8 @@ import torch
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
+from .offers import Offers
+
 KEY = "dit_toolkit"
 CHUNK = "dit_toolkit.chunk"  # in transformer_options: the Chunk that is being computed
 PROMPTS = "dit_toolkit.prompts"  # there too: the name of each list of prompts, by number
@@ -109,6 +111,7 @@ class Run:
         self.sampler = sampler
         self.evaluation = -1
         self.replaced: dict[Hashable, Any] = {}  # patches_replace["dit"] as it stands for most passes
+        self.offers = Offers()
         self._closing: list[Callable[[bool], None]] = []
         self._lanes: dict[tuple[int, Condition], Any] = {}
         self._seen: Counter[Hashable] = Counter()
@@ -227,8 +230,10 @@ def sampler_run(executor, *args, **kwargs):
         descriptions = options["transformer_options"].get(KEY, ())
         for description in sorted(descriptions, key=place):
             description.bind(run, options)
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, run.offers.watch, options, is_model_options=True)
         run.replaced = dict(options["transformer_options"].get("patches_replace", {}).get("dit", {}))
         result = executor(*args, **kwargs)
+        run.offers.finish(run.model)
         completed = True
         return result
     finally:

@@ -18,7 +18,7 @@ from ...models.accelerate.sparse_attention import Band, Disc, FrameBand, Grid, P
 from ..run import KEY, Run, attached
 from ..run import attach as attach_description
 from .re_ttention_run import ReTtentionRun
-from .sparse_attention import SparseAttention
+from .sparse_attention import SparseAttention, require_known_tokens
 
 STORAGE: dict[str, Storage] = {
     "full precision": "full",
@@ -85,7 +85,7 @@ class Report:
             lines.append(f"memory held: {device:.1f} MiB{more} at most")
         lines += [f"left full: {count} calls, {reason}" for reason, count in self.left_full.items()]
         if not self.kinds and not self.left_full:
-            lines.append("This model does not let nodes reach its attention: nothing was changed.")
+            lines.append("No attention of the picture's tokens was seen: nothing was changed.")
         return "\n".join(lines)
 
     def json(self) -> str:
@@ -147,8 +147,9 @@ def attach(model: ModelPatcher, settings: ReTtention) -> ModelPatcher:
     """A clone of `model` that is sampled with these settings.
 
     Raises:
-        ValueError: its attention is sparse already.
+        ValueError: its attention is sparse already, or out of reach.
     """
+    require_known_tokens(model, "Apply Re-ttention")
     if any(isinstance(other, SparseAttention | ReTtention) for other in attached(model)):
         raise ValueError(CONFLICT)
     return attach_description(model, settings)

@@ -117,7 +117,7 @@ class Encoder:
             lora = adapters[0].model if adapters else None
             call = Call(base, lora, chunk_of(options), options, x, channels, conds)
             keys = [self.keys(call, i) for i in range(len(call.chunk.conditions))]
-            options = with_keys(options, ExtraKeys(keys, math.log(self.settings.influence)))
+            options = with_keys(options, ExtraKeys(keys, math.log(self.settings.influence), feature=self.settings.node))
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
     def keys(self, call: Call, i: int) -> BlockKeys:
