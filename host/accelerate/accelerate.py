@@ -23,7 +23,7 @@ from ...models.accelerate.taylorseer import FORECASTS, Forecaster, Interval
 from ..transformer import transformer_of
 from .report import Report
 from .step_cache import StepCache, attach
-from .step_cache_taps import LastBlockTap, SpanTap, Tap, blocks_of, require_blocks, tap_for
+from .step_cache_taps import LastBlockTap, SpanTap, Tap, blocks_of, in_reach, require_blocks, tap_for
 
 Quality = Literal["quality", "balanced", "fast"]
 QUALITIES: tuple[Quality, ...] = ("quality", "balanced", "fast")
@@ -110,9 +110,12 @@ def is_embedded(model: ModelPatcher) -> bool:
 
 
 def preset(model: ModelPatcher, quality: Quality) -> Setting:
-    """The setting for a model of this family."""
+    """The setting for a model of this family. Where its blocks are out of reach, one that does without them."""
     table = EMBEDDED if is_embedded(model) else PRESETS.get(family_name(model), OTHERS)
-    return table[QUALITIES.index(quality)]
+    setting = table[QUALITIES.index(quality)]
+    if setting.method in ("Confidence-Gated Taylor", "Delta-DiT") and not in_reach(model):
+        return OTHERS[QUALITIES.index(quality)]
+    return setting
 
 
 def cache_for(model: ModelPatcher, setting: Setting, report: Report, node: str = "Accelerate DiT") -> StepCache:
@@ -178,7 +181,7 @@ def tune(
     if not isfinite(floor_db):
         raise ValueError(f"floor must be a finite number of dB, got {floor_db}.")
     watch = Report("calibration")
-    if blocks_of(model) is None:
+    if not in_reach(model):
         reference, errors = sample(model), []
     else:
         probe = cache_for(model, gate(CLOSED, "", first=2), watch)

@@ -375,6 +375,11 @@ def blocks_of(model: ModelPatcher) -> tuple[BlockFamily, tuple[Key, ...]] | None
     return family, family.keys(transformer_of(model))
 
 
+def in_reach(model: ModelPatcher) -> bool:
+    """Whether blocks can be wrapped for sure. A forward pass of somebody else's may leave their replacements out."""
+    return blocks_of(model) is not None and stranger(model) is None
+
+
 def require_blocks(
     model: ModelPatcher, node: str, instead: str = "tap 'prediction'"
 ) -> tuple[BlockFamily, tuple[Key, ...]]:
@@ -404,7 +409,7 @@ def tap_for(model: ModelPatcher, name: TapName, node: str, max_bytes: int | None
     if name == "every module":
         flux.require_flux1(model, f"{node} with tap 'every module'")
         return ModuleTap(*require_blocks(model, node), max_bytes)
-    if name == "auto" and (blocks_of(model) is None or stranger(model) is not None):
+    if name == "auto" and not in_reach(model):
         return PredictionTap()
     return LastBlockTap(*require_blocks(model, node), or_prediction=name == "auto")
 
@@ -417,7 +422,7 @@ def tap_in_run(tap: Tap, model: ModelPatcher, node: str) -> Tap:
     """
     if isinstance(tap, PredictionTap):
         return tap
-    if getattr(tap, "or_prediction", False) and (blocks_of(model) is None or stranger(model) is not None):
+    if getattr(tap, "or_prediction", False) and not in_reach(model):
         return PredictionTap()
     require_blocks(model, node)
     return tap

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from types import ModuleType
 
 import pytest
 import torch
@@ -13,12 +11,12 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
-from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
 from dit_toolkit.host import attention, embedded, flux, offers
 from dit_toolkit.host.accelerate import re_ttention
-from dit_toolkit.host.accelerate.accelerate import family_name, is_embedded
+from dit_toolkit.host.accelerate.accelerate import QUALITIES, accelerated, family_name, is_embedded, preset, tune
 from dit_toolkit.host.accelerate.foreign_caches import foreign_cache, named
+from dit_toolkit.host.accelerate.report import Report
 from dit_toolkit.host.accelerate.sparse_attention import SparseAttention, report, require_known_tokens
 from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse
 from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, PredictionTap, blocks_of, tap_for
@@ -29,10 +27,10 @@ from dit_toolkit.models.accelerate.re_ttention import Schedule
 from dit_toolkit.models.accelerate.sparse_attention import Disc
 from dit_toolkit.models.accelerate.taylorseer import Interval
 from dit_toolkit.tests.host import foreign
-from dit_toolkit.tests.host.accelerate.caching import TAPS, cached, strip
+from dit_toolkit.tests.host.accelerate.caching import TAPS, cached, calls, strip
 from dit_toolkit.tests.host.control.test_try_on import dressed, file_of
 from dit_toolkit.tests.host.families import FAMILIES
-from dit_toolkit.tests.host.tiny import close, controlled, flux_state, load_flux, lora_file, sample
+from dit_toolkit.tests.host.tiny import close, controlled, lora_file, sample
 
 pytestmark = pytest.mark.comfy
 
@@ -104,18 +102,26 @@ def test_a_feature_that_no_block_asks_for_says_who_is_in_its_way(tiny_flux, feat
         sample(take(features[name](tiny_flux)) if ours_first else features[name](take(tiny_flux)), 1)
 
 
-def test_a_compiled_model_says_so_at_its_end(monkeypatch):
-    """Under torch.compile nobody watches the blocks."""
-    torch._dynamo.reset()
-    pack = ModuleType(foreign.module("ComfyUI-PuLID"))
-    vars(pack).update(vars(foreign))
-    monkeypatch.setitem(sys.modules, foreign.module("ComfyUI-PuLID"), pack)  # the compiler looks names up there
-    small = load_flux(flux_state(double=1, single=1))
-    model = foreign.without_options(controlled(small, file=lora_file(double=1, single=1)), "ComfyUI-PuLID")
-    options = {"guard_filter_fn": skip_torch_compile_dict}
-    set_torch_compile_wrapper(model=model, backend="eager", options=options)
-    with pytest.raises(ValueError, match=r"^Apply EasyControl has no effect: ComfyUI-PuLID has put its own forward"):
-        sample(model, 1)
+def test_it_is_said_in_the_first_call_of_the_model(tiny_flux, features):
+    """And in the first that is handed something: half of the steps are drawn without the condition."""
+    model = foreign.without_options(tiny_flux)
+    for part, expected in (({}, 1), ({"start": 0.4}, 3)):
+        with calls(model=tiny_flux.model.diffusion_model.img_in) as count, pytest.raises(ValueError, match="no effect"):
+            sample(features["Apply EasyControl"](model, **part), 4)
+        assert count["model"] == expected + 1  # the condition goes through the same layer
+
+
+def test_a_compiled_model_says_so_at_its_end(tiny_flux):
+    """Under torch.compile nobody hangs hooks on blocks: they would become part of what is compiled."""
+    model = foreign.without_options(controlled(tiny_flux))
+    set_torch_compile_wrapper(model=model, backend="eager")
+    head, told = (
+        tiny_flux.model.diffusion_model.final_layer,
+        r"^Apply EasyControl has no effect: ComfyUI-IPAdapter-Flux",
+    )
+    with torch.compiler.set_stance("force_eager"), calls(head=head) as count, pytest.raises(ValueError, match=told):
+        sample(model, 2)
+    assert count["head"] == 2
 
 
 def test_blocks_that_do_not_say_where_the_text_ends(tiny_flux, features, monkeypatch):
@@ -218,6 +224,21 @@ def test_tap_auto_takes_the_prediction_where_blocks_are_out_of_reach(tiny_flux, 
     expected = cached(take(tiny_flux), Interval(2, 1), "prediction")
     assert torch.equal(sample(model, 5), sample(expected, 5))
     assert "." in strip(model)
+
+
+@pytest.mark.parametrize("quality", QUALITIES)
+def test_accelerate_takes_a_method_that_needs_no_blocks(tiny_flux, quality):
+    assert preset(tiny_flux, quality).method == "Confidence-Gated Taylor"
+    theirs = foreign.without_options(tiny_flux)
+    fast = accelerated(theirs, preset(theirs, quality), Report("Test"))
+    assert torch.isfinite(sample(fast, 8)).all()
+    assert "." in strip(fast)
+
+
+def test_autotune_tries_what_needs_no_blocks(tiny_flux):
+    theirs = foreign.without_options(tiny_flux)
+    best, tried = tune(theirs, lambda model: sample(model, 6), floor_db=0.0, trials=2)
+    assert {trial.setting.method for trial in tried} == {best.method} == {"TaylorSeer"}
 
 
 def test_a_tap_on_blocks_that_are_told_works(tiny_flux):
