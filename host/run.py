@@ -9,8 +9,8 @@ order of nodes does not matter, and nothing stays on the MODEL, its weights or i
 
 Three hooks are the run's own. PREDICT_NOISE is one evaluation by the sampler, whatever the guider makes of it.
 CALC_COND_BATCH tells which prompts a guider has computed: core's guiders do not agree on their order. APPLY_MODEL is
-one call of the model, with one or more conditions side by side in its batch: a `Chunk`. Inside of all features, a second
-APPLY_MODEL wrapper sees to it that blocks take what features hand to them: `offers.py`.
+one call of the model, with one or more conditions side by side in its batch: a `Chunk`. A second wrapper of that kind,
+inside of all features, watches whether blocks take what features hand to them: `offers.py`.
 """
 
 from __future__ import annotations
