@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .compiled import untraced
+from .offers import Offer, ask, offer
 
 EXTRA_KEYS = "dit_toolkit.extra_keys"  # in transformer_options: a tuple of ExtraKeys
 TEXT_SCALES = "dit_toolkit.text_scales"  # in transformer_options: a tuple of TextScale
@@ -41,11 +42,13 @@ class ExtraKeys:
         may lie on another device, and may be made only when a block asks for them.
     log_weight: added to the logits of these keys. 0 is neutral and costs no mask.
     blind: conditions, by number, that do not see these keys. They cost a mask.
+    feature: whose they are, as people call it.
     """
 
     conditions: Sequence[BlockKeys]
     log_weight: float = 0.0
     blind: frozenset[int] = field(default_factory=frozenset)
+    feature: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def install(model_options: dict) -> None:
 
 def with_keys(options: dict, keys: ExtraKeys) -> dict:
     """transformer_options of one model call, with `keys` beside those already handed over."""
+    if keys.feature:
+        options = offer(options, Offer(keys.feature, "attention patch", frozenset(keys.conditions[0])))
     return {**options, EXTRA_KEYS: (*options.get(EXTRA_KEYS, ()), keys)}
 
 
@@ -102,8 +107,9 @@ def append_extra_keys(q: Tensor, k: Tensor, v: Tensor, pe=None, attn_mask=None, 
     recorder: Recorder | None = options.get(RECORDER)
     if recorder is not None:
         if recorder.wants(block):
-            recorder.record(block, k if pe is None else apply_rope1(k, pe), v, options["img_slice"][0])
+            recorder.record(block, k if pe is None else apply_rope1(k, pe), v, length_of_text(options))
         return {}
+    ask(options, "attention patch", block)
     extras = [keys for keys in options.get(EXTRA_KEYS, ()) if all(block in part for part in keys.conditions)]
     scales = [scale.factors for scale in options.get(TEXT_SCALES, ()) if block in scale.blocks]
     factors = [max(each) for each in zip(*scales, strict=True)]
@@ -113,13 +119,24 @@ def append_extra_keys(q: Tensor, k: Tensor, v: Tensor, pe=None, attn_mask=None, 
     if pe is not None:
         q, k = apply_rope(q, k, pe)
     if any(factor != 1 for factor in factors):
-        k = scale_text(k, options["img_slice"][0], factors)
+        k = scale_text(k, length_of_text(options), factors)
     added = [_rows(keys, block, k) for keys in extras]
     counts = [(part.shape[2], _log_weights(keys, k)) for (part, _), keys in zip(added, extras, strict=True)]
     mask = widen_mask(attn_mask, q, k.shape[2], counts)
     k = torch.cat([k, *[part for part, _ in added]], dim=2)
     v = torch.cat([v, *[part for _, part in added]], dim=2)
     return {"q": q, "k": k, "v": v, "pe": None, "attn_mask": mask}
+
+
+@untraced
+def length_of_text(options: dict) -> int:
+    """How many tokens of text stand in front of the picture's, as the block says."""
+    if "img_slice" not in options:
+        raise ValueError(
+            "Apply FreeCus needs to know which tokens are the prompt's, and the model's blocks do not say so, because "
+            "another node replaced them. Remove that node, or Apply FreeCus."
+        )
+    return options["img_slice"][0]
 
 
 def scale_text(k: Tensor, text: int, factors: Sequence[float]) -> Tensor:

@@ -45,11 +45,12 @@ from comfy.ldm.lightricks.model import LTXVModel
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import VaceWanModel, WanModel
-from comfy.model_patcher import ModelPatcher, set_model_options_patch_replace
+from comfy.model_patcher import set_model_options_patch_replace
 from torch import Tensor
 
 from .compiled import untraced
 from .flux import is_flux1
+from .transformer import class_of, transformer_of
 
 Key = tuple[str, int]  # ("double_block", 3), as in patches_replace["dit"]
 BlockArgs = dict[str, Any]
@@ -109,7 +110,13 @@ class BlockFamily:
         """
         if "txt" in args:
             return slice(0, out["img"].shape[1])
-        return slice(*args["transformer_options"]["img_slice"])  # a single block, text in front
+        options = args.get("transformer_options", {})
+        if "img_slice" not in options:
+            raise ValueError(
+                "The model's blocks do not say which of their tokens are the picture's, because another node replaced "
+                "its forward pass. Remove that node, or the step cache."
+            )
+        return slice(*options["img_slice"])  # a single block, text in front
 
     def _kind(self, name: str) -> BlockKind:
         for kind in self.kinds:
@@ -141,14 +148,6 @@ FAMILIES: dict[type, BlockFamily] = {
 }
 
 
-def transformer_of(model: Any) -> Any:
-    """The transformer of a MODEL, of ComfyUI's BaseModel, or itself; as it was before torch.compile."""
-    if isinstance(model, ModelPatcher):
-        model = model.get_model_object("diffusion_model")
-    model = getattr(model, "diffusion_model", model)
-    return getattr(model, "_orig_mod", model)
-
-
 def block_family(model: Any) -> BlockFamily | None:
     """How the blocks of a MODEL, a BaseModel or a transformer are wrapped.
 
@@ -156,12 +155,12 @@ def block_family(model: Any) -> BlockFamily | None:
         None where ComfyUI calls no replacement (CogVideoX, Lumina 2, Z-Image, PixArt, U-Nets), and for models whose
         blocks were not looked into: LTX with sound, Wan's relatives other than VACE, and others.
     """
-    transformer = transformer_of(model)
-    if type(transformer) is not Flux:
-        return FAMILIES.get(type(transformer))
-    if is_flux1(transformer):
+    kind = class_of(model)
+    if kind is not Flux:
+        return FAMILIES.get(kind)
+    if is_flux1(model):
         return FLUX1
-    return FLUX2 if transformer.params.global_modulation else FLUX_LIKE
+    return FLUX2 if transformer_of(model).params.global_modulation else FLUX_LIKE
 
 
 def wrap_block(model_options: dict, key: Key, wrap: Wrap) -> None:

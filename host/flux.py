@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attention import Block, BlockKeys
+from .transformer import class_of, transformer_of
 
 apply_rope = apply_rope1  # (x, pe) to x rotated
 LARGEST = 1e4  # value of a latent: VAEs stay within some tens, and half precision ends at 65504
@@ -32,19 +33,21 @@ def require_flux1(model: ModelPatcher, node: str) -> Flux:
     Raises:
         ValueError: `model` is of another family.
     """
-    transformer: Any = model.get_model_object("diffusion_model")
-    transformer = getattr(transformer, "_orig_mod", transformer)  # compiled
-    if not is_flux1(transformer):
+    if not is_flux1(model):
         family = type(model.model.model_config).__name__  # SDXL, Chroma: what users call them
         raise ValueError(f"{node} needs a FLUX.1 model, got {family}. Connect one to 'model'.")
-    return transformer
+    return transformer_of(model)
 
 
-def is_flux1(transformer: Any) -> bool:
-    """FLUX.1 dev, schnell, Fill, Kontext and fine-tunes: own modulation per block, pooled text, 2 x 2 patches."""
-    if not isinstance(transformer, Flux):
+def is_flux1(model: Any) -> bool:
+    """FLUX.1 dev, schnell, Fill, Kontext and fine-tunes: own modulation per block, pooled text, 2 x 2 patches.
+
+    Args:
+        model: a MODEL, or what runs: a BaseModel or its transformer.
+    """
+    if not issubclass(class_of(model), Flux):
         return False
-    p = transformer.params
+    p = transformer_of(model).params
     others = p.global_modulation or p.yak_mlp or p.txt_norm or p.mlp_silu_act
     return not others and p.vec_in_dim is not None and p.patch_size == 2
 
@@ -127,7 +130,7 @@ def block_names(transformer: Flux) -> list[Block]:
 
 def block(transformer: Any, kind: str, index: int) -> Any:
     """The live module of ("double_block" or "single_block", index)."""
-    transformer = getattr(transformer, "_orig_mod", transformer)  # compiled
+    transformer = transformer_of(transformer)
     return (transformer.double_blocks if kind == "double_block" else transformer.single_blocks)[index]
 
 

@@ -9,7 +9,8 @@ order of nodes does not matter, and nothing stays on the MODEL, its weights or i
 
 Three hooks are the run's own. PREDICT_NOISE is one evaluation by the sampler, whatever the guider makes of it.
 CALC_COND_BATCH tells which prompts a guider has computed: core's guiders do not agree on their order. APPLY_MODEL is
-one call of the model, with one or more conditions side by side in its batch: a `Chunk`.
+one call of the model, with one or more conditions side by side in its batch: a `Chunk`. A second wrapper of that kind,
+inside of all features, watches whether blocks take what features hand to them: `offers.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
+from .offers import Offers
 from .tiles import Tile, tiles_of
 
 KEY = "dit_toolkit"
@@ -119,6 +121,7 @@ class Run:
         self.sampler = sampler
         self.evaluation = -1
         self.replaced: dict[Hashable, Any] = {}  # patches_replace["dit"] as it stands for most passes
+        self.offers = Offers()
         self._closing: list[Callable[[bool], None]] = []
         self._lanes: dict[tuple[int, Condition], Any] = {}
         self._seen: Counter[Hashable] = Counter()
@@ -250,8 +253,10 @@ def sampler_run(executor, *args, **kwargs):
         descriptions = options["transformer_options"].get(KEY, ())
         for description in sorted(descriptions, key=place):
             description.bind(run, options)
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, run.offers.watch, options, is_model_options=True)
         run.replaced = dict(options["transformer_options"].get("patches_replace", {}).get("dit", {}))
         result = executor(*args, **kwargs)
+        run.offers.finish(run.model)
         completed = True
         return result
     finally:

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from ..models.accelerate.sparse_attention import Grid
 from .run import KEY
+from .transformer import transformer_of
 
 TOKENS = "dit_toolkit.tokens"  # in transformer_options: the Tokens of the call
 
@@ -92,7 +93,7 @@ def tokens(transformer: Any, x: Tensor, context: Tensor | None, conds: dict) -> 
         context: the text, `[B, T, D]`.
         conds: the other arguments of the model.
     """
-    transformer = getattr(transformer, "_orig_mod", transformer)  # compiled
+    transformer = transformer_of(transformer)
     find = FAMILIES.get(type(transformer))
     if find is None:
         return Tokens((), f"{type(transformer).__name__} is not among the families whose tokens are known")

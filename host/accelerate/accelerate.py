@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from math import isfinite
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -20,9 +20,10 @@ from ...models.accelerate.cg_taylor import FirstBlockGate
 from ...models.accelerate.delta_dit import Stages
 from ...models.accelerate.step_cache import Guard, Policy
 from ...models.accelerate.taylorseer import FORECASTS, Forecaster, Interval
+from ..transformer import transformer_of
 from .report import Report
 from .step_cache import StepCache, attach
-from .step_cache_taps import LastBlockTap, SpanTap, Tap, blocks_of, require_blocks, tap_for
+from .step_cache_taps import LastBlockTap, SpanTap, Tap, blocks_of, in_reach, require_blocks, tap_for
 
 Quality = Literal["quality", "balanced", "fast"]
 QUALITIES: tuple[Quality, ...] = ("quality", "balanced", "fast")
@@ -105,15 +106,16 @@ def family_name(model: ModelPatcher) -> str:
 
 def is_embedded(model: ModelPatcher) -> bool:
     """The tiny FLUX.1 that ships with the pack: its one attention head gives it away."""
-    transformer: Any = model.get_model_object("diffusion_model")
-    transformer = getattr(transformer, "_orig_mod", transformer)
-    return family_name(model).startswith("FLUX.1") and transformer.params.num_heads == 1
+    return family_name(model).startswith("FLUX.1") and transformer_of(model).params.num_heads == 1
 
 
 def preset(model: ModelPatcher, quality: Quality) -> Setting:
-    """The setting for a model of this family."""
+    """The setting for a model of this family. Where its blocks are out of reach, one that does without them."""
     table = EMBEDDED if is_embedded(model) else PRESETS.get(family_name(model), OTHERS)
-    return table[QUALITIES.index(quality)]
+    setting = table[QUALITIES.index(quality)]
+    if setting.method in ("Confidence-Gated Taylor", "Delta-DiT") and not in_reach(model):
+        return OTHERS[QUALITIES.index(quality)]
+    return setting
 
 
 def cache_for(model: ModelPatcher, setting: Setting, report: Report, node: str = "Accelerate DiT") -> StepCache:
@@ -179,7 +181,7 @@ def tune(
     if not isfinite(floor_db):
         raise ValueError(f"floor must be a finite number of dB, got {floor_db}.")
     watch = Report("calibration")
-    if blocks_of(model) is None:
+    if not in_reach(model):
         reference, errors = sample(model), []
     else:
         probe = cache_for(model, gate(CLOSED, "", first=2), watch)

@@ -19,7 +19,7 @@ from ..run import KEY, Run, attached
 from ..run import attach as attach_description
 from .re_ttention_run import ReTtentionRun
 from .report import NodeReport
-from .sparse_attention import SparseAttention
+from .sparse_attention import SparseAttention, require_known_tokens
 
 STORAGE: dict[str, Storage] = {
     "full precision": "full",
@@ -76,7 +76,7 @@ class RunReport:
             lines.append(f"memory held: {device:.1f} MiB{more} at most")
         lines += [f"left full: {count} calls, {reason}" for reason, count in self.left_full.items()]
         if not self.kinds and not self.left_full:
-            lines.append("This model does not let nodes reach its attention: nothing was changed.")
+            lines.append("No attention of the picture's tokens was seen: nothing was changed.")
         return "\n".join(lines)
 
     def values(self) -> dict[str, Any]:
@@ -146,8 +146,9 @@ def attach(model: ModelPatcher, settings: ReTtention) -> ModelPatcher:
     """A clone of `model` that is sampled with these settings.
 
     Raises:
-        ValueError: its attention is sparse already.
+        ValueError: its attention is sparse already, or out of reach.
     """
+    require_known_tokens(model, "Apply Re-ttention")
     if any(isinstance(other, SparseAttention | ReTtention) for other in attached(model)):
         raise ValueError(CONFLICT)
     return attach_description(model, settings)

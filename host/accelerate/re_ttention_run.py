@@ -9,7 +9,7 @@ Forgotten before: rho and R of a condition when the strength of a scheduled LoRA
 evaluations of the model went by without it, as prompts that are over and context windows that have moved on do.
 
 A call of the model is computed in one way: full while all its conditions start, sparse if all may be, else it is a
-refresh. PixArt and others that do not let attention be reached are left as they are, and the report says so.
+refresh. PixArt and others that do not let attention be reached are refused by the node.
 """
 
 from __future__ import annotations
@@ -43,9 +43,11 @@ from ...models.accelerate.re_ttention import (
 from ...models.accelerate.sparse_attention import Pattern, covers, kept_pairs
 from ...models.accelerate.sparse_attention_flex import flex_dense
 from .. import token_grid
-from ..blocks import Key, block_family, transformer_of, wrap_block
+from ..blocks import Key, block_family, wrap_block
 from ..compiled import untraced
+from ..offers import Offer, ask, offer
 from ..run import KEY, Chunk, Condition, Run, chunk_of
+from ..transformer import transformer_of
 from .sparse_attention import OVERRIDE, Backend, OwnAttention, has_flex, own_attention
 
 if TYPE_CHECKING:
@@ -154,6 +156,7 @@ class ReTtentionRun:
             def without_us() -> Tensor:
                 return func(*args, **kwargs) if earlier is None else earlier(func, *args, **kwargs)
 
+            ask(kwargs.get("transformer_options") or {}, "attention override")
             own = own_attention(args, kwargs)
             call = self.call_of(own, without_us, kwargs.get("skip_output_reshape", False))
             if call is None:
@@ -170,6 +173,7 @@ class ReTtentionRun:
         hooks = getattr(getattr(executor.class_obj.current_patcher, "current_hooks", None), "hooks", ())
         weights = tuple((hook.hook_ref, hook.strength) for hook in hooks)
         options = {**(transformer_options or {}), SIGMA: float(t.flatten()[0]), WEIGHTS: weights}
+        options = offer(options, Offer("Apply Re-ttention", "attention override"))
         self.visit(chunk_of(options), weights)
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
@@ -365,6 +369,8 @@ def numbered(key: Key) -> Callable[[dict, Callable[[dict], dict]], dict]:
 
     def wrap(args: dict, run_block: Callable[[dict], dict]) -> dict:
         block = {"block_type": kind.removesuffix("_block"), "block_index": index}
+        if "transformer_options" not in args:  # somebody else's forward pass: `host/offers.py` has a word for it
+            return run_block(args)
         return run_block({**args, "transformer_options": {**args["transformer_options"], **block}})
 
     return wrap

@@ -36,9 +36,11 @@ from ...models.accelerate.sparse_attention_tiles import Tiling, tile, tiled
 from .. import flux, token_grid
 from ..attention import EXTRA_KEYS
 from ..compiled import untraced
+from ..offers import Offer, ask, offer
 from ..part_of_run import WHOLE_RUN, PartOfRun
 from ..run import KEY, Run, attached
 from ..run import attach as attach_description
+from ..transformer import class_of, stranger, transformer_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ def take_over(model_options: dict, attend: Attend, passed_on: Callable[[str], No
 
     @untraced  # what it finds in the options changes from call to call
     def override(func: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        ask(kwargs.get("transformer_options") or {}, "attention override")
         found = own_attention(args, kwargs)
         answer = attend(found) if isinstance(found, OwnAttention) else None
         if answer is not None:
@@ -327,6 +330,8 @@ class Sparse:
         """APPLY_MODEL: whether the pattern acts in this call."""
         acts = self.settings.part.includes(float(t.flatten()[0]), executor.class_obj.model_sampling)
         options = {**(transformer_options or {}), self.active: acts}
+        if acts:
+            options = offer(options, Offer(self.settings.name, "attention override"))
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
     def attend(self, call: OwnAttention) -> Tensor | None:
@@ -380,9 +385,10 @@ def require_known_tokens(model: ModelPatcher, node: str) -> None:
     Raises:
         ValueError: such a model.
     """
-    transformer: Any = model.get_model_object("diffusion_model")
-    transformer = getattr(transformer, "_orig_mod", transformer)  # compiled
-    if type(transformer) not in token_grid.FAMILIES:
+    who = stranger(model)
+    if class_of(model) not in token_grid.FAMILIES and who is not None:
+        raise ValueError(Offer(node, "attention override").refused_by(who))
+    if class_of(model) not in token_grid.FAMILIES:
         family = type(model.model.model_config).__name__
         raise ValueError(
             f"{node} does not know where the picture's tokens are in a {family} model. It works with FLUX, Chroma, "
@@ -399,12 +405,11 @@ def report(model: ModelPatcher, settings: SparseAttention) -> str:
     Which sizes stay dense is in `settings.min_tokens`, which is 0 where none does.
     """
     pattern = settings.pattern
-    transformer: Any = model.get_model_object("diffusion_model")
     lines = [f"{pattern}, scale {settings.scale}"]
-    if not flux.is_flux1(getattr(transformer, "_orig_mod", transformer)):
+    if not flux.is_flux1(model):
         return lines[0] + "\nThe log says after each run how many pairs were kept."
     for side in SIDES:
-        at = estimate(pattern, side, transformer.hidden_size)
+        at = estimate(pattern, side, transformer_of(model).hidden_size)
         tokens = (side // PIXELS) ** 2 + TEXT
         if tokens < settings.min_tokens:
             lines.append(f"{side} px: dense, {tokens} tokens are fewer than min_tokens")

@@ -6,7 +6,7 @@ blocks (`step_cache_taps.py`). State: `step_cache_run.py`, for one run and each 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from comfy.model_patcher import ModelPatcher
 
@@ -15,9 +15,10 @@ from ...models.accelerate.taylorseer import Forecaster
 from .. import run as runs
 from ..part_of_run import WHOLE_RUN, PartOfRun
 from ..run import Run
+from .foreign_caches import ForeignCache, foreign_cache
 from .report import Report
 from .step_cache_run import StepCacheRun
-from .step_cache_taps import Tap
+from .step_cache_taps import Tap, tap_in_run
 
 NO_GUARD = Guard()
 
@@ -42,10 +43,12 @@ class StepCache:
     outermost = True  # what is skipped need not be prepared by others
 
     def bind(self, run: Run, model_options: dict) -> None:
-        other = foreign_cache(model_options)
+        """Nodes behind ours may have brought another cache, or another class for the model: looked at once more."""
+        other = foreign_cache(run.model, model_options)
         if other:
             raise ValueError(conflict(self.method, other))
-        StepCacheRun(self, run).install(model_options)
+        settings = self if run.model is None else replace(self, tap=tap_in_run(self.tap, run.model, self.method))
+        StepCacheRun(settings, run).install(model_options)
 
 
 def attach(model: ModelPatcher, cache: StepCache) -> ModelPatcher:
@@ -54,21 +57,12 @@ def attach(model: ModelPatcher, cache: StepCache) -> ModelPatcher:
     Raises:
         ValueError: the model has a step cache already, ours or another one.
     """
-    earlier = next((each.method for each in runs.attached(model) if isinstance(each, StepCache)), None)
-    earlier = earlier or foreign_cache(model.model_options)
+    ours = next((ForeignCache(each.method) for each in runs.attached(model) if isinstance(each, StepCache)), None)
+    earlier = ours or foreign_cache(model, model.model_options)
     if earlier:
         raise ValueError(conflict(cache.method, earlier))
     return runs.attach(model, cache)
 
 
-def conflict(ours: str, other: str) -> str:
-    return f"{ours} cannot work on a model that {other} already caches. Remove one of the two."
-
-
-def foreign_cache(model_options: dict) -> str | None:
-    """The name of a step cache of somebody else on this model, or None."""
-    options = model_options.get("transformer_options", {})
-    holder = options.get("easycache")  # EasyCache and LazyCache of ComfyUI share the key
-    if holder is not None:
-        return getattr(holder, "name", "EasyCache")
-    return "TeaCache" if "rel_l1_thresh" in options else None
+def conflict(ours: str, other: ForeignCache) -> str:
+    return f"{ours} cannot work on a model that {other.name} already caches. {other.remedy}"

@@ -29,6 +29,7 @@ from ...models.accelerate.cg_taylor import FirstBlockGate
 from ...models.accelerate.input_change import Change, InputChange
 from ...models.accelerate.step_cache import COMPUTE, FORECAST, PROBE, Choice, Moment, weighted_sum
 from ...models.accelerate.taylorseer import Forecaster, Point
+from ..offers import Offer, offer
 from ..part_of_run import begun
 from ..run import KEY, VISIT, Chunk, Run, chunk_of
 from .report import Entry, RunReport
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from .step_cache import StepCache
 
 Tensors = tuple[Tensor, ...]
+
+ANY_MODEL = "Apply TaylorSeer with tap 'prediction' works on every model."
 
 
 class History:
@@ -306,7 +309,10 @@ class StepCacheRun:
         visit = self.visit(executor.class_obj, x, c_crossattn, chunk_of(options))
 
         def call() -> Tensor:
-            return executor(x, t, c_concat, c_crossattn, control, {**options, VISIT: visit}, **conds)
+            given = {**options, VISIT: visit}
+            if self.settings.tap.wraps_blocks:
+                given = offer(given, Offer(self.settings.method, "block replacement", instead=ANY_MODEL))
+            return executor(x, t, c_concat, c_crossattn, control, given, **conds)
 
         denoised = self.settings.tap.run(visit, call, executor.class_obj, x, t)
         self.settle(inf)  # the first chunk decides, also where its probe did not run

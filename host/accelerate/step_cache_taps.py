@@ -28,9 +28,11 @@ from ...models.accelerate.cg_taylor import FirstBlockGate, gate_error
 from ...models.accelerate.delta_dit import Span, Stages
 from ...models.accelerate.step_cache import COMPUTE, FORECAST, PROBE
 from .. import flux
-from ..blocks import BlockFamily, Key, block_family, transformer_of, wrap_block
+from ..blocks import BlockFamily, Key, block_family, wrap_block
 from ..compiled import untraced
+from ..offers import ask
 from ..run import VISIT
+from ..transformer import stranger, transformer_of
 
 if TYPE_CHECKING:
     from .step_cache_run import StepCacheRun, Visit
@@ -44,6 +46,7 @@ TapName = Literal["auto", "last block", "prediction", "every module"]
 
 class Tap(Protocol):
     name: str  # as people see it
+    wraps_blocks: bool  # works by what blocks ask for
 
     def install(self, run: StepCacheRun, model_options: dict) -> None:
         """Add hooks below APPLY_MODEL, for this run."""
@@ -66,6 +69,7 @@ class PredictionTap:
     """
 
     name = "prediction"
+    wraps_blocks = False
 
     def install(self, run: StepCacheRun, model_options: dict) -> None:
         pass
@@ -93,12 +97,21 @@ def input_and_output_weight(sampling: Any, sigma: Tensor, x: Tensor) -> tuple[Te
     return sampling.calculate_denoised(sigma, zero, one), -sampling.calculate_denoised(sigma, one, zero)
 
 
+@untraced
+def visit_of(args: dict) -> Visit | None:
+    """The step cache's visit that a block is called in; None where it is not for the block, or out of its reach."""
+    options = args.get("transformer_options", {})  # forward passes of other packs may leave them out
+    ask(options, "block replacement")
+    return options.get(VISIT)
+
+
 @dataclass(frozen=True)
 class BlockTap(ABC):
     """A span of blocks, skipped in a forecast. The two taps below are its two uses."""
 
     family: BlockFamily
     keys: tuple[Key, ...]
+    wraps_blocks = True
 
     @property
     @abstractmethod
@@ -134,7 +147,7 @@ class BlockTap(ABC):
 
         @untraced  # what it finds in the options changes from call to call
         def wrap(args: dict, run_block: RunBlock) -> dict:
-            visit: Visit | None = args["transformer_options"].get(VISIT)
+            visit = visit_of(args)
             if visit is None or not visit.parts:
                 return run_block(args)
             start, stop = self.span(visit.run)
@@ -237,10 +250,12 @@ class LastBlockTap(BlockTap):
     """The picture's tokens behind the last block, before the head. With a gate, block 0 always runs.
 
     residual: store what the skipped blocks changed, instead of what they gave.
+    or_prediction: let the prediction tap stand in where the blocks of a run are out of reach.
     """
 
     gated: bool = False
     residual: bool = False
+    or_prediction: bool = False
     name = "last block"
 
     @property
@@ -280,6 +295,7 @@ class ModuleTap:
     keys: tuple[Key, ...]
     max_bytes: int | None = None
     name = "every module"
+    wraps_blocks = True
 
     def install(self, run: StepCacheRun, model_options: dict) -> None:
         for key in self.keys:
@@ -303,7 +319,7 @@ class ModuleTap:
 
         @untraced
         def wrap(args: dict, run_block: RunBlock) -> dict:
-            visit: Visit | None = args["transformer_options"].get(VISIT)
+            visit = visit_of(args)
             if visit is None:
                 return run_block(args)
             block = flux.block(visit.transformer, *key)
@@ -355,6 +371,11 @@ def blocks_of(model: ModelPatcher) -> tuple[BlockFamily, tuple[Key, ...]] | None
     return family, family.keys(transformer_of(model))
 
 
+def in_reach(model: ModelPatcher) -> bool:
+    """Whether blocks can be wrapped for sure. A forward pass of somebody else's may leave their replacements out."""
+    return blocks_of(model) is not None and stranger(model) is None
+
+
 def require_blocks(
     model: ModelPatcher, node: str, instead: str = "tap 'prediction'"
 ) -> tuple[BlockFamily, tuple[Key, ...]]:
@@ -365,10 +386,10 @@ def require_blocks(
     """
     blocks = blocks_of(model)
     if blocks is None:
-        family = type(model.model.model_config).__name__
+        family, who = type(model.model.model_config).__name__, stranger(model)
+        why = f"ComfyUI offers no such hook for {family}" if who is None else str(who)
         raise ValueError(
-            f"{node} needs a model whose blocks can be patched, and ComfyUI offers no such hook for {family}. "
-            f"Use {instead}, which works on every model."
+            f"{node} needs a model whose blocks can be patched, and {why}. Use {instead}, which works on every model."
         )
     return blocks
 
@@ -384,6 +405,20 @@ def tap_for(model: ModelPatcher, name: TapName, node: str, max_bytes: int | None
     if name == "every module":
         flux.require_flux1(model, f"{node} with tap 'every module'")
         return ModuleTap(*require_blocks(model, node), max_bytes)
-    if name == "auto" and blocks_of(model) is None:
+    if name == "auto" and not in_reach(model):
         return PredictionTap()
-    return LastBlockTap(*require_blocks(model, node))
+    return LastBlockTap(*require_blocks(model, node), or_prediction=name == "auto")
+
+
+def tap_in_run(tap: Tap, model: ModelPatcher, node: str) -> Tap:
+    """The tap in a run of `model`, to which nodes behind the step cache may have brought a class or forward of theirs.
+
+    Raises:
+        ValueError: its blocks cannot be wrapped any more, and no other tap may stand in.
+    """
+    if isinstance(tap, PredictionTap):
+        return tap
+    if getattr(tap, "or_prediction", False) and not in_reach(model):
+        return PredictionTap()
+    require_blocks(model, node)
+    return tap

@@ -117,7 +117,7 @@ class Encoder:
             channels = x.shape[1] + (0 if c_concat is None else c_concat.shape[1])
             call = Call(base, self.lora(base.current_patcher), chunk_of(options), options, x, channels, conds)
             keys = [self.keys(call, i) for i in range(len(call.chunk.conditions))]
-            options = with_keys(options, ExtraKeys(keys, math.log(self.settings.influence)))
+            options = with_keys(options, ExtraKeys(keys, math.log(self.settings.influence), feature=self.settings.node))
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
     def lora(self, patcher: ModelPatcher) -> Any:

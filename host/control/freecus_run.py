@@ -19,7 +19,9 @@ from torch import Tensor
 from ...models.control.freecus import reference_latent, reference_sigma, subject_keys
 from .. import flux, token_grid
 from ..attention import Block, BlockKeys, ExtraKeys, TextScale, with_keys, with_recorder, with_text_scale
+from ..offers import found_in
 from ..run import CHUNK, VISIT, Run, chunk_of
+from ..transformer import REMOVE
 
 if TYPE_CHECKING:
     from .freecus import FreeCus
@@ -64,6 +66,8 @@ class SubjectKeys(Mapping):
         return block in self.reference.blocks
 
     def __getitem__(self, block: Block) -> KeysValues:
+        if block not in self.reference.keys:
+            raise ValueError(self.reference.unanswered)
         k, v = self.reference.keys[block]
         return k[self.rows], v[self.rows]
 
@@ -95,6 +99,13 @@ class ReferencePass:
     @property
     def blocks(self) -> frozenset[Block]:
         return self.run.settings.blocks
+
+    @property
+    def unanswered(self) -> str:
+        """Why there are no keys, for people."""
+        who = found_in(self.base)
+        why, remedy = ("another node answers for them", REMOVE) if who is None else (who, who.remedy)
+        return f"Apply FreeCus runs the model for its reference too, and the blocks were left out: {why}. {remedy}"
 
     @cached_property
     def keys(self) -> dict[Block, KeysValues]:
@@ -208,7 +219,7 @@ class ReferenceRun:
         sigma, chunk = float(t.flatten()[0]), chunk_of(options)
         every = self.settings.prompts != "positive only"
         which = tuple(i for i, condition in enumerate(chunk.conditions) if every or condition.positive)
-        ours = flux.is_flux1(getattr(base.diffusion_model, "_orig_mod", base.diffusion_model))  # some guiders have two
+        ours = flux.is_flux1(base)  # some guiders have two models
         acts = self.settings.part.includes(sigma, base.model_sampling)
         if which and ours and acts and any(chunk.conditions[i].tile is not None for i in which):
             raise ValueError(
@@ -232,7 +243,7 @@ class ReferenceRun:
         keys: list[BlockKeys] = [SubjectKeys(reference, seeing.get(i, first)) for i in count]
         blind = frozenset(i for i in count if i not in seeing)
         factors = [settings.text_key_scale if i in seeing else 1.0 for i in count]
-        options = with_keys(options, ExtraKeys(keys, blind=blind))
+        options = with_keys(options, ExtraKeys(keys, blind=blind, feature="Apply FreeCus"))
         return with_text_scale(options, TextScale(settings.blocks, factors))
 
     def bytes(self, base: Any, rows: int) -> int:

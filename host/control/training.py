@@ -32,9 +32,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ..blocks import BlockArgs, RunBlock, Wrap, block_family, transformer_of, wrap_block
+from ..blocks import BlockArgs, RunBlock, Wrap, block_family, wrap_block
 from ..run import KEY, Run
 from ..run import attach as attach_description
+from ..transformer import class_of, transformer_of
 
 NODE = "Prepare Model for Train LoRA"
 
@@ -76,9 +77,9 @@ def attach(model: ModelPatcher) -> ModelPatcher:
     Raises:
         ValueError: blocks of `model` overwrite what gradients are computed from where this module cannot keep it.
     """
-    transformer = transformer_of(model)
-    overwrites = any(isinstance(module, DoubleStreamBlock | SingleStreamBlock) for module in transformer.modules())
-    if isinstance(transformer, LTXVModel) or (overwrites and block_family(model) is None):
+    kinds = {class_of(model, path) for path, _ in transformer_of(model).named_modules()}
+    overwrites = any(issubclass(kind, DoubleStreamBlock | SingleStreamBlock) for kind in kinds)
+    if issubclass(class_of(model), LTXVModel) or (overwrites and block_family(model) is None):
         family = type(model.model.model_config).__name__
         raise ValueError(
             f"{NODE} cannot prepare {family}: its blocks overwrite what gradients are computed from, in a way that "
