@@ -82,7 +82,7 @@ class Listed:
             return cls(tuple(digit == "1" for digit in text))
         numbers: set[int] = set()
         for part in filter(None, re.split(r"[,\s]+", text)):
-            match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
+            match = re.fullmatch(r"(\d{1,20})(?:-(\d{1,20}))?", part)
             low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
             if low > high:
                 raise ValueError(
