@@ -21,6 +21,7 @@ from dit_toolkit.host.accelerate.sparse_attention import SparseAttention, report
 from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse
 from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, PredictionTap, blocks_of, tap_for
 from dit_toolkit.host.control import freecus, training
+from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.host.transformer import class_of, pack_of, stranger
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
 from dit_toolkit.models.accelerate.re_ttention import Schedule
@@ -160,7 +161,7 @@ def test_code_of_others_that_asks_is_not_in_the_way(tiny_flux, features, name):
 def test_a_feature_that_starts_in_a_forecast(tiny_flux, features, name, tap):
     """Evaluations 1 and 2 of every three are forecast; the first that is handed something is one of them."""
     policy = FirstBlockGate(2.0, 2, 2) if tap.startswith("gated") else Interval(3, 2)
-    model = cached(features[name](tiny_flux, start=0.5), policy, tap)
+    model = cached(features[name](tiny_flux, part=PartOfRun(start=0.5)), policy, tap)
     assert torch.isfinite(sample(model, 6)).all()
     assert "." in strip(model)
 
@@ -178,7 +179,7 @@ def test_caches_of_core_beside_a_feature(tiny_flux, features, name, node, caplog
 def test_a_cache_in_the_module_beside_a_feature_that_starts_in_what_it_skips(tiny_flux, features, name, watched):
     """It answers the third and fifth call, and the feature begins with the third: no block runs, and nobody can ask."""
     with foreign.cache_dit(tiny_flux) as state:
-        assert torch.isfinite(sample(features[name](tiny_flux, start=0.2), 6)).all()
+        assert torch.isfinite(sample(features[name](tiny_flux, part=PartOfRun(start=0.2)), 6)).all()
     assert (state["calls"], state["skipped"]) == (6, 2)
     assert len(watched) == 2
 
