@@ -106,7 +106,7 @@ def test_a_feature_that_no_block_asks_for_says_who_is_in_its_way(tiny_flux, feat
 def test_it_is_said_in_the_first_call_of_the_model(tiny_flux, features):
     """And in the first that is handed something: half of the steps are drawn without the condition."""
     model = foreign.without_options(tiny_flux)
-    for part, expected in (({}, 1), ({"start": 0.4}, 3)):
+    for part, expected in (({}, 1), ({"part": PartOfRun(start=0.4)}, 3)):
         with calls(model=tiny_flux.model.diffusion_model.img_in) as count, pytest.raises(ValueError, match="no effect"):
             sample(features["Apply EasyControl"](model, **part), 4)
         assert count["model"] == expected + 1  # the condition goes through the same layer
