@@ -20,7 +20,8 @@ pytestmark = pytest.mark.comfy
 def file(tmp_path):
     """A LoRA in a file, so that core can read it again for another device."""
     save_file(tiny.lora_state(), path := str(tmp_path / "lora.safetensors"))
-    return easycontrol_files.from_state(model_files.read(path), "lora.safetensors", path)
+    state, _ = model_files.read(path, "lora.safetensors")
+    return easycontrol_files.from_state(state, "lora.safetensors", path)
 
 
 @pytest.fixture
