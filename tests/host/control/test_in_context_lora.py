@@ -184,8 +184,9 @@ def test_a_picture_too_large_to_be_opened_is_said_with_its_set(folder, monkeypat
 
 
 def test_only_folders_of_the_input_folder_are_read(folder):
-    with pytest.raises(ValueError, match="leads out of ComfyUI's input folder"):
-        read_sets("../sets", layout(), "crop")
+    for outside in ("../sets", "", ".", "sets/.."):  # the input folder itself, too: it is no folder of sets
+        with pytest.raises(ValueError, match="is no folder inside ComfyUI's input folder"):
+            read_sets(outside, layout(), "crop")
     with pytest.raises(FileNotFoundError, match="There is no folder 'other' in ComfyUI's input folder"):
         read_sets("other", layout(), "crop")
 
