@@ -8,21 +8,18 @@ import pytest
 from dit_toolkit.scripts.places import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-MODULES = sorted(set(re.findall(r"-m (scripts(?:\.\w+)+)", MAKEFILE)))
+MODULES = sorted(set(re.findall(r"-m ((?:scripts|benchmarks)(?:\.\w+)*)", MAKEFILE)))
 TARGETS = set(re.findall(r"^([\w-]+):(?!=)", MAKEFILE, re.MULTILINE))
 
 
 def spec_of(module: str):
     """Where Python would find a module of ours, without importing it or its package."""
-    path, name = ROOT / "scripts", module.removeprefix("scripts.")
-    if "." in name:
-        *folders, name = name.split(".")
-        path = path.joinpath(*folders)
-    return importlib.machinery.PathFinder.find_spec(name, [str(path)])
+    *folders, name = module.split(".")
+    return importlib.machinery.PathFinder.find_spec(name, [str(ROOT.joinpath(*folders))])
 
 
-def test_it_runs_modules_of_scripts():
-    assert {"scripts.setup", "scripts.demo", "scripts.server"} <= set(MODULES)
+def test_it_runs_modules_of_ours():
+    assert {"scripts.setup", "scripts.demo", "scripts.server", "benchmarks.accelerators"} <= set(MODULES)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -34,7 +31,7 @@ def test_a_module_that_it_runs_can_be_found_and_run(module):
 
 
 def test_a_module_that_is_not_there_is_not_found():
-    assert spec_of("scripts.bench") is None
+    assert spec_of("benchmarks.bench") is None
 
 
 def test_every_target_is_phony_and_help_names_real_ones():

@@ -1,7 +1,7 @@
 """What sparse attention costs against dense attention, over the number of picture tokens, on this machine's CPU.
 
-    python -m scripts.bench_attention                  1k, 4k, 16k and 64k tokens, a few minutes
-    python -m scripts.bench_attention --tokens 4096
+    python -m benchmarks.attention                  1k, 4k, 16k and 64k tokens, a few minutes
+    python -m benchmarks.attention --tokens 4096
 
 One attention call as FLUX makes it: 512 text tokens, heads of 128 channels, float32, one thread, square pictures. Two
 heads are timed; all heads cost the same. Every method is run on the same tensors, once to warm up, then three times.
@@ -29,8 +29,7 @@ from dit_toolkit.models.accelerate import sparse_attention as core
 from dit_toolkit.models.accelerate.re_ttention import full_attention, kept_share, reshaped, residual, window
 from dit_toolkit.models.accelerate.sparse_attention import Disc, Grid, PooledDisc
 from dit_toolkit.models.accelerate.sparse_attention_tiles import tile, tiled
-
-from . import places
+from dit_toolkit.scripts import places
 
 TEXT, HEAD, HEADS = 512, 128, 2
 TOKENS = (1024, 4096, 16384, 65536)

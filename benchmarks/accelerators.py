@@ -1,7 +1,7 @@
 """The race: every step cache on the same model, prompts and sampler, against no cache and against fewer steps.
 
-    python -m scripts.bench_accelerators                    everything, minutes on two CPU cores
-    python -m scripts.bench_accelerators --only TaylorSeer  methods whose name begins so, next to fewer steps
+    python -m benchmarks.accelerators                    everything, minutes on two CPU cores
+    python -m benchmarks.accelerators --only TaylorSeer  methods whose name begins so, next to fewer steps
 
 Quality is judged on the embedded model, whose blocks are so cheap that a cache's own work shows. Speed is measured
 there, and once more on random weights in FLUX.1's shape. Rows and a plot go to benchmarks/results.
@@ -18,7 +18,7 @@ import time
 
 import torch
 
-from . import places
+from dit_toolkit.scripts import places
 
 RESULTS = places.ROOT / "benchmarks" / "results"
 SAMPLERS = ("euler", "dpmpp_2m")  # the second is of second order, and asks the model once a step as well

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dit_toolkit.scripts import bench_accelerators
+from dit_toolkit.benchmarks import accelerators
 
 KEYS = ["method", "peer", "model", "sampler", "steps", "computed", "speedup", "efficiency", "psnr_db", "ssim"]
 KEYS += ["extra_mb"]
@@ -24,7 +24,7 @@ def without_gradients():
 @pytest.fixture(scope="module")
 def arena(tiny_flux):
     """A random model and two pictures, shown by three channels of their latents."""
-    from dit_toolkit.scripts.race.arena import Arena, Heat
+    from dit_toolkit.benchmarks.race.arena import Arena, Heat
     from dit_toolkit.tests.host.tiny import latent, prompt
 
     heats = [Heat(prompt(seed), latent(seed, (16, 16))) for seed in (3, 4)]
@@ -33,19 +33,19 @@ def arena(tiny_flux):
 
 @pytest.fixture
 def task(arena):
-    from dit_toolkit.scripts.race.contenders import Task
+    from dit_toolkit.benchmarks.race.contenders import Task
 
     return Task(arena, "euler", STEPS, STEPS)
 
 
 def named(name: str, peer: str | None = None):
-    from dit_toolkit.scripts.race import contenders
+    from dit_toolkit.benchmarks.race import contenders
 
     return next(each for each in contenders.chosen(()) if (each.name, each.peer) == (name, peer))
 
 
 def raced(arena, *entries, steps=STEPS, rounds=1):
-    from dit_toolkit.scripts.race.run import race
+    from dit_toolkit.benchmarks.race.run import race
 
     rows = []
     race(arena, entries, "euler", steps, rounds, 1, rows.append)
@@ -72,7 +72,7 @@ def test_without_a_cache_diffusers_modules_and_comfyui_draw_the_same(arena):
 
 @pytest.mark.comfy
 def test_every_weight_of_diffusers_is_one_of_ours(arena):
-    from dit_toolkit.scripts.race.diffusers_flux import diffusers_state
+    from dit_toolkit.benchmarks.race.diffusers_flux import diffusers_state
 
     state = arena.model.model.diffusion_model.state_dict()
     found = diffusers_state(state)
@@ -123,7 +123,7 @@ def test_easycache_gets_a_copy_and_the_samplers_latent_stays(task):
 
 @pytest.mark.comfy
 def test_a_race_ends_in_rows_with_their_plot(arena, tmp_path):
-    from dit_toolkit.scripts.race import report
+    from dit_toolkit.benchmarks.race import report
 
     fewer, easy = named("Fewer steps", "ComfyUI"), with_knobs(named("EasyCache", "ComfyUI"), 3.0)
     ours = with_knobs(named("TaylorSeer at the prediction"), 2)
@@ -182,7 +182,7 @@ def test_extra_memory_is_that_of_the_kept_features(arena):
 
 @pytest.mark.comfy
 def test_memory_counts_storages_once_and_until_they_are_gone():
-    from dit_toolkit.scripts.race.measure import Memory
+    from dit_toolkit.benchmarks.race.measure import Memory
 
     with Memory() as memory:
         a = torch.zeros(1000)
@@ -198,7 +198,7 @@ def test_memory_counts_storages_once_and_until_they_are_gone():
 
 @pytest.mark.comfy
 def test_quality_is_the_mean_of_the_decibels_of_each_picture():
-    from dit_toolkit.scripts.race.measure import judge
+    from dit_toolkit.benchmarks.race.measure import judge
 
     flat = np.full((32, 32, 3), 0.5, np.float32)
     near, far = flat + np.float32(0.01), flat + np.float32(0.1)
@@ -210,7 +210,7 @@ def test_quality_is_the_mean_of_the_decibels_of_each_picture():
 
 @pytest.mark.comfy
 def test_foreground_alone_is_judged_without_the_ground():
-    from dit_toolkit.scripts.race.measure import judge
+    from dit_toolkit.benchmarks.race.measure import judge
 
     wanted = np.full((64, 64, 3), (245 / 255, 245 / 255, 241 / 255), np.float32)
     wanted[24:40, 24:40] = (0.8, 0.1, 0.1)
@@ -226,5 +226,5 @@ def test_foreground_alone_is_judged_without_the_ground():
 )
 def test_the_race_refuses_settings_that_cannot_be(argument, said, capsys):
     with pytest.raises(SystemExit):
-        bench_accelerators.main([argument])
+        accelerators.main([argument])
     assert said in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """How long ComfyUI waits for the pack when it starts: processor time of the first load in a new process.
 
-    python -m scripts.bench_load
+    python -m benchmarks.load
 
 The first process may have to write the byte code and is not counted.
 """
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 
-from .places import ROOT, comfyui
+from dit_toolkit.scripts.places import ROOT, comfyui
 
 PROCESSES = 6
 LOAD = """

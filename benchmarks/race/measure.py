@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ..tiny.score import ground_of
+from dit_toolkit.scripts.tiny.score import ground_of
+
 from .arena import Arena, Heat
 
 KEY = "race.measure"
@@ -172,7 +173,7 @@ def foreground(picture: np.ndarray) -> np.ndarray:
 
 
 def ground_colour(picture: np.ndarray) -> tuple[int, int, int]:
-    from ..tiny.world import GROUNDS
+    from dit_toolkit.scripts.tiny.world import GROUNDS
 
     return GROUNDS[ground_of((picture * 255).round().astype(np.uint8))]
 

@@ -1,8 +1,8 @@
 """What EasyControl costs per step: cached keys, against encoding in each step, against one joint sequence.
 
-    python -m scripts.bench_easycontrol                                 two CPU cores, about a minute
-    python -m scripts.bench_easycontrol --hidden 512 --double 4 --single 8
-    python -m scripts.bench_easycontrol --size flux1                    FLUX.1's size with random weights, on a GPU
+    python -m benchmarks.easycontrol                                 two CPU cores, about a minute
+    python -m benchmarks.easycontrol --hidden 512 --double 4 --single 8
+    python -m benchmarks.easycontrol --size flux1                    FLUX.1's size with random weights, on a GPU
 
 All forms run on the same live modules, through ComfyUI's own sampler, in one process, and must agree: the table's last
 column is the largest difference of their pictures from the joint form. Results go to benchmarks/results as JSON.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import places
+from dit_toolkit.scripts import places
 
 RESULTS = places.ROOT / "benchmarks" / "results"
 HEAD = 128
