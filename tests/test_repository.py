@@ -18,7 +18,7 @@ STEMS = workflows.stems()
 ROOMS = [ROOT / room for room in ("nodes", "host", "models")]
 SHIPPED = [ROOT / "__init__.py", *sorted(path for room in ROOMS for path in room.rglob("*.py"))]
 HELP_PAGES = sorted((ROOT / "web" / "docs").rglob("*.md"))
-NEVER_SHIPPED = {"benchmarks", "scripts", "tests"}
+NEVER_SHIPPED = {"benchmarks", "scripts", "tests", "training"}
 DOWNLOADS = ("https://huggingface.co/", "https://civitai.com/")
 EXTENSIONS = (".safetensors", ".sft")
 

@@ -22,7 +22,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from dit_toolkit.host import embedded
-from dit_toolkit.scripts.tiny import world
+from dit_toolkit.training import world
 
 SIDE = 96  # pixels: what the embedded model was trained at
 SCENES = 31  # seed of the held-out scenes

@@ -18,13 +18,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from dit_toolkit.scripts.tiny.score import ground_of
+from dit_toolkit.training.score import ground_of
 
 from .arena import Arena, Heat
 
 KEY = "race.measure"
 CEILING = 100.0  # dB: pictures that differ by less than that are told apart by rounding only
-APART = 34 / 255  # from the ground's colour: foreground, as `scripts.tiny.score` has it
+APART = 34 / 255  # from the ground's colour: foreground, as `training.score` has it
 
 
 class Multiplications(TorchFunctionMode):
@@ -173,7 +173,7 @@ def foreground(picture: np.ndarray) -> np.ndarray:
 
 
 def ground_colour(picture: np.ndarray) -> tuple[int, int, int]:
-    from dit_toolkit.scripts.tiny.world import GROUNDS
+    from dit_toolkit.training.world import GROUNDS
 
     return GROUNDS[ground_of((picture * 255).round().astype(np.uint8))]
 

@@ -20,9 +20,9 @@ from dit_toolkit.host.control.easycontrol_files import load as load_lora
 from dit_toolkit.models.tiny_text import SLOTS
 from dit_toolkit.models.tiny_vae import SCALE, SHIFT
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl
-from dit_toolkit.scripts.tiny import evaluate, train, world
-from dit_toolkit.scripts.tiny.adapters import caption_for, condition_picture
-from dit_toolkit.scripts.tiny.score import edge_distance, score, silhouette_agreement
+from dit_toolkit.training import evaluate, train, world
+from dit_toolkit.training.adapters import caption_for, condition_picture
+from dit_toolkit.training.score import edge_distance, score, silhouette_agreement
 
 pytestmark = pytest.mark.comfy
 

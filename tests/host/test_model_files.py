@@ -9,7 +9,7 @@ import pytest
 from app.model_manager import ModelFileManager
 
 from dit_toolkit.host import model_files
-from dit_toolkit.scripts.tiny import in_context, try_on
+from dit_toolkit.training import in_context, try_on
 
 pytestmark = pytest.mark.comfy
 

@@ -8,7 +8,7 @@ import pytest
 from dit_toolkit.scripts.places import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-MODULES = sorted(set(re.findall(r"-m ((?:scripts|benchmarks)(?:\.\w+)*)", MAKEFILE)))
+MODULES = sorted(set(re.findall(r"-m ((?:scripts|benchmarks|training)(?:\.\w+)*)", MAKEFILE)))
 TARGETS = set(re.findall(r"^([\w-]+):(?!=)", MAKEFILE, re.MULTILINE))
 
 
@@ -19,7 +19,7 @@ def spec_of(module: str):
 
 
 def test_it_runs_modules_of_ours():
-    assert {"scripts.setup", "scripts.demo", "scripts.server", "benchmarks.accelerators"} <= set(MODULES)
+    assert {"scripts.setup", "scripts.demo", "scripts.server", "benchmarks.accelerators", "training"} <= set(MODULES)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -9,9 +9,9 @@ import torch
 
 from dit_toolkit.host import embedded
 from dit_toolkit.host.control import freecus
-from dit_toolkit.scripts.tiny import evaluate, world
-from dit_toolkit.scripts.tiny.adapters import caption_for, condition_picture
-from dit_toolkit.scripts.tiny.score import score
+from dit_toolkit.training import evaluate, world
+from dit_toolkit.training.adapters import caption_for, condition_picture
+from dit_toolkit.training.score import score
 
 pytestmark = pytest.mark.comfy
 

@@ -1,6 +1,6 @@
-"""Measure the shipped weights: `python -m scripts.tiny.evaluate [--count 200]`. Prints the table of the model card.
+"""Measure the shipped weights: `python -m training.evaluate [--count 200]`. Prints the table of the model card.
 
-Held-out prompts and scenes only. The scorer is `scripts.tiny.score`; the tests use the same one.
+Held-out prompts and scenes only. The scorer is `training.score`; the tests use the same one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train the embedded default: `python -m scripts.tiny STAGE`.
+"""Train the embedded default: `python -m training STAGE`.
 
 Stages, in order: `vae` (components, then the decoder), `base` (transformer and text encoder), the EasyControl adapters
 `edge`, `pose` and `subject`, the try-on LoRAs `try_on` and, taught by them, `try_on_8_steps`; `in_context`, an

@@ -1,8 +1,8 @@
-"""Measure FreeCus on the embedded default: `python -m scripts.tiny.freecus [--all]`. Prints tables of the model card.
+"""Measure FreeCus on the embedded default: `python -m training.freecus [--all]`. Prints tables of the model card.
 
 The very node code on ComfyUI's sampler. Held-out scenes with a doll; the subject is the same doll on plain ground, arms
 hanging, with its exact mask, and the prompt names neither its colours nor its garments. The judge is
-`scripts.tiny.score`. `--all` adds other scales, shifts and layers to the main rows.
+`training.score`. `--all` adds other scales, shifts and layers to the main rows.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from torch import nn
 from dit_toolkit.models.control.easycontrol_keys import parse
 from dit_toolkit.models.tiny_text import PAD, VOCABULARY
 from dit_toolkit.models.tiny_vae import CHANNELS, SCALE, SHIFT, TinyVAE, fit_components
-from dit_toolkit.scripts.tiny import adapters, data, optim, train
-from dit_toolkit.scripts.tiny.flux import Flux, Size, export, patchify, trim, unpatchify
+from dit_toolkit.training import adapters, data, optim, train
+from dit_toolkit.training.flux import Flux, Size, export, patchify, trim, unpatchify
 
 
 def test_export_and_trim_are_inverse_and_dead_channels_are_silent():

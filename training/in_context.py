@@ -1,4 +1,4 @@
-"""Train an In-Context LoRA for the embedded default with ComfyUI's own nodes: `python -m scripts.tiny in_context`.
+"""Train an In-Context LoRA for the embedded default with ComfyUI's own nodes: `python -m training in_context`.
 
 In-Context LoRA, arXiv:2410.23775: sets of related pictures as panels of one canvas, one joint caption per canvas, an
 ordinary LoRA. Here a set is one doll in two scenes, side by side on 192 x 96 pixels. Most captions are silent on what
@@ -8,7 +8,7 @@ There is no trainer here. The sets are written to a folder as a user would keep 
 other: Panel Layout, Panel Sets From Folder, Make Training Dataset, Prepare Model for Train LoRA, Train LoRA, Save
 LoRA. Only that the small world has fewer channels than FLUX.1 is put right by `trainable`.
 
-`python -m scripts.tiny.in_context` measures the result with Load LoRA and the sampler.
+`python -m training.in_context` measures the result with Load LoRA and the sampler.
 """
 
 from __future__ import annotations

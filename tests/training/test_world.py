@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dit_toolkit.models.tiny_text import FILLER, RESERVED, SLOTS, SYNONYMS, TRAINED, VOCABULARY, word_ids
-from dit_toolkit.scripts.tiny import train, world
-from dit_toolkit.scripts.tiny.score import edge_agreement, score
+from dit_toolkit.training import train, world
+from dit_toolkit.training.score import edge_agreement, score
 
 SIZE = 96
 

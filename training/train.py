@@ -1,4 +1,4 @@
-"""Stages of the embedded default: autoencoder, then transformer and text encoder. `python -m scripts.tiny` runs them.
+"""Stages of the embedded default: autoencoder, then transformer and text encoder. `python -m training` runs them.
 
 Every stage can be stopped and started again and continues at its last checkpoint; the same seed and thread count give
 the same weights. Checkpoints and plots: `.training/`; results: `weights/`.
@@ -29,7 +29,7 @@ from .flux import Flux, Size, export, trim
 from .optim import optimisers, schedule
 from .pictures import to_unit, training_picture
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 WORK, WEIGHTS = ROOT / ".training", ROOT / "weights"
 SHIPPED = ("tiny_flux.safetensors", "tiny_text_encoder.safetensors", "tiny_vae.safetensors")  # what LoRAs train on
 WIDTHS = (96, 48, 32)

@@ -1,4 +1,4 @@
-"""Train the try-on LoRAs of the embedded default, and measure them: `python -m scripts.tiny.try_on`.
+"""Train the try-on LoRAs of the embedded default, and measure them: `python -m training.try_on`.
 
 Stage `try_on`: the frozen base draws a doll in garment G from two pictures, the doll in another shirt with the shirt
 masked, and G laid flat. Both are condition tokens, encoded by the very function that the node runs; only the two branch

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dit_toolkit.scripts.places import ROOT
-from dit_toolkit.scripts.tiny import __main__ as stages
-from dit_toolkit.scripts.tiny import in_context, train, try_on
+from dit_toolkit.training import __main__ as stages
+from dit_toolkit.training import in_context, train, try_on
 
 ALL = ["vae", "base", "edge", "pose", "subject", "try_on", "in_context"]
 KEPT = {
@@ -30,7 +30,7 @@ EVERY = {"components.pt"}.union(*KEPT.values())
 
 def command(monkeypatch, *arguments: str) -> None:
     threads = torch.get_num_threads()
-    monkeypatch.setattr(sys, "argv", ["scripts.tiny", "--threads=1", "--workers=1", *arguments])
+    monkeypatch.setattr(sys, "argv", ["training", "--threads=1", "--workers=1", *arguments])
     try:
         stages.main()
     finally:
@@ -85,7 +85,7 @@ def test_all_fresh_forgets_everything_of_its_recipe_and_nothing_of_another(ran, 
 
 def test_make_train_tiny_runs_all_of_them():
     (recipe,) = re.findall(r"^train-tiny:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
-    assert re.search(r"-m scripts\.tiny all\b", recipe)
+    assert re.search(r"-m training all\b", recipe)
 
 
 @pytest.mark.comfy

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dit_toolkit.scripts.tiny import freecus, world
+from dit_toolkit.training import freecus, world
 
 SIDE = 96
 

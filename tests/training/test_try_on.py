@@ -14,8 +14,8 @@ from torch import nn
 from dit_toolkit.models.control.mc_vton_keys import Settings, parse
 from dit_toolkit.models.tiny_text import PAD, VOCABULARY
 from dit_toolkit.models.tiny_vae import SCALE, SHIFT, TinyVAE
-from dit_toolkit.scripts.tiny import data, train, try_on, world
-from dit_toolkit.scripts.tiny.flux import Flux, Size
+from dit_toolkit.training import data, train, try_on, world
+from dit_toolkit.training.flux import Flux, Size
 
 
 def some_scenes(count, seed=3):

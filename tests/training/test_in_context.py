@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from dit_toolkit.models.tiny_text import SLOTS, word_ids
-from dit_toolkit.scripts.tiny import data, evaluate, in_context, train, world
-from dit_toolkit.scripts.tiny.score import OUTFIT, agreement, read_doll
+from dit_toolkit.training import data, evaluate, in_context, train, world
+from dit_toolkit.training.score import OUTFIT, agreement, read_doll
 
 SIDE = 96
 
