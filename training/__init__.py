@@ -1,7 +1,11 @@
-"""How the embedded default is made: the small world, its judge, and one training stage per file. Not shipped.
+"""How the embedded default is made. Not shipped, and nothing that is shipped imports it.
 
-`python -m training STAGE` trains, see `__main__.py`. The repository is importable here as `dit_toolkit`, as in
-`scripts/`. Nothing that is shipped imports this.
+The small world (`world`) and its judge (`score`); the models as plain torch modules, which can be trained (`flux`,
+`embedded`, `try_on_model`); one stage per file, named as its STAGE in `python -m training STAGE` (`vae`, `base`,
+`easycontrol` for `edge`, `pose` and `subject`, `try_on`, `try_on_8_steps`, `in_context`); and `measure/`, which prints
+the tables of the model card.
+
+The repository is importable here as `dit_toolkit`, as in `scripts/`.
 """
 
 import sys

@@ -17,10 +17,13 @@ from pathlib import Path
 
 import torch
 
-from .adapters import KINDS, AdapterRecipe, train_adapter
+from .base import train_base
+from .checkpoints import Recipe, work
+from .easycontrol import KINDS, AdapterRecipe, train_adapter
 from .in_context import InContextRecipe, train_in_context
-from .train import Recipe, train_base, train_vae, work
-from .try_on import FastRecipe, TryOnRecipe, train_fast, train_try_on
+from .try_on import TryOnRecipe, train_try_on
+from .try_on_8_steps import FastRecipe, train_fast
+from .vae import train_vae
 
 OWN = {  # what each stage keeps in the folder of its recipe
     "vae": ("vae.*",),

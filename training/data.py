@@ -16,6 +16,7 @@ from . import world
 from .pictures import to_unit
 
 CHUNK = 500
+LEVELS = (1.0, 1.2, 2.2, 1.6)  # how often each difficulty of the world comes
 
 
 def padded_ids(text: str) -> list[int]:

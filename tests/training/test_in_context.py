@@ -9,7 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from dit_toolkit.models.tiny_text import SLOTS, word_ids
-from dit_toolkit.training import data, evaluate, in_context, train, world
+from dit_toolkit.training import checkpoints, data, in_context, world
+from dit_toolkit.training.comfyui import comfyui
+from dit_toolkit.training.embedded import load_shipped
+from dit_toolkit.training.measure import in_context as measure
+from dit_toolkit.training.measure import shipped
 from dit_toolkit.training.score import OUTFIT, agreement, read_doll
 
 SIDE = 96
@@ -82,8 +86,8 @@ def test_what_a_doll_wears_is_read_from_the_picture(sets):
 
 
 def test_and_after_the_autoencoder(sets):
-    _, vae = train.load_shipped()
-    left, right = (evaluate.pictures(vae, data.encode(vae, pictures(sets, k))) for k in range(2))
+    _, vae = load_shipped()
+    left, right = (shipped.pictures(vae, data.encode(vae, pictures(sets, k))) for k in range(2))
     assert outfits(left, right) >= 0.9
 
 
@@ -112,11 +116,11 @@ def test_an_object_or_nothing_is_no_doll():
 
 def test_the_judge_is_right_on_the_truth_and_chance_is_beside_it(sets):
     sets = sets[:12]
-    found = in_context.judge(sets)
+    found = measure.judge(sets)
     assert found["world's own pictures"]["outfit"] >= 0.95
     assert found["after the autoencoder"]["outfit"] >= 0.9
-    assert in_context.tally(pictures(sets, 0), pictures(sets, 1), sets) == found["world's own pictures"]
-    other = in_context.chance(pictures(sets, 0), pictures(sets, 1), sets)
+    assert measure.tally(pictures(sets, 0), pictures(sets, 1), sets) == found["world's own pictures"]
+    other = measure.chance(pictures(sets, 0), pictures(sets, 1), sets)
     assert other["outfit"] <= 0.1
     assert other["dolls"] == found["world's own pictures"]["dolls"]
 
@@ -126,7 +130,7 @@ def test_the_judge_is_right_on_the_truth_and_chance_is_beside_it(sets):
 
 @pytest.fixture
 def host():
-    return in_context.comfyui()
+    return comfyui()
 
 
 class Differentiate:
@@ -166,7 +170,7 @@ def test_the_model_trains_with_the_derivative_of_the_trainers_own_on_each_pictur
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(3, 16, 12, 24, generator=generator) for _ in range(2))
     sigma = torch.tensor([0.9, 0.5, 0.2])
-    twin, _ = train.load_shipped()
+    twin, _ = load_shipped()
     live = twin.flux.size.live
     own = x[:, :live].clone().requires_grad_(True)
     ids = torch.tensor([data.padded_ids(text) for text in texts])
@@ -186,8 +190,8 @@ def test_the_model_trains_with_the_derivative_of_the_trainers_own_on_each_pictur
 
 @pytest.mark.comfy
 def test_sets_go_through_comfyuis_nodes_into_a_lora_that_its_loader_takes(host, monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(train, "WEIGHTS", tmp_path)
-    monkeypatch.setattr(train, "WORK", tmp_path)
+    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(checkpoints, "WORK", tmp_path)
     recipe = in_context.InContextRecipe(sets=3, steps=2, batch=2, rank=4)
     losses = in_context.train_in_context(recipe)
     assert len(losses) == 2

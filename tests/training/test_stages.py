@@ -12,7 +12,7 @@ import torch
 
 from dit_toolkit.scripts.places import ROOT
 from dit_toolkit.training import __main__ as stages
-from dit_toolkit.training import in_context, train, try_on
+from dit_toolkit.training import checkpoints, in_context, loop, try_on_model, vae
 
 ALL = ["vae", "base", "edge", "pose", "subject", "try_on", "in_context"]
 KEPT = {
@@ -51,8 +51,8 @@ def ran(monkeypatch, tmp_path) -> list[str]:
     for function, stage in names.items():
         monkeypatch.setattr(stages, function, lambda *_, stage=stage: noted.append(stage))
     monkeypatch.setattr(stages, "train_adapter", lambda kind, *_: noted.append(kind))
-    monkeypatch.setattr(train, "WORK", tmp_path)
-    folder = train.work(train.Recipe())
+    monkeypatch.setattr(checkpoints, "WORK", tmp_path)
+    folder = checkpoints.work(checkpoints.Recipe())
     folder.mkdir()
     for name in EVERY:
         (folder / name).touch()
@@ -67,7 +67,7 @@ def test_all_runs_every_stage_but_the_8_steps_in_the_order_of_what_they_need(ran
 
 @pytest.mark.parametrize("stage", stages.OWN)
 def test_a_stage_runs_by_itself_and_fresh_forgets_its_own_files_only(stage, ran, monkeypatch):
-    folder = train.work(train.Recipe())
+    folder = checkpoints.work(checkpoints.Recipe())
     command(monkeypatch, stage)
     assert {path.name for path in folder.iterdir()} == EVERY
     command(monkeypatch, stage, "--fresh")
@@ -76,10 +76,10 @@ def test_a_stage_runs_by_itself_and_fresh_forgets_its_own_files_only(stage, ran,
 
 
 def test_all_fresh_forgets_everything_of_its_recipe_and_nothing_of_another(ran, monkeypatch):
-    other = train.work(train.Recipe(pixels=128))
+    other = checkpoints.work(checkpoints.Recipe(pixels=128))
     other.mkdir()
     command(monkeypatch, "all", "--fresh")
-    assert not train.work(train.Recipe()).exists()
+    assert not checkpoints.work(checkpoints.Recipe()).exists()
     assert other.exists()
 
 
@@ -91,9 +91,9 @@ def test_make_train_tiny_runs_all_of_them():
 @pytest.mark.comfy
 def test_all_makes_every_file_in_weights(monkeypatch, tmp_path):
     """Every stage for real, one step each. Only the In-Context LoRA's takes the models in `weights/`."""
-    monkeypatch.setattr(train, "WORK", tmp_path / "work")
-    monkeypatch.setattr(train, "WEIGHTS", tmp_path / "weights")
-    monkeypatch.setattr(train, "device_of", lambda: torch.device("cpu"))
+    monkeypatch.setattr(checkpoints, "WORK", tmp_path / "work")
+    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(loop, "device_of", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch, "compile", lambda model: model)
     sizes = {
         "AdapterRecipe": {"pool": 500, "steps": 1, "batch": 2},
@@ -103,12 +103,12 @@ def test_all_makes_every_file_in_weights(monkeypatch, tmp_path):
     for name, small in sizes.items():
         made = replace(getattr(stages, name)(), **small)
         monkeypatch.setattr(stages, name, lambda made=made: made)
-    pictures = train._pictures
-    monkeypatch.setattr(train, "_pictures", lambda recipe, seed, count: pictures(recipe, seed, min(count, 200)))
+    pictures = vae._pictures
+    monkeypatch.setattr(vae, "_pictures", lambda recipe, seed, count: pictures(recipe, seed, min(count, 200)))
     command(monkeypatch, "all", "--pixels=32", "--pool=60", "--batch=4", "--vae-steps=1", "--base-steps=1")
     written = {path.relative_to(tmp_path / "weights").as_posix() for path in (tmp_path / "weights").rglob("*.*")}
     assert written == shipped()
-    assert {in_context.NAME, try_on.NAME} <= written
+    assert {in_context.NAME, try_on_model.NAME} <= written
     stage_files = {path.name for path in next((tmp_path / "work").iterdir()).iterdir() if path.suffix == ".pt"}
     owned = [pattern for patterns in stages.OWN.values() for pattern in patterns]
     assert all(name == "components.pt" or any(Path(name).match(p) for p in owned) for name in stage_files)

@@ -14,8 +14,11 @@ from torch import nn
 from dit_toolkit.models.control.mc_vton_keys import Settings, parse
 from dit_toolkit.models.tiny_text import PAD, VOCABULARY
 from dit_toolkit.models.tiny_vae import SCALE, SHIFT, TinyVAE
-from dit_toolkit.training import data, train, try_on, world
+from dit_toolkit.training import checkpoints, data, fittings, loop, try_on, try_on_8_steps, try_on_model, world
+from dit_toolkit.training.base import export_base, size_of
+from dit_toolkit.training.embedded import WIDTHS, Base, load_shipped, sample
 from dit_toolkit.training.flux import Flux, Size
+from dit_toolkit.training.measure import try_on as measure
 
 
 def some_scenes(count, seed=3):
@@ -30,11 +33,11 @@ def shirt_of(scene, size=96):
 def test_another_shirt_changes_the_shirt_only():
     rng = np.random.default_rng(0)
     for scene in some_scenes(12):
-        other = try_on.redressed(scene, rng)
+        other = fittings.redressed(scene, rng)
         assert other.things[0].colour != scene.things[0].colour
         a, b = world.render(scene, 96), world.render(other, 96)
         assert np.array_equal(a.labels, b.labels)
-        around = try_on.widened(world.garment_mask(a, 1), 2) == 0  # past blended edges
+        around = fittings.widened(world.garment_mask(a, 1), 2) == 0  # past blended edges
         assert np.array_equal(a.image[around], b.image[around])
 
 
@@ -42,13 +45,13 @@ def test_the_person_picture_hides_the_shirt_and_keeps_the_rest():
     rng = np.random.default_rng(0)
     covered = []
     for scene in some_scenes(40):
-        fitting = try_on.training_fitting(scene, 96, rng)
+        fitting = fittings.training_fitting(scene, 96, rng)
         hidden = fitting.mask > 0
-        assert (fitting.person[hidden] == try_on.GREY).all()
+        assert (fitting.person[hidden] == fittings.GREY).all()
         covered.append((hidden & shirt_of(scene)).sum() / shirt_of(scene).sum())
         if covered[-1] == 1.0:
             # A mask without pixels around it may leave blended edges of the old shirt.
-            away = try_on.widened(fitting.mask, 2) == 0
+            away = fittings.widened(fitting.mask, 2) == 0
             assert np.array_equal(fitting.person[away], fitting.shown[away])
     assert 0.8 < np.mean(np.array(covered) == 1.0) < 1.0  # some masks are tight or shifted, as people's are
     assert min(covered) > 0.6
@@ -57,7 +60,7 @@ def test_the_person_picture_hides_the_shirt_and_keeps_the_rest():
 def test_a_users_mask_leaves_nothing_of_the_old_shirt():
     rng = np.random.default_rng(0)
     for scene in some_scenes(12):
-        fitting = try_on.user_fitting(scene, rng)
+        fitting = fittings.user_fitting(scene, rng)
         assert np.array_equal(fitting.person[fitting.mask == 0], fitting.shown[fitting.mask == 0])
         assert (fitting.mask > 0)[shirt_of(scene)].all()
 
@@ -65,12 +68,12 @@ def test_a_users_mask_leaves_nothing_of_the_old_shirt():
 def test_a_wider_mask_reaches_as_far_as_it_says():
     shirt = np.zeros((40, 40), np.uint8)
     shirt[18:22, 10:30] = 255
-    assert np.array_equal(try_on.widened(shirt, 0), shirt)
-    rows, columns = np.nonzero(try_on.widened(shirt, 5))
+    assert np.array_equal(fittings.widened(shirt, 0), shirt)
+    rows, columns = np.nonzero(fittings.widened(shirt, 5))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (13, 26, 5, 34)
     dots = np.zeros((40, 40), np.uint8)
     dots[5, 5] = dots[20, 30] = 255
-    assert (try_on.widened(dots, 0, box=True) > 0).sum() == 16 * 26
+    assert (fittings.widened(dots, 0, box=True) > 0).sum() == 16 * 26
 
 
 def test_words_never_name_the_shirt():
@@ -87,8 +90,8 @@ def test_words_never_name_the_shirt():
 
 
 def test_the_judge_is_right_on_the_worlds_own_pictures_and_on_wrong_ones():
-    scenes, fittings = try_on.held_out(16)
-    own = try_on.tally(np.stack([f.shown for f in fittings]), scenes, fittings)
+    scenes, fittings = measure.held_out(16)
+    own = measure.tally(np.stack([f.shown for f in fittings]), scenes, fittings)
     assert own["outside the mask, dB"] > 100
     assert own["under the mask, dB"] > 100
     assert all(value == 1.0 for name, value in own.items() if "dB" not in name and name != "silhouette IoU")
@@ -98,19 +101,19 @@ def test_the_judge_is_right_on_the_worlds_own_pictures_and_on_wrong_ones():
         pattern = next(p for p in world.PATTERNS if p != doll.pattern)
         for wrong, name in ((replace(doll, colour=colour), "colour"), (replace(doll, pattern=pattern), "pattern")):
             image = world.render(replace(scene, things=(wrong, *scene.things[1:])), 96).image
-            found = try_on.worn(image, scene)
+            found = measure.worn(image, scene)
             assert not found[name]
             assert not found["garment"]
 
 
 def test_eight_steps_are_nodes_of_twenty_four():
-    assert torch.allclose(try_on.levels_of(24)[::3], try_on.levels_of(8), atol=1e-7)
-    assert try_on.levels_of(8)[[0, -1]].tolist() == [1.0, 0.0]
+    assert torch.allclose(try_on_model.levels_of(24)[::3], try_on_model.levels_of(8), atol=1e-7)
+    assert try_on_model.levels_of(8)[[0, -1]].tolist() == [1.0, 0.0]
 
 
 def random_base(live=8):
     torch.manual_seed(0)
-    model = train.Base(Size(live=live, double=1, single=1))
+    model = Base(Size(live=live, double=1, single=1))
     for weight in model.parameters():
         nn.init.normal_(weight, std=0.05)
     return model.requires_grad_(False).eval()
@@ -121,10 +124,12 @@ def test_drawing_without_conditions_is_the_trainers_own_sampling():
     ids = torch.tensor([data.padded_ids("a doll"), data.padded_ids("a red ball")])
     nothing = torch.zeros(2, 8, 4, 4)
     for cfg in (1.0, 2.5):
-        expected = train.sample(model, ids, (4, 4), seed=5, steps=3, cfg=cfg)
+        expected = sample(model, ids, (4, 4), seed=5, steps=3, cfg=cfg)
         noise = torch.randn((2, 8, 4, 4), generator=torch.Generator().manual_seed(5))
-        velocity = try_on.velocity_of(model, None, ids, nothing, nothing, cfg)
-        torch.testing.assert_close(try_on.draw(velocity, noise, try_on.levels_of(3)), expected, rtol=1e-5, atol=1e-5)
+        velocity = try_on_model.velocity_of(model, None, ids, nothing, nothing, cfg)
+        torch.testing.assert_close(
+            try_on_model.draw(velocity, noise, try_on_model.levels_of(3)), expected, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_a_lora_on_the_base_starts_at_nothing_and_merges():
@@ -136,7 +141,7 @@ def test_a_lora_on_the_base_starts_at_nothing_and_merges():
     inputs = (torch.randn(1, 4, 4, 4), torch.tensor([0.5]), torch.randn(1, 3, 128), torch.randn(1, 64), torch.ones(1))
     adapted = Flux(size)
     adapted.load_state_dict(plain.state_dict())
-    student = try_on.adapt(adapted, 3, 0)
+    student = try_on_8_steps.adapt(adapted, 3, 0)
     with torch.no_grad():
         torch.testing.assert_close(adapted(*inputs), plain(*inputs), rtol=0, atol=0)
         for low in student.values():
@@ -151,9 +156,9 @@ def test_a_lora_on_the_base_starts_at_nothing_and_merges():
 @pytest.fixture
 def workshop(tmp_path, monkeypatch):
     """A random base in place of the shipped one, and folders of its own."""
-    monkeypatch.setattr(train, "WORK", tmp_path / "work")
-    monkeypatch.setattr(train, "WEIGHTS", tmp_path / "weights")
-    monkeypatch.setattr(train, "device_of", lambda: torch.device("cpu"))
+    monkeypatch.setattr(checkpoints, "WORK", tmp_path / "work")
+    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(loop, "device_of", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch, "compile", lambda model: model)
     ship(0)
     return tmp_path / "weights"
@@ -162,11 +167,11 @@ def workshop(tmp_path, monkeypatch):
 def ship(seed: int) -> None:
     """A base with random weights and a decoder, as the first two stages leave them."""
     torch.manual_seed(seed)
-    model = train.Base(train.size_of(train.Recipe()))
+    model = Base(size_of(checkpoints.Recipe()))
     for weight in model.parameters():
         nn.init.normal_(weight, std=0.05)
-    train.export_base(model, train.Recipe(), "base")
-    train.write("tiny_vae.safetensors", TinyVAE(8, train.WIDTHS, operations=nn).state_dict(), {})
+    export_base(model, checkpoints.Recipe(), "base")
+    checkpoints.write("tiny_vae.safetensors", TinyVAE(8, WIDTHS, operations=nn).state_dict(), {})
 
 
 def same(a: dict, b: dict) -> bool:
@@ -174,36 +179,36 @@ def same(a: dict, b: dict) -> bool:
 
 
 def test_both_stages_train_resume_and_are_exported_in_layouts_that_load(workshop):
-    base = train.Recipe(pixels=32)
+    base = checkpoints.Recipe(pixels=32)
     first = try_on.TryOnRecipe(rank=4, pool=12, steps=2, batch=4)
     for _ in range(2):  # the second time there is nothing left to do but the export
         try_on.train_try_on(base, first)
-    made = parse(load_file(workshop / try_on.NAME))
+    made = parse(load_file(workshop / try_on_model.NAME))
     assert (made.dim, made.hidden, made.double, made.single) == (128, 512, 2, 6)
     for branch in made.branches.values():
         assert set(branch.ranks.values()) == {4}
         assert all(weight.any() for weight in branch.weights.values())
 
-    second = try_on.FastRecipe(rank=4, pool=8, substeps=1, steps=2, batch=4)
+    second = try_on_8_steps.FastRecipe(rank=4, pool=8, substeps=1, steps=2, batch=4)
     for _ in range(2):
-        try_on.train_fast(base, first, second)
-    state = load_file(workshop / try_on.FAST)
-    flux = train.load_shipped()[0].flux.state_dict()
+        try_on_8_steps.train_fast(base, first, second)
+    state = load_file(workshop / try_on_8_steps.FAST)
+    flux = load_shipped()[0].flux.state_dict()
     layers = {f"diffusion_model.{name}" for name in flux if name.endswith(".weight")}
     assert {key.replace("lora_A.", "").replace("lora_B.", "") for key in state} <= layers
-    after = try_on.with_fast(train.load_shipped()[0]).flux.state_dict()
+    after = try_on_8_steps.with_fast(load_shipped()[0]).flux.state_dict()
     assert any(not torch.equal(after[name], flux[name]) for name in flux)
 
 
 def test_another_base_gets_loras_of_its_own_and_the_first_base_its_own_again(workshop):
-    base, first = train.Recipe(pixels=32), try_on.TryOnRecipe(rank=2, pool=4, steps=1, batch=2)
-    second = try_on.FastRecipe(rank=2, pool=4, substeps=1, steps=1, batch=2)
+    base, first = checkpoints.Recipe(pixels=32), try_on.TryOnRecipe(rank=2, pool=4, steps=1, batch=2)
+    second = try_on_8_steps.FastRecipe(rank=2, pool=4, substeps=1, steps=1, batch=2)
     made = []
     for seed in (0, 1, 0):
         ship(seed)
         try_on.train_try_on(base, first)
-        try_on.train_fast(base, first, second)
-        made.append([load_file(workshop / name) for name in (try_on.NAME, try_on.FAST)])
+        try_on_8_steps.train_fast(base, first, second)
+        made.append([load_file(workshop / name) for name in (try_on_model.NAME, try_on_8_steps.FAST)])
     for a, b, again in zip(*made, strict=True):
         assert not same(a, b)
         assert same(a, again)
@@ -211,19 +216,19 @@ def test_another_base_gets_loras_of_its_own_and_the_first_base_its_own_again(wor
 
 def test_another_first_stage_gets_a_student_of_its_own(workshop):
     """One that differs by its recipe alone, and one whose file alone was exchanged."""
-    base, first = train.Recipe(pixels=32), try_on.TryOnRecipe(rank=2, pool=4, steps=1, batch=2)
-    second = try_on.FastRecipe(rank=2, pool=4, substeps=1, steps=1, batch=2)
+    base, first = checkpoints.Recipe(pixels=32), try_on.TryOnRecipe(rank=2, pool=4, steps=1, batch=2)
+    second = try_on_8_steps.FastRecipe(rank=2, pool=4, substeps=1, steps=1, batch=2)
     try_on.train_try_on(base, first)
     students = []
     for recipe in (first, replace(first, seed=9), first):
-        try_on.train_fast(base, recipe, second)
-        students.append(load_file(workshop / try_on.FAST))
+        try_on_8_steps.train_fast(base, recipe, second)
+        students.append(load_file(workshop / try_on_8_steps.FAST))
     assert not same(*students[:2])
     assert same(students[0], students[2])
 
     try_on.train_try_on(base, replace(first, seed=9))
-    try_on.train_fast(base, first, second)
-    assert not same(students[0], load_file(workshop / try_on.FAST))
+    try_on_8_steps.train_fast(base, first, second)
+    assert not same(students[0], load_file(workshop / try_on_8_steps.FAST))
 
 
 # ------------------------------------------------------------------------------------------------ the shipped LoRAs
@@ -231,20 +236,20 @@ def test_another_first_stage_gets_a_student_of_its_own(workshop):
 
 @pytest.fixture(scope="module")
 def shipped():
-    return train.load_shipped()
+    return load_shipped()
 
 
 @pytest.fixture(scope="module")
 def room(shipped):
     """Twelve held-out dolls, another shirt for each, and a function that dresses them in eight steps without cfg."""
     model, vae = shipped
-    scenes, fittings = try_on.held_out(12)
+    scenes, fittings = measure.held_out(12)
     persons, garments = (np.stack([getattr(f, name) for f in fittings]) for name in ("person", "garment"))
 
     def dressed(loras, garments=garments, judged=scenes):
-        return try_on.tally(try_on.wear(model, vae, loras, persons, garments, steps=8, cfg=1.0), judged, fittings)
+        return measure.tally(measure.wear(model, vae, loras, persons, garments, steps=8, cfg=1.0), judged, fittings)
 
-    return dressed, try_on.load_try_on(model.flux.size), scenes, garments
+    return dressed, try_on_model.load_try_on(model.flux.size), scenes, garments
 
 
 def wearing(scenes, others):
@@ -273,7 +278,7 @@ def test_another_garment_makes_another_picture(room):
 
 def test_without_the_conditions_or_with_an_untrained_lora_nothing_is_right(room, shipped):
     dressed, _, _, _ = room
-    for loras in (None, try_on.new_branches(shipped[0].flux.size, 4, 0).requires_grad_(False)):
+    for loras in (None, try_on_model.new_branches(shipped[0].flux.size, 4, 0).requires_grad_(False)):
         found = dressed(loras)
         assert found["garment"] <= 0.35
         assert found["outside the mask, dB"] < 16
@@ -285,7 +290,7 @@ def test_each_branch_does_its_own_part(room, shipped):
     dressed, loras, _, _ = room
     found = {}
     for branch in ("person", "garment"):
-        half = try_on.Branches(shipped[0].flux.size, {})
+        half = try_on_model.Branches(shipped[0].flux.size, {})
         half[branch] = loras[branch]
         found[branch] = dressed(half)
         assert found[branch]["outside the mask, dB"] < 24
@@ -296,7 +301,7 @@ def test_each_branch_does_its_own_part(room, shipped):
 
 
 def test_the_shipped_file_says_how_it_was_trained():
-    path = train.WEIGHTS / try_on.NAME
+    path = checkpoints.WEIGHTS / try_on_model.NAME
     with safe_open(path, "pt") as file:
         made = parse({key: file.get_tensor(key) for key in file.keys()}, path.name, file.metadata())  # noqa: SIM118
     assert (made.dim, made.hidden, made.double, made.single) == (128, 512, 2, 6)
@@ -316,7 +321,7 @@ def test_comfyui_draws_what_the_trainer_draws(room, shipped):
 
     model, _ = shipped
     _, loras, _, _ = room
-    _, fittings = try_on.held_out(2)
+    _, fittings = measure.held_out(2)
     vae, clip = embedded.load_vae(), embedded.load_clip()
     person, garment = (
         vae.encode(torch.from_numpy(np.stack([getattr(f, name) for f in fittings])).float() / 255)
@@ -332,7 +337,11 @@ def test_comfyui_draws_what_the_trainer_draws(room, shipped):
 
     ids = torch.tensor([data.padded_ids("a doll")] * 2)
     live = [(latent[:, :8] - SHIFT) * SCALE for latent in (person, garment)]
-    ours = try_on.draw(try_on.velocity_of(model, loras, ids, *live, 2.5), noise[:, :8], try_on.levels_of(4))
+    ours = try_on_model.draw(
+        try_on_model.velocity_of(model, loras, ids, *live, 2.5), noise[:, :8], try_on_model.levels_of(4)
+    )
     torch.testing.assert_close((theirs[:, :8] - SHIFT) * SCALE, ours, rtol=0, atol=5e-3)  # its schedule is a table
-    alone = try_on.draw(try_on.velocity_of(model, None, ids, *live, 2.5), noise[:, :8], try_on.levels_of(4))
+    alone = try_on_model.draw(
+        try_on_model.velocity_of(model, None, ids, *live, 2.5), noise[:, :8], try_on_model.levels_of(4)
+    )
     assert (alone - ours).abs().mean() > 0.3

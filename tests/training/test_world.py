@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dit_toolkit.models.tiny_text import FILLER, RESERVED, SLOTS, SYNONYMS, TRAINED, VOCABULARY, word_ids
-from dit_toolkit.training import train, world
+from dit_toolkit.training import data, world
 from dit_toolkit.training.score import edge_agreement, score
 
 SIZE = 96
@@ -101,7 +101,7 @@ def test_captions_are_understood_whole():
 
 
 def test_the_prompt_box_passes_on_only_words_that_were_trained():
-    stream = world.scenes(0, train.LEVELS)
+    stream = world.scenes(0, data.LEVELS)
     told = {i for _ in range(3000) for i in word_ids(world.caption(next(stream)))[0]}
     assert {VOCABULARY.index(word) for word in TRAINED} == told
     typed = " ".join([*VOCABULARY[1:], *SYNONYMS, *(f"{word}s" for word in SYNONYMS)])

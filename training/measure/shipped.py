@@ -1,4 +1,4 @@
-"""Measure the shipped weights: `python -m training.evaluate [--count 200]`. Prints the table of the model card.
+"""Measure the shipped weights: `python -m training.measure.shipped [--count 200]`. Prints the table of the model card.
 
 Held-out prompts and scenes only. The scorer is `training.score`; the tests use the same one.
 """
@@ -18,10 +18,11 @@ from torch import nn
 from dit_toolkit.models.control.easycontrol import ConditionLora
 from dit_toolkit.models.control.easycontrol_keys import parse
 
-from . import data, train, world
-from .adapters import KINDS, caption_for, condition_keys, condition_picture
-from .pictures import to_unit, training_picture
-from .score import edge_agreement, edge_distance, score, silhouette_agreement
+from .. import checkpoints, data, world
+from ..easycontrol import KINDS, caption_for, condition_keys, condition_picture
+from ..embedded import load_shipped, sample
+from ..pictures import to_unit, training_picture
+from ..score import edge_agreement, edge_distance, score, silhouette_agreement
 
 SIDE = 96
 
@@ -54,11 +55,11 @@ def some(count: int, levels, seed: int = 5) -> list[world.Scene]:
 
 def draw(model, vae, scenes, seed: int = 1, captions=None, **options) -> np.ndarray:
     ids = torch.tensor([data.padded_ids(c) for c in (captions or [world.caption(s) for s in scenes])])
-    return pictures(vae, train.sample(model, ids, (SIDE // 8, SIDE // 8), seed, **options))
+    return pictures(vae, sample(model, ids, (SIDE // 8, SIDE // 8), seed, **options))
 
 
 def prompts(model, vae, count: int, scales=(1.0, 2.5)) -> dict:
-    scenes = some(count, train.LEVELS)
+    scenes = some(count, data.LEVELS)
     truth = np.stack([world.render(s, SIDE).image for s in scenes])
     found = {"ground truth": tally(truth, scenes), "autoencoder": tally(pictures(vae, data.encode(vae, truth)), scenes)}
     for cfg in scales:
@@ -68,7 +69,7 @@ def prompts(model, vae, count: int, scales=(1.0, 2.5)) -> dict:
 
 def autoencoder(vae, count: int = 200) -> dict[str, float]:
     rng = np.random.default_rng(3)
-    scenes = some(count, train.LEVELS, 6)
+    scenes = some(count, data.LEVELS, 6)
 
     def psnr(shown: np.ndarray) -> float:
         x = torch.from_numpy(to_unit(shown))
@@ -86,7 +87,7 @@ def autoencoder(vae, count: int = 200) -> dict[str, float]:
 
 
 def load_lora(kind: str, size) -> ConditionLora:
-    slot = parse(load_file(train.WEIGHTS / "easycontrol" / f"tiny_{kind}.safetensors")).slots[0]
+    slot = parse(load_file(checkpoints.WEIGHTS / "easycontrol" / f"tiny_{kind}.safetensors")).slots[0]
     rank = next(iter(slot.ranks.values()))
     lora = ConditionLora(size.hidden, size.double, size.single, rank, operations=nn)
     lora.load_state_dict({k: v.float() for k, v in slot.weights.items()})
@@ -151,10 +152,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=200)
     count = parser.parse_args().count
-    model, vae = train.load_shipped()
+    model, vae = load_shipped()
     found = {"psnr_db": autoencoder(vae), "prompts": prompts(model, vae, count)}
     for kind in KINDS:
-        if (train.WEIGHTS / "easycontrol" / f"tiny_{kind}.safetensors").exists():
+        if (checkpoints.WEIGHTS / "easycontrol" / f"tiny_{kind}.safetensors").exists():
             found[f"control: {kind}"] = control(kind, model, vae, 128 if kind == "edge" else 32)
     print(json.dumps(found, indent=1))
 

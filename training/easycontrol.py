@@ -1,4 +1,4 @@
-"""Train the EasyControl adapters of the embedded default: `edge`, `pose` and `subject`.
+"""Stages `edge`, `pose` and `subject`: the EasyControl adapters of the embedded default.
 
 The frozen base draws, the condition's keys and values come from the very function that the node runs
 (`models/control/easycontrol.py`), and only the condition LoRA learns. Loss and noise levels are the base's, guidance
@@ -26,10 +26,14 @@ from dit_toolkit.models.control.easycontrol import (
 from dit_toolkit.models.control.easycontrol_keys import write_metadata
 from dit_toolkit.models.tiny_text import PAD
 
-from . import data, train, world
+from . import checkpoints, data, loop, world
+from .base import load_base, size_of
+from .checkpoints import Recipe
+from .embedded import Base
 from .flux import Flux, apply_rope, attention, patchify, rope
-from .optim import Muon
+from .optim import Muon, schedule
 from .pictures import edges_as_a_user_would
+from .vae import load_vae
 
 KINDS = ("edge", "pose", "subject")
 
@@ -75,26 +79,26 @@ def caption_for(kind: str, scene: world.Scene) -> str:
     return world.caption(scene)
 
 
-LEVELS = {"edge": train.LEVELS, "pose": (0, 0, 1.0, 0.6), "subject": (0, 0, 1.0, 0.6)}
+LEVELS = {"edge": data.LEVELS, "pose": (0, 0, 1.0, 0.6), "subject": (0, 0, 1.0, 0.6)}
 
 
-def pool_place(kind: str, base: train.Recipe, recipe: AdapterRecipe) -> Path:
+def pool_place(kind: str, base: Recipe, recipe: AdapterRecipe) -> Path:
     """Beside the components of the autoencoder, in whose terms it is."""
-    return train.work(base) / f"pool-{kind}-{train.digest(recipe)}.pt"
+    return checkpoints.work(base) / f"pool-{kind}-{checkpoints.digest(recipe)}.pt"
 
 
-def place(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: str = "base") -> Path:
+def place(kind: str, base: Recipe, recipe: AdapterRecipe, stage: str = "base") -> Path:
     """Beside the base it is trained on. Another base, or the same one trained further, never meets it."""
-    trained_on = train.contents(train.work(base) / f"{stage}.pt")
-    return train.work(base) / f"easycontrol-{kind}-{train.digest(recipe, trained_on)}.pt"
+    trained_on = checkpoints.contents(checkpoints.work(base) / f"{stage}.pt")
+    return checkpoints.work(base) / f"easycontrol-{kind}-{checkpoints.digest(recipe, trained_on)}.pt"
 
 
-def pool(kind: str, base: train.Recipe, recipe: AdapterRecipe) -> dict[str, Tensor]:
+def pool(kind: str, base: Recipe, recipe: AdapterRecipe) -> dict[str, Tensor]:
     """Latents of pictures and conditions, and word ids."""
     path = pool_place(kind, base, recipe)
     if path.exists():
         return torch.load(path, weights_only=True)
-    vae, rng = train.load_vae(base), np.random.default_rng(base.seed)
+    vae, rng = load_vae(base), np.random.default_rng(base.seed)
     stream = world.scenes(90_000 + base.seed, LEVELS[kind])
     kept: dict[str, list[Tensor]] = {"latents": [], "conditions": [], "ids": []}
     for _ in tqdm(range(recipe.pool // 500), desc=f"rendering for {kind}"):
@@ -109,7 +113,7 @@ def pool(kind: str, base: train.Recipe, recipe: AdapterRecipe) -> dict[str, Tens
         kept["conditions"].append(data.encode(vae, np.stack(conditions)).half())
         kept["ids"].append(torch.tensor(ids, dtype=torch.uint8))
     made = {name: torch.cat(parts) for name, parts in kept.items()}
-    train.save(path, made)
+    checkpoints.save(path, made)
     return made
 
 
@@ -134,7 +138,7 @@ def condition_keys(
 class Controlled(nn.Module):
     """Base and adapter in one module, so that one compilation covers both."""
 
-    def __init__(self, kind: str, base: train.Base, lora: ConditionLora):
+    def __init__(self, kind: str, base: Base, lora: ConditionLora):
         super().__init__()
         self.kind, self.base, self.lora = kind, base, lora
 
@@ -145,9 +149,9 @@ class Controlled(nn.Module):
         return self.base.flux(x, t, context, pooled, guidance, extra)
 
 
-def train_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: str = "base") -> None:
-    device = train.device_of()
-    model = train.load_base(base, stage).to(device)
+def train_adapter(kind: str, base: Recipe, recipe: AdapterRecipe, stage: str = "base") -> None:
+    device = loop.device_of()
+    model = load_base(base, stage).to(device)
     stock = pool(kind, base, recipe)
     size = model.flux.size
     lora = ConditionLora(size.hidden, size.double, size.single, recipe.rank, operations=nn).to(device)
@@ -170,17 +174,17 @@ def train_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: s
         words = stock["ids"][index].long()
         words[torch.from_numpy(rng.random(recipe.batch) < recipe.drop)] = PAD
         noise = torch.from_numpy(rng.standard_normal(tuple(x0.shape), np.float32)).to(device)
-        t = train.noise_levels(rng, recipe.batch).to(device)
+        t = loop.noise_levels(rng, recipe.batch).to(device)
         guidance = torch.ones(recipe.batch, device=device)
-        with train.fast_matrices(device):
+        with loop.fast_matrices(device):
             v = quick(torch.lerp(x0, noise, t[:, None, None, None]), t, words.to(device), guidance, condition)
         loss = F.mse_loss(v.float(), noise - x0)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(lora.parameters(), 1.0)
         for group in optimiser.param_groups:
-            group["lr"] = recipe.muon_lr * train.schedule(step, recipe.steps, warm_up=30)
-        with train.fast_matrices(device):
+            group["lr"] = recipe.muon_lr * schedule(step, recipe.steps, warm_up=30)
+        with loop.fast_matrices(device):
             optimiser.step()
         decay = min(0.995, (step + 1) / (step + 10))
         for name, value in lora.state_dict().items():
@@ -189,20 +193,20 @@ def train_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: s
         bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
         if (step + 1) % 250 == 0 or step + 1 == recipe.steps:
             state = {"model": lora.state_dict(), "ema": average, "optimiser": optimiser.state_dict()}
-            train.save(path, {**state, "step": step + 1, "losses": losses})
-            train.plot(path.with_suffix(".png"), losses)
+            checkpoints.save(path, {**state, "step": step + 1, "losses": losses})
+            loop.plot(path.with_suffix(".png"), losses)
     export_adapter(kind, base, recipe, stage)
 
 
-def load_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: str = "base") -> ConditionLora:
-    size = train.size_of(base)
+def load_adapter(kind: str, base: Recipe, recipe: AdapterRecipe, stage: str = "base") -> ConditionLora:
+    size = size_of(base)
     lora = ConditionLora(size.hidden, size.double, size.single, recipe.rank, operations=nn)
     lora.load_state_dict(torch.load(place(kind, base, recipe, stage), weights_only=True, map_location="cpu")["ema"])
     return lora.requires_grad_(False)
 
 
-def export_adapter(kind: str, base: train.Recipe, recipe: AdapterRecipe, stage: str = "base") -> None:
+def export_adapter(kind: str, base: Recipe, recipe: AdapterRecipe, stage: str = "base") -> None:
     """In the published layout, so that the loader has one path for theirs and ours. It says its kind."""
     state = published_state([load_adapter(kind, base, recipe, stage)])
     about = write_metadata("subject" if kind == "subject" else "spatial")
-    train.write(f"easycontrol/tiny_{kind}.safetensors", state, about)
+    checkpoints.write(f"easycontrol/tiny_{kind}.safetensors", state, about)

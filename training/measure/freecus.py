@@ -1,8 +1,8 @@
-"""Measure FreeCus on the embedded default: `python -m training.freecus [--all]`. Prints tables of the model card.
+"""Measure FreeCus on the embedded default: `python -m training.measure.freecus [--all]`.
 
-The very node code on ComfyUI's sampler. Held-out scenes with a doll; the subject is the same doll on plain ground, arms
-hanging, with its exact mask, and the prompt names neither its colours nor its garments. The judge is
-`training.score`. `--all` adds other scales, shifts and layers to the main rows.
+Prints tables of the model card. The very node code on ComfyUI's sampler. Held-out scenes with a doll; the subject is
+the same doll on plain ground, arms hanging, with its exact mask, and the prompt names neither its colours nor its
+garments. The judge is `training.score`. `--all` adds other scales, shifts and layers to the main rows.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import evaluate, world
-from .adapters import caption_for, condition_picture
-from .in_context import CFG, SIDE, STEPS, comfyui
-from .score import agreement, read_doll
+from .. import world
+from ..comfyui import comfyui
+from ..easycontrol import caption_for, condition_picture
+from ..score import agreement, read_doll
+from . import shipped
+from .in_context import CFG, SIDE, STEPS
 
 GREY = 127  # around the subject
 MASK = 0.03  # farther from that grey than this, 0 to 1, is the subject
@@ -62,7 +64,7 @@ class Case:
 
 def cases(levels: tuple[float, ...], seed: int, count: int) -> list[Case]:
     rng = np.random.default_rng(4)
-    scenes = evaluate.some(count, levels, seed)
+    scenes = shipped.some(count, levels, seed)
     return [Case(scene, condition_picture("subject", scene, SIDE, rng)) for scene in scenes]
 
 
@@ -91,8 +93,8 @@ def draw(chosen: list[Case], settings: Settings | None, seed: int = 1) -> np.nda
 
 
 def tally(images: np.ndarray, chosen: list[Case]) -> dict[str, float]:
-    """What `evaluate.tally` finds, and the shares of dolls that can be read and of those with the right colour."""
-    found = evaluate.tally(images, [case.scene for case in chosen])
+    """What `shipped.tally` finds, and the shares of dolls that can be read and of those with the right colour."""
+    found = shipped.tally(images, [case.scene for case in chosen])
     dolls = [read_doll(image) for image in images]
     same = [agreement(doll, case.scene.things[0]) for doll, case in zip(dolls, chosen, strict=True)]
     found["doll"] = round(float(np.mean([doll is not None for doll in dolls])), 3)

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dit_toolkit.training import freecus, world
+from dit_toolkit.training import world
+from dit_toolkit.training.measure import freecus
 
 SIDE = 96
 
