@@ -57,10 +57,10 @@ serve: setup
 	@$(PY) -m scripts.server '$(PORT)'
 
 bench: setup
-	$(call timed,Benchmarks,$(PY) -m scripts.bench_load && $(PY) -m scripts.bench_easycontrol && $(PY) -m scripts.bench_attention && $(PY) -m scripts.bench_accelerators)
+	$(call timed,Benchmarks,$(PY) -m benchmarks.load && $(PY) -m benchmarks.easycontrol && $(PY) -m benchmarks.attention && $(PY) -m benchmarks.accelerators)
 
 train-tiny: setup
-	$(call timed,Training of the embedded models,$(PY) -m scripts.tiny all)
+	$(call timed,Training of the embedded models,$(PY) -m training all)
 
 # The hashed requirements, from the short lists beside them. Needed only to move to newer versions.
 PINS = --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --upgrade --quiet

@@ -1,4 +1,4 @@
-"""Set-up, training and benchmarks. Not shipped, and not imported by the pack.
+"""What runs ComfyUI with the pack: set-up, server, client, browser, demo. Not shipped, and not imported by the pack.
 
 The repository is importable here as `dit_toolkit`, whatever its folder is called: ComfyUI and other packs also have
 modules named `nodes` and `models`.

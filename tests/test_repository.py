@@ -18,6 +18,7 @@ STEMS = workflows.stems()
 ROOMS = [ROOT / room for room in ("nodes", "host", "models")]
 SHIPPED = [ROOT / "__init__.py", *sorted(path for room in ROOMS for path in room.rglob("*.py"))]
 HELP_PAGES = sorted((ROOT / "web" / "docs").rglob("*.md"))
+NEVER_SHIPPED = {"benchmarks", "scripts", "tests", "training"}
 DOWNLOADS = ("https://huggingface.co/", "https://civitai.com/")
 EXTENSIONS = (".safetensors", ".sft")
 
@@ -127,6 +128,42 @@ def test_no_machine_and_no_registry_is_named():
 
 def test_there_is_no_lock_file_with_addresses():
     assert not [path for path in tracked_files() if path.name in ("uv.lock", "poetry.lock", "Pipfile.lock")]
+
+
+def test_the_rooms_of_developers_are_never_shipped():
+    ignored = set((ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines())
+    assert {f"{room}/" for room in NEVER_SHIPPED} <= ignored
+    assert all((ROOT / room).is_dir() for room in NEVER_SHIPPED)
+
+
+def rooms_imported(path) -> set[str]:
+    """The rooms that a file of ours imports from, wherever in it."""
+    rooms, here = set(), path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = here[: len(here) - node.level + 1] if node.level else ()
+            modules = [[*start, *(node.module or "").split("."), alias.name] for alias in node.names]
+        else:
+            continue
+        ours = [[part for part in module if part not in ("", "dit_toolkit")] for module in modules]
+        rooms |= {module[0] for module in ours if module}
+    return rooms
+
+
+def test_shipped_code_imports_nothing_of_the_rooms_of_developers():
+    found = {str(path.relative_to(ROOT)): rooms_imported(path) & NEVER_SHIPPED for path in SHIPPED}
+    assert not {name: rooms for name, rooms in found.items() if rooms}
+
+
+def test_imports_are_seen_in_all_their_forms(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "host" / "control" / "one.py"
+    path.parent.mkdir(parents=True)
+    lines = "import a", "from dit_toolkit.c import d", "from ...e.f import g", "from ... import h", "from ..i import j"
+    path.write_text("\n".join(lines))
+    assert rooms_imported(path) == {"a", "c", "e", "h", "host"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))

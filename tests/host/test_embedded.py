@@ -20,9 +20,11 @@ from dit_toolkit.host.control.easycontrol_files import load as load_lora
 from dit_toolkit.models.tiny_text import SLOTS
 from dit_toolkit.models.tiny_vae import SCALE, SHIFT
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl
-from dit_toolkit.scripts.tiny import evaluate, train, world
-from dit_toolkit.scripts.tiny.adapters import caption_for, condition_picture
-from dit_toolkit.scripts.tiny.score import edge_distance, score, silhouette_agreement
+from dit_toolkit.training import data, world
+from dit_toolkit.training.easycontrol import caption_for, condition_picture
+from dit_toolkit.training.embedded import load_shipped
+from dit_toolkit.training.measure import shipped
+from dit_toolkit.training.score import edge_distance, score, silhouette_agreement
 
 pytestmark = pytest.mark.comfy
 
@@ -88,10 +90,10 @@ def test_comfyui_recognises_the_transformer_as_flux(stack):
 
 
 def test_the_transformer_computes_what_the_trainers_does(stack):
-    base, _ = train.load_shipped()
+    base, _ = load_shipped()
     live = base.flux.size.live
     x = torch.randn(2, 16, 12, 12, generator=torch.Generator().manual_seed(0))
-    ids = torch.tensor([train.data.padded_ids(t) for t in ("a red ball, on a white ground", "a doll, waving")])
+    ids = torch.tensor([data.padded_ids(t) for t in ("a red ball, on a white ground", "a doll, waving")])
     t, guidance = torch.tensor([0.8, 0.3]), torch.tensor([3.5, 3.5])
     with torch.inference_mode():
         context, pooled = base.text(ids)
@@ -102,18 +104,18 @@ def test_the_transformer_computes_what_the_trainers_does(stack):
 
 
 def test_the_text_encoder_computes_what_the_trainers_does(stack):
-    base, _ = train.load_shipped()
+    base, _ = load_shipped()
     text = "a doll with short black hair, a red shirt and a blue skirt"
     with torch.inference_mode():
-        context, pooled = base.text(torch.tensor([train.data.padded_ids(text)]))
+        context, pooled = base.text(torch.tensor([data.padded_ids(text)]))
     cond, about = stack.words(text)[0]
     assert torch.allclose(cond, context, atol=1e-5)
     assert torch.allclose(about["pooled_output"], pooled, atol=1e-5)
 
 
 def test_the_autoencoder_computes_what_the_trainers_does(stack):
-    _, vae = train.load_shipped()
-    shown = np.stack([world.render(s, SIDE).image for s in evaluate.some(4, (0, 1.0, 1.0))])
+    _, vae = load_shipped()
+    shown = np.stack([world.render(s, SIDE).image for s in shipped.some(4, (0, 1.0, 1.0))])
     image = torch.from_numpy(shown).float() / 255
     with torch.inference_mode():
         latents = stack.vae.encode(image)
@@ -125,7 +127,7 @@ def test_the_autoencoder_computes_what_the_trainers_does(stack):
 
 
 def test_the_round_trip_through_the_autoencoder_is_close(stack):
-    shown = np.stack([world.render(s, SIDE).image for s in evaluate.some(64, train.LEVELS)])
+    shown = np.stack([world.render(s, SIDE).image for s in shipped.some(64, data.LEVELS)])
     image = torch.from_numpy(shown).float() / 255
     with torch.inference_mode():
         back = stack.vae.decode(stack.vae.encode(image))
@@ -182,7 +184,7 @@ def drawn(stack, model, captions, **options) -> list[np.ndarray]:
 
 def test_prompts_are_followed(stack):
     """Object, colour, position and ground all right, on held-out prompts."""
-    scenes = evaluate.some(48, train.LEVELS, seed=21)
+    scenes = shipped.some(48, data.LEVELS, seed=21)
     images = drawn(stack, stack.model, [world.caption(s) for s in scenes])
     right = [score(i, s) for i, s in zip(images, scenes, strict=True)]
     assert np.mean([r.all for r in right]) >= 0.8
@@ -206,11 +208,11 @@ def edges(stack, apply):
 
     The prompts name things and colours, not places and poses: those are the condition's to give.
     """
-    scenes = evaluate.some(32, evaluate.CONTROLLED["edge"], seed=31)
+    scenes = shipped.some(32, shipped.CONTROLLED["edge"], seed=31)
     rng = np.random.default_rng(0)
     maps = [condition_picture("edge", s, SIDE, rng) for s in scenes]
     truth = [world.canny(world.render(s, SIDE)) for s in scenes]
-    captions = [evaluate.prompt_for("edge", s) for s in scenes]
+    captions = [shipped.prompt_for("edge", s) for s in scenes]
     images = {"with": [], "without": [], "other": []}
     for k, text in enumerate(captions):
         images["with"].append(stack.picture(apply(maps[k]), text, seed=200 + k)[0])
@@ -253,7 +255,7 @@ def test_the_prompt_is_still_followed_under_edges(edges):
 
 @pytest.fixture(scope="module")
 def one(stack):
-    scene = evaluate.some(1, (0, 0, 1.0), seed=41)[0]
+    scene = shipped.some(1, (0, 0, 1.0), seed=41)[0]
     return world.caption(scene), world.edge_map(world.render(scene, SIDE), 2)
 
 
@@ -304,7 +306,7 @@ def test_batches_cfg_and_samplers_work(stack, apply, one):
     assert pair.shape[0] == 2
     assert torch.isfinite(pair).all()
     broadcast = stack.latents(apply(edge), text, batch=2, cfg=3.0)
-    live = train.load_shipped()[0].flux.size.live
+    live = load_shipped()[0].flux.size.live
     assert torch.allclose(pair[:, :live], broadcast[:, :live], atol=1e-3)
     for sampler in ("heun", "dpmpp_2m", "euler_ancestral"):
         assert torch.isfinite(stack.latents(apply(edge), text, steps=6, sampler=sampler)).all()
@@ -312,7 +314,7 @@ def test_batches_cfg_and_samplers_work(stack, apply, one):
 
 def test_two_conditions_act_together(stack, apply):
     """The outline gives the pose, the reference the colours, and the prompt names neither."""
-    scenes = evaluate.some(24, (0, 0, 1.0), seed=51)
+    scenes = shipped.some(24, (0, 0, 1.0), seed=51)
     rng = np.random.default_rng(1)
     right = {"edge and subject": [], "edge alone": []}
     overlap = []

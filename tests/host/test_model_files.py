@@ -9,7 +9,7 @@ import pytest
 from app.model_manager import ModelFileManager
 
 from dit_toolkit.host import model_files
-from dit_toolkit.scripts.tiny import in_context, try_on
+from dit_toolkit.training import in_context, try_on_8_steps
 
 pytestmark = pytest.mark.comfy
 
@@ -63,7 +63,7 @@ def test_loras_that_ship_say_whose_they_are_in_every_list(folders):
     shipped = [path.name for path in (model_files.WEIGHTS / "loras").iterdir()]
     assert shipped
     assert all(name.startswith(model_files.DEMO) for name in shipped)
-    assert all(Path(name).name.startswith(model_files.DEMO) for name in (in_context.NAME, try_on.FAST))
+    assert all(Path(name).name.startswith(model_files.DEMO) for name in (in_context.NAME, try_on_8_steps.FAST))
     assert set(folder_paths.get_filename_list("loras")) - {"mine.safetensors", "old.ckpt"} == set(shipped)
 
 

@@ -59,7 +59,7 @@ def default():
 @pytest.fixture(scope="module")
 def drawings():
     """Pictures of the world that the embedded default knows, `[4, 96, 96, 3]`."""
-    from dit_toolkit.scripts.tiny import world
+    from dit_toolkit.training import world
 
     images = [world.render(scene, 96).image for scene, _ in zip(world.scenes(3, (0, 0, 1, 0)), range(4), strict=False)]
     return torch.stack([torch.from_numpy(each).float() / 255 for each in images])

@@ -5,7 +5,7 @@ import urllib.error
 
 import pytest
 
-from dit_toolkit.scripts import bench_easycontrol, demo, server, setup
+from dit_toolkit.scripts import demo, server, setup
 from dit_toolkit.scripts.client import PromptFailed, PromptInterrupted, PromptRefused
 from dit_toolkit.scripts.server import ServerError
 
@@ -66,23 +66,6 @@ def raising(error: BaseException):
 def test_serve_refuses_a_port_that_is_none(port, capsys):
     assert server.main([port]) == 1
     assert f"PORT must be a number from 1 to 65535, not '{port}'." in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("argument", "said"),
-    [
-        ("--repeats=2", "--repeats must be at least 5"),
-        ("--hidden=100", "multiple of 128"),
-        ("--single=0", "--single must be at least 1"),
-        ("--text-dim=-4", "--text-dim must be at least 1"),
-        ("--picture=1000", "square of a number"),
-        ("--rank=abc", "invalid int value"),
-    ],
-)
-def test_the_benchmark_refuses_sizes_that_cannot_be(argument, said, capsys):
-    with pytest.raises(SystemExit):
-        bench_easycontrol.main([argument])
-    assert said in capsys.readouterr().err
 
 
 # Set-up

@@ -1,28 +1,29 @@
-"""What the Makefile runs is there."""
+"""What the Makefile runs, and what README and model card tell to run, is there."""
 
 import importlib.machinery
 import re
+import subprocess
+import sys
 
 import pytest
 
 from dit_toolkit.scripts.places import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-MODULES = sorted(set(re.findall(r"-m (scripts(?:\.\w+)+)", MAKEFILE)))
+ROOMS = ("scripts", "training", "benchmarks")
+TOLD = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "weights/README.md")]
+MODULES = sorted(set(re.findall(rf"-m ((?:{'|'.join(ROOMS)})(?:\.\w+)*)", "\n".join([MAKEFILE, *TOLD]))))
 TARGETS = set(re.findall(r"^([\w-]+):(?!=)", MAKEFILE, re.MULTILINE))
 
 
 def spec_of(module: str):
     """Where Python would find a module of ours, without importing it or its package."""
-    path, name = ROOT / "scripts", module.removeprefix("scripts.")
-    if "." in name:
-        *folders, name = name.split(".")
-        path = path.joinpath(*folders)
-    return importlib.machinery.PathFinder.find_spec(name, [str(path)])
+    *folders, name = module.split(".")
+    return importlib.machinery.PathFinder.find_spec(name, [str(ROOT.joinpath(*folders))])
 
 
-def test_it_runs_modules_of_scripts():
-    assert {"scripts.setup", "scripts.demo", "scripts.server"} <= set(MODULES)
+def test_it_runs_modules_of_ours():
+    assert {"scripts.setup", "scripts.demo", "scripts.server", "benchmarks.accelerators", "training"} <= set(MODULES)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -34,7 +35,14 @@ def test_a_module_that_it_runs_can_be_found_and_run(module):
 
 
 def test_a_module_that_is_not_there_is_not_found():
-    assert spec_of("scripts.bench") is None
+    assert spec_of("benchmarks.bench") is None
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_repository_has_its_name_in_what_runs_from_its_root(room):
+    code = f"import {room}, dit_toolkit.scripts.places as places; print(places.ROOT)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == str(ROOT), done.stderr
 
 
 def test_every_target_is_phony_and_help_names_real_ones():

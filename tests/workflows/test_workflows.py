@@ -13,7 +13,7 @@ from dit_toolkit.scripts.client import Image as Saved
 from dit_toolkit.scripts.client import Prompt, PromptFailed, Result
 from dit_toolkit.scripts.demo import ROWS
 from dit_toolkit.scripts.server import Server
-from dit_toolkit.scripts.tiny.score import read_doll
+from dit_toolkit.training.score import read_doll
 
 pytestmark = pytest.mark.comfy
 

@@ -44,9 +44,9 @@ from dit_toolkit.nodes.re_ttention import ApplyReTtention
 from dit_toolkit.nodes.sparse_attention import ApplyClear
 from dit_toolkit.nodes.step_cache import ConfidenceGatedTaylor, DeltaDiT, TaylorSeer
 from dit_toolkit.nodes.try_on import ApplyTryOn
-from dit_toolkit.scripts.tiny import world
 from dit_toolkit.tests.host.accelerate.caching import cached, strip
 from dit_toolkit.tests.host.tiny import close
+from dit_toolkit.training import world
 
 pytestmark = pytest.mark.comfy
 

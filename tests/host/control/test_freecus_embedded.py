@@ -9,9 +9,10 @@ import torch
 
 from dit_toolkit.host import embedded
 from dit_toolkit.host.control import freecus
-from dit_toolkit.scripts.tiny import evaluate, world
-from dit_toolkit.scripts.tiny.adapters import caption_for, condition_picture
-from dit_toolkit.scripts.tiny.score import score
+from dit_toolkit.training import world
+from dit_toolkit.training.easycontrol import caption_for, condition_picture
+from dit_toolkit.training.measure import shipped
+from dit_toolkit.training.score import score
 
 pytestmark = pytest.mark.comfy
 
@@ -27,7 +28,7 @@ def models():
 def test_a_doll_keeps_the_colours_and_pattern_that_the_prompt_does_not_name(models):
     """The model card has 32 scenes: one right by the prompt alone, all with FreeCus."""
     model, clip, vae = models
-    scenes = evaluate.some(COUNT, (0, 0, 1.0, 0), 11)
+    scenes = shipped.some(COUNT, (0, 0, 1.0, 0), 11)
     rng = np.random.default_rng(4)
     right = {"alone": 0, "with": 0}
     for i, scene in enumerate(scenes):

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from dit_toolkit.host.model_files import WEIGHTS, names, offer_loras
-from dit_toolkit.scripts.tiny import in_context, world
-from dit_toolkit.scripts.tiny.score import read_doll
+from dit_toolkit.training import world
+from dit_toolkit.training.measure import in_context
+from dit_toolkit.training.score import read_doll
 
 pytestmark = pytest.mark.comfy
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, mse_loss
 
 from dit_toolkit.host.control import training
-from dit_toolkit.scripts.tiny import flux as plain
 from dit_toolkit.tests.host import tiny
 from dit_toolkit.tests.host.families import FAMILIES, RELATIVES, sample
+from dit_toolkit.training import flux as plain
 
 pytestmark = pytest.mark.comfy
 

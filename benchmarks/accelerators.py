@@ -1,0 +1,91 @@
+"""The race: every step cache on the same model, prompts and sampler, against no cache and against fewer steps.
+
+    python -m benchmarks.accelerators                    everything, minutes on two CPU cores
+    python -m benchmarks.accelerators --only TaylorSeer  methods whose name begins so, next to fewer steps
+
+Quality is judged on the embedded model, whose blocks are so cheap that a cache's own work shows. Speed is measured
+there, and once more on random weights in FLUX.1's shape. Rows and a plot go to benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import logging
+import os
+import sys
+import time
+
+import torch
+
+from dit_toolkit.scripts import places
+
+RESULTS = places.ROOT / "benchmarks" / "results"
+SAMPLERS = ("euler", "dpmpp_2m")  # the second is of second order, and asks the model once a step as well
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--pictures", type=int, default=8, help="with the first sampler; a quarter of them with others")
+    parser.add_argument("--rounds", type=int, default=2, help="timed runs of each setting")
+    parser.add_argument("--samplers", nargs="+", default=SAMPLERS, metavar="NAME")
+    parser.add_argument("--only", nargs="+", default=(), metavar="METHOD", help="names, or how they begin")
+    parser.add_argument("--part", choices=["quality", "cost"], help="the embedded model, or FLUX.1's shape; else both")
+    parser.add_argument("--cost-steps", type=int, help="steps in FLUX.1's shape: 10 on a CPU, else as --steps")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    options = parser.parse_args(argv)
+    for name in ("steps", "pictures", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    return options
+
+
+@torch.inference_mode()
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    sys.path.append(str(places.comfyui()))
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+    logging.getLogger().setLevel(logging.ERROR)
+
+    from .race import arena, contenders, report, run
+
+    device = torch.device("cpu" if args.cpu else "cuda")
+    try:
+        chosen = contenders.chosen(options.only)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    rows: list[report.Row] = []
+    start = time.monotonic()
+
+    def tell(row: report.Row) -> None:
+        rows.append(row)
+        print(f"{time.monotonic() - start:5.0f} s  {report.cells(row)}", file=sys.stderr, flush=True)
+
+    if options.part != "cost":
+        tiny = arena.tiny(options.pictures)
+        for i, sampler in enumerate(options.samplers):
+            tiny.heats = tiny.heats[: options.pictures if i == 0 else max(1, options.pictures // 4)]
+            run.race(tiny, chosen, sampler, options.steps, options.rounds, 2, tell)
+    if options.part != "quality":
+        dtype = torch.bfloat16
+        shaped = arena.flux1_shape(arena.SHAPES[device.type], dtype)
+        scaled = [each.scaled() for each in chosen]
+        steps = options.cost_steps or (10 if args.cpu else options.steps)
+        run.race(shaped, scaled, "euler", steps, 2 if args.cpu else options.rounds, 3, tell)
+
+    print(report.table(rows))
+    print(f"\n{report.NOTES}")
+    if not options.no_save:
+        name = report.stem(datetime.date.today().isoformat(), device)
+        for file in report.save(rows, RESULTS, name):
+            print(f"Saved as {file.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

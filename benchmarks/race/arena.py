@@ -1,0 +1,146 @@
+"""What the race is run on: a MODEL, the same weights in diffusers' modules, and the pictures to make.
+
+Two arenas. The embedded model, trained, whose pictures can be judged; its blocks are so cheap that any bookkeeping
+shows. And random weights in FLUX.1's shape, whose blocks cost what FLUX.1's cost; only time and memory count there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import comfy.ldm.flux.model
+import comfy.model_management
+import comfy.ops
+import comfy.sample
+import comfy.sd
+import numpy as np
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from dit_toolkit.host import embedded
+from dit_toolkit.training import world
+
+SIDE = 96  # pixels: what the embedded model was trained at
+SCENES = 31  # seed of the held-out scenes
+LEVELS = (1, 1, 1, 1)  # all difficulties alike; two dolls were not trained
+
+
+@dataclass(frozen=True)
+class Heat:
+    """One picture to make: CONDITIONING of one prompt, and noise `[1, 16, h, w]`."""
+
+    prompt: Any
+    noise: Tensor
+
+
+@dataclass
+class Arena:
+    """`decode`: a latent as the sampler gives it to a picture `[H, W, 3]` in 0..1, where there is one to look at."""
+
+    name: str
+    model: ModelPatcher
+    heats: list[Heat]
+    decode: Callable[[Tensor], np.ndarray] | None = None
+
+    @cached_property
+    def device(self) -> torch.device:
+        return comfy.model_management.get_torch_device()
+
+    @cached_property
+    def transformer(self):
+        from .diffusers_flux import transformer_of
+
+        return transformer_of(self.model, self.device)
+
+    @cached_property
+    def twin(self) -> ModelPatcher:
+        from .diffusers_flux import twin_of
+
+        return twin_of(self.model, self.transformer)
+
+    def sample(self, model: ModelPatcher, heat: Heat, steps: int, sampler: str) -> Tensor:
+        """What KSampler makes of it at cfg 1, where ComfyUI evaluates the positive prompt only."""
+        prompt, noise = heat.prompt, heat.noise
+        empty = torch.zeros_like(noise)
+        return comfy.sample.sample(
+            model, noise, steps, 1.0, sampler, "simple", prompt, prompt, empty, disable_pbar=True, seed=0
+        )
+
+
+def noise_of(seed: int, height: int, width: int) -> Tensor:
+    return torch.randn(1, 16, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny(pictures: int) -> Arena:
+    """The embedded model, and held-out prompts of its world, each with its seed."""
+    model, clip, vae = embedded.load_model(), embedded.load_clip(), embedded.load_vae()
+    stream = world.scenes(SCENES, LEVELS, test=True)
+    heats = []
+    for seed in range(pictures):
+        prompt = clip.encode_from_tokens_scheduled(clip.tokenize(world.caption(next(stream))))
+        heats.append(Heat(prompt, noise_of(seed, SIDE // 8, SIDE // 8)))
+
+    def decode(latent: Tensor) -> np.ndarray:
+        return vae.decode(latent)[0].clamp(0, 1).cpu().numpy()
+
+    return Arena("tiny_flux", model, heats, decode)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the random model: how many blocks of each kind, and tokens of picture and text. Widths are FLUX.1's."""
+
+    double: int
+    single: int
+    rows: int
+    columns: int
+    text: int
+
+
+# FLUX.1 has 19 + 38 blocks and 4096 + 512 tokens at 1024 x 1024. Two cores need seconds for one evaluation of 57 blocks
+# and 192 tokens, so they get a tenth of the depth: a skipped evaluation saves less there, and bookkeeping shows more.
+SHAPES = {"cpu": Shape(2, 4, 8, 16, 64), "cuda": Shape(19, 38, 64, 64, 512)}
+TILE = 2**16  # random numbers that are repeated through a matrix
+
+
+def flux1_shape(shape: Shape, dtype: torch.dtype) -> Arena:
+    """A random FLUX.1 whose blocks of one kind share their weights: one double and one single block in memory."""
+    empty = comfy.ldm.flux.model.Flux(
+        in_channels=16,
+        out_channels=16,
+        vec_in_dim=768,
+        context_in_dim=4096,
+        hidden_size=3072,
+        mlp_ratio=4.0,
+        num_heads=24,
+        depth=1,
+        depth_single_blocks=1,
+        axes_dim=[16, 56, 56],
+        theta=10000,
+        patch_size=2,
+        qkv_bias=True,
+        guidance_embed=True,
+        txt_ids_dims=[],
+        operations=comfy.ops.disable_weight_init,
+        device="meta",
+    )
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, weight in empty.state_dict().items():
+        tile = torch.randn(TILE, generator=generator)
+        tile = 1 + 0.1 * tile if name.endswith("_norm.weight") else tile * 0.5 / weight.shape[-1] ** 0.5
+        count = weight.numel()
+        state[name] = tile.to(dtype).repeat(-(-count // TILE))[:count].view(weight.shape)
+    model = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": dtype})
+    model.model.manual_cast_dtype = None  # on a CPU ComfyUI would multiply in float32, many times slower
+    flux: Any = model.model.diffusion_model
+    flux.double_blocks.extend([flux.double_blocks[0]] * (shape.double - 1))
+    flux.single_blocks.extend([flux.single_blocks[0]] * (shape.single - 1))
+
+    text = torch.randn(1, shape.text, 4096, generator=generator)
+    prompt = [[text, {"pooled_output": torch.randn(1, 768, generator=generator), "guidance": 3.5}]]
+    return Arena("flux1-shape (random)", model, [Heat(prompt, noise_of(0, 2 * shape.rows, 2 * shape.columns))])
