@@ -27,8 +27,8 @@ from ..host.part_of_run import PartOfRun
 from ..models.accelerate.cg_taylor import FirstBlockGate, Reduce
 from ..models.accelerate.delta_dit import Stages
 from ..models.accelerate.input_change import InputChange
-from ..models.accelerate.step_cache import Guard, Listed, Policy
-from ..models.accelerate.taylorseer import FORECASTS, Forecaster, Interval
+from ..models.accelerate.policies import Guard, Interval, Listed, Policy
+from ..models.accelerate.taylorseer import FORECASTS, Forecaster
 from .inputs import check, part_of_run
 
 ReportType = io.Custom("DIT_REPORT")

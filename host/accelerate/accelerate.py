@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ...models.accelerate.cg_taylor import FirstBlockGate
 from ...models.accelerate.delta_dit import Stages
-from ...models.accelerate.step_cache import Guard, Policy
-from ...models.accelerate.taylorseer import FORECASTS, Forecaster, Interval
+from ...models.accelerate.policies import Guard, Interval, Policy
+from ...models.accelerate.taylorseer import FORECASTS, Forecaster
 from ..transformer import transformer_of
 from .report import Report
 from .step_cache import StepCache, attach

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from comfy.model_patcher import ModelPatcher
 
-from ...models.accelerate.step_cache import Guard, Policy
+from ...models.accelerate.policies import Guard, Policy
 from ...models.accelerate.taylorseer import Forecaster
 from .. import run as runs
 from ..part_of_run import WHOLE_RUN, PartOfRun

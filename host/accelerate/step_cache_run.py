@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ...models.accelerate.cg_taylor import FirstBlockGate
 from ...models.accelerate.input_change import Change, InputChange
-from ...models.accelerate.step_cache import COMPUTE, FORECAST, PROBE, Choice, Moment, weighted_sum
-from ...models.accelerate.taylorseer import Forecaster, Point
+from ...models.accelerate.policies import COMPUTE, FORECAST, PROBE, Choice, Moment
+from ...models.accelerate.taylorseer import Forecaster, Point, weighted_sum
 from ..offers import Offer, offer
 from ..part_of_run import begun
 from ..run import KEY, VISIT, Chunk, Run, chunk_of

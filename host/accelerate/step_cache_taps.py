@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...models.accelerate.cg_taylor import FirstBlockGate, gate_error
 from ...models.accelerate.delta_dit import Span, Stages
-from ...models.accelerate.step_cache import COMPUTE, FORECAST, PROBE
+from ...models.accelerate.policies import COMPUTE, FORECAST, PROBE
 from .. import flux
 from ..blocks import BlockFamily, Key, block_family, wrap_block
 from ..compiled import untraced

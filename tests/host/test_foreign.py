@@ -24,9 +24,9 @@ from dit_toolkit.host.control import freecus, training
 from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.host.transformer import class_of, pack_of, stranger
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
+from dit_toolkit.models.accelerate.policies import Interval
 from dit_toolkit.models.accelerate.re_ttention import Schedule
 from dit_toolkit.models.accelerate.sparse_attention import Disc
-from dit_toolkit.models.accelerate.taylorseer import Interval
 from dit_toolkit.tests.host import foreign
 from dit_toolkit.tests.host.accelerate.caching import TAPS, cached, calls, strip
 from dit_toolkit.tests.host.control.test_try_on import dressed, file_of

@@ -19,7 +19,7 @@ from dit_toolkit.host.accelerate.accelerate import (
 )
 from dit_toolkit.host.accelerate.report import Report
 from dit_toolkit.host.run import attached
-from dit_toolkit.models.accelerate.taylorseer import Interval
+from dit_toolkit.models.accelerate.policies import Interval
 from dit_toolkit.tests.host import families, tiny
 
 pytestmark = pytest.mark.comfy

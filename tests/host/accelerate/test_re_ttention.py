@@ -24,9 +24,9 @@ from dit_toolkit.host.accelerate.re_ttention_run import SIGMA, Call, Lane, Layer
 from dit_toolkit.host.accelerate.sparse_attention import SparseAttention
 from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse
 from dit_toolkit.host.run import Chunk, Condition, Run
+from dit_toolkit.models.accelerate.policies import Interval
 from dit_toolkit.models.accelerate.re_ttention import Schedule
 from dit_toolkit.models.accelerate.sparse_attention import Disc, Grid, mask
-from dit_toolkit.models.accelerate.taylorseer import Interval
 from dit_toolkit.tests.host import tiny
 from dit_toolkit.tests.host.accelerate.caching import cached
 from dit_toolkit.tests.host.families import FAMILIES, RELATIVES, sample

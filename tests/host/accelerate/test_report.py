@@ -14,8 +14,7 @@ from dit_toolkit.host.accelerate import report as report_module
 from dit_toolkit.host.accelerate.report import Entry, Report, RunReport
 from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
-from dit_toolkit.models.accelerate.step_cache import Guard
-from dit_toolkit.models.accelerate.taylorseer import Interval
+from dit_toolkit.models.accelerate.policies import Guard, Interval
 from dit_toolkit.tests.host.accelerate.caching import cached, last_run, settings_of
 from dit_toolkit.tests.host.tiny import sample
 

@@ -22,8 +22,7 @@ from dit_toolkit.host.run import CHUNK, Run
 from dit_toolkit.host.run import attach as attach_description
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
 from dit_toolkit.models.accelerate.input_change import InputChange
-from dit_toolkit.models.accelerate.step_cache import COMPUTE, FORECAST, PROBE, Listed
-from dit_toolkit.models.accelerate.taylorseer import Interval
+from dit_toolkit.models.accelerate.policies import COMPUTE, FORECAST, PROBE, Interval, Listed
 from dit_toolkit.tests.host import families
 from dit_toolkit.tests.host.accelerate.caching import TAPS, cached, calls, last_run, settings_of, strip
 from dit_toolkit.tests.host.tiny import (

@@ -34,8 +34,8 @@ from dit_toolkit.host.control.easycontrol_files import load as load_easycontrol
 from dit_toolkit.host.control.try_on_files import load as load_try_on
 from dit_toolkit.host.model_files import offer_loras
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
+from dit_toolkit.models.accelerate.policies import Interval
 from dit_toolkit.models.accelerate.re_ttention import Schedule
-from dit_toolkit.models.accelerate.taylorseer import Interval
 from dit_toolkit.nodes.accelerate import AccelerateDiT
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl
 from dit_toolkit.nodes.freecus import ApplyFreeCus

@@ -8,14 +8,14 @@ from math import factorial, log
 import pytest
 import torch
 
-from dit_toolkit.models.accelerate.step_cache import COMPUTE, FORECAST, Moment, weighted_sum
+from dit_toolkit.models.accelerate.policies import COMPUTE, FORECAST, Interval, Moment
 from dit_toolkit.models.accelerate.taylorseer import (
     FORECASTS,
     Forecaster,
-    Interval,
     Point,
     newton_weights,
     taylor_weights,
+    weighted_sum,
 )
 
 

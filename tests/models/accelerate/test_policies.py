@@ -1,11 +1,12 @@
-"""Schedules that a user writes, guards, and sums of stored tensors."""
+"""Policies and guards: schedules that a user writes, and sums of stored tensors."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dit_toolkit.models.accelerate.step_cache import COMPUTE, FORECAST, LONGEST, Guard, Listed, Moment, weighted_sum
+from dit_toolkit.models.accelerate.policies import COMPUTE, FORECAST, LONGEST, Guard, Listed, Moment
+from dit_toolkit.models.accelerate.taylorseer import weighted_sum
 
 
 def computed(policy: Listed, evaluations: int) -> list[int]:
