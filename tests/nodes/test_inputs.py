@@ -21,7 +21,7 @@ from comfy_api.latest import io  # noqa: E402
 
 from dit_toolkit.host.accelerate.report import Report  # noqa: E402
 from dit_toolkit.host.control import easycontrol_files  # noqa: E402
-from dit_toolkit.models.control.in_context_lora import panel_layout  # noqa: E402
+from dit_toolkit.models.control.panel_layout import panel_layout  # noqa: E402
 from dit_toolkit.models.control.try_on_image import fitted_masks, plan  # noqa: E402
 from dit_toolkit.nodes import DiTToolkit  # noqa: E402
 from dit_toolkit.nodes.accelerate import AccelerateDiT, Autotune  # noqa: E402
