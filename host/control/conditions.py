@@ -4,7 +4,7 @@ The engine of every feature whose images travel this way: EasyControl, try-on. A
 `ConditionImage`, says where its images lie and how it is called, and hands over its LoRA.
 
 Hooks: an APPLY_MODEL wrapper looks up, for every condition of the call, the keys and values of
-`models/control/easycontrol.py` and hands them to the attention patch of `host/attention.py`; PREPARE_SAMPLING asks core
+`models/control/conditions.py` and hands them to the attention patch of `host/attention.py`; PREPARE_SAMPLING asks core
 to leave room for them. The picture's own stream keeps its tokens, so ControlNets, caches, masks and samplers see
 nothing new.
 

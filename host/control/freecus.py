@@ -30,13 +30,13 @@ from ...models.control.freecus import (
     KEY_SCALE,
     PUBLISHED_DEPTH,
     REFERENCE_SHIFT,
-    Grid,
     ShiftMode,
     in_bytes,
     layers_from,
     reference_sigma,
     subject_tokens,
 )
+from ...models.control.positions import GridSize
 from .. import attention, flux
 from ..attention import Block
 from ..part_of_run import WHOLE_RUN, PartOfRun
@@ -65,7 +65,7 @@ class Reference:
     mask: Tensor | None
     vae: Any
     fit: Fit = "crop"
-    _kept: dict[Grid, Tensor] = field(default_factory=dict)  # no state: the same size gives the same latent
+    _kept: dict[GridSize, Tensor] = field(default_factory=dict)  # no state: the same size gives the same latent
 
     def latent(self, height: int, width: int) -> Tensor:
         """As the VAE gives it, `[1, C, height, width]`."""
@@ -85,7 +85,7 @@ class Reference:
             self._kept[height, width] = encoded
         return self._kept[height, width]
 
-    def tokens(self, height: int, width: int, grid: Grid) -> Tensor:
+    def tokens(self, height: int, width: int, grid: GridSize) -> Tensor:
         """Numbers of the subject's tokens, `[S]`, on a latent of this size.
 
         Raises:

@@ -11,9 +11,8 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.control.easycontrol import spatial_ids, subject_ids
-from ...models.control.mc_vton import beside_ids
 from ...models.control.pixels import resize, rgb
+from ...models.control.positions import beside_ids, spatial_ids, subject_ids
 from .. import flux
 from . import conditions
 from .conditions import PATCH, ConditionImage

@@ -36,7 +36,8 @@ from typing import Literal, get_args
 from torch import Tensor
 from torch.nn import functional as F
 
-Grid = tuple[int, int]  # rows and columns of tokens
+from .positions import GridSize
+
 ShiftMode = Literal["reversed", "half", "twice", "linear", "normal"]
 
 KEY_SCALE = 1.1  # s, on subject and text alike, in the authors' code
@@ -82,7 +83,7 @@ def in_bytes(mask: Tensor) -> Tensor:
     return (mask.float() * 255).floor() / 255
 
 
-def subject_tokens(mask: Tensor, grid: Grid) -> Tensor:
+def subject_tokens(mask: Tensor, grid: GridSize) -> Tensor:
     """Numbers of the tokens that show the subject, `[S]`, in raster order.
 
     The authors' rule: a token counts where the mask, resized bilinearly to the token grid, is above 0. Soft values are

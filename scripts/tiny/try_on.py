@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dit_toolkit.models.control.easycontrol import KeysValues, encode_condition, spatial_ids
-from dit_toolkit.models.control.mc_vton import BranchLora, beside_ids, layers
+from dit_toolkit.models.control.conditions import KeysValues, encode_condition
+from dit_toolkit.models.control.mc_vton import BranchLora, layers
 from dit_toolkit.models.control.mc_vton_keys import BRANCHES, Checkpoint, Settings, parse, write, write_metadata
+from dit_toolkit.models.control.positions import beside_ids, spatial_ids
 from dit_toolkit.models.tiny_text import PAD
 
 from . import data, train, world

@@ -19,7 +19,8 @@ from dit_toolkit.host.control.conditions_run import Encoder  # noqa: E402
 from dit_toolkit.host.run import KEY, attach, chunk_of  # noqa: E402
 from dit_toolkit.host.tiles import Tile, find, tiles_of  # noqa: E402
 from dit_toolkit.models.accelerate.policies import Interval  # noqa: E402
-from dit_toolkit.models.control.easycontrol import encode_condition, grid_ids, tokens_in_tile  # noqa: E402
+from dit_toolkit.models.control.conditions import encode_condition  # noqa: E402
+from dit_toolkit.models.control.positions import grid_ids, tokens_in_tile  # noqa: E402
 from dit_toolkit.tests.host.accelerate.caching import cached, strip  # noqa: E402
 from dit_toolkit.tests.host.tiny import close, controlled, latent, prompt, sample  # noqa: E402
 
