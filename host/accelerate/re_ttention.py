@@ -17,9 +17,10 @@ from ...models.accelerate.sparse_attention import Band, Disc, FrameBand, Grid, P
 from ..execution import Origin, running
 from ..run import KEY, Run, attached
 from ..run import attach as attach_description
+from .own_attention import require_known_tokens
 from .re_ttention_run import ReTtentionRun
 from .report import NodeReport
-from .sparse_attention import SparseAttention, require_known_tokens
+from .sparse_attention import SparseAttention
 
 STORAGE: dict[str, Storage] = {
     "full precision": "full",

@@ -1,7 +1,7 @@
 """Re-ttention during one run: which evaluation is full, what each layer remembers of it, and what is refused.
 
 Hook: `optimized_attention_override`, behind whatever was there before, for the attention of the picture's own tokens
-as `sparse_attention.py` reads it. State: for each condition (`run.lane`) and layer its rho, its R and the number of its
+as `own_attention.py` reads it. State: for each condition (`run.lane`) and layer its rho, its R and the number of its
 computed evaluations. A step cache that skips a layer does not call it, so only what is computed counts. Where blocks
 could be skipped and ComfyUI does not number them (SD3, LTX), they are numbered here. All of it goes with the run.
 
@@ -48,7 +48,8 @@ from ..compiled import untraced
 from ..offers import Offer, ask, offer
 from ..run import KEY, Chunk, Condition, Run, chunk_of
 from ..transformer import transformer_of
-from .sparse_attention import OVERRIDE, Backend, OwnAttention, has_flex, own_attention
+from .own_attention import OVERRIDE, OwnAttention, own_attention
+from .sparse_backends import Backend, has_flex
 
 if TYPE_CHECKING:
     from .re_ttention import ReTtention

@@ -16,8 +16,9 @@ from dit_toolkit.host import attention, embedded, flux, offers
 from dit_toolkit.host.accelerate import re_ttention
 from dit_toolkit.host.accelerate.accelerate import QUALITIES, accelerated, family_name, is_embedded, preset, tune
 from dit_toolkit.host.accelerate.foreign_caches import foreign_cache, named
+from dit_toolkit.host.accelerate.own_attention import require_known_tokens
 from dit_toolkit.host.accelerate.report import Report
-from dit_toolkit.host.accelerate.sparse_attention import SparseAttention, report, require_known_tokens
+from dit_toolkit.host.accelerate.sparse_attention import SparseAttention, report
 from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse
 from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, PredictionTap, blocks_of, tap_for
 from dit_toolkit.host.control import freecus, training

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.comfy
 
 import comfy.sample  # noqa: E402
 
-from dit_toolkit.host.accelerate.sparse_attention import OwnAttention, take_over  # noqa: E402
+from dit_toolkit.host.accelerate.own_attention import OwnAttention, take_over  # noqa: E402
 from dit_toolkit.host.run import attach  # noqa: E402
 from dit_toolkit.host.token_grid import tokens  # noqa: E402
 from dit_toolkit.models.accelerate.sparse_attention import Grid  # noqa: E402

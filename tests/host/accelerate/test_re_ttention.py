@@ -550,14 +550,14 @@ def on_cuda(monkeypatch):
     """The route of CUDA on a CPU, uncompiled; for tests that put something in its place."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr("dit_toolkit.models.accelerate.sparse_attention_flex.compiled", lambda: flex_attention)
-    for place in ("sparse_attention", "re_ttention_run"):
+    for place in ("sparse_backends", "re_ttention_run"):
         monkeypatch.setattr(f"dit_toolkit.host.accelerate.{place}.has_flex", lambda device: True)
     return monkeypatch
 
 
 def test_the_route_of_cuda_gives_the_same_picture(on_cuda):
     with pytest.MonkeyPatch.context() as plain_again:
-        for place in ("sparse_attention", "re_ttention_run"):
+        for place in ("sparse_backends", "re_ttention_run"):
             plain_again.setattr(f"dit_toolkit.host.accelerate.{place}.has_flex", lambda device: False)
         expected = sample(FAMILIES["flux"], sparse(FAMILIES["flux"].load())[0], steps=4, cfg=2.0)
     model, report = sparse(FAMILIES["flux"].load())

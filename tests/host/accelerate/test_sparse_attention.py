@@ -16,7 +16,17 @@ from comfy_extras.nodes_flux import FluxKVCache  # noqa: E402
 
 from dit_toolkit.host import token_grid  # noqa: E402
 from dit_toolkit.host.accelerate import sparse_attention as host  # noqa: E402
-from dit_toolkit.host.accelerate.sparse_attention import OVERRIDE, Plans, SparseAttention, attach, key_bias  # noqa: E402
+from dit_toolkit.host.accelerate import sparse_backends  # noqa: E402
+from dit_toolkit.host.accelerate.own_attention import (  # noqa: E402
+    OVERRIDE,
+    OwnAttention,
+    key_bias,
+    own_attention,
+    require_known_tokens,
+    take_over,
+)
+from dit_toolkit.host.accelerate.sparse_attention import SparseAttention, attach  # noqa: E402
+from dit_toolkit.host.accelerate.sparse_backends import Plans  # noqa: E402
 from dit_toolkit.host.part_of_run import PartOfRun  # noqa: E402
 from dit_toolkit.host.run import attach as attach_description  # noqa: E402
 from dit_toolkit.models.accelerate import sparse_attention as core  # noqa: E402
@@ -42,7 +52,7 @@ class Masked:
     calls: list = field(default_factory=list)
 
     def bind(self, run, model_options):
-        host.take_over(model_options, self.attend)
+        take_over(model_options, self.attend)
 
     def attend(self, call):
         self.calls.append(call)
@@ -63,7 +73,7 @@ class Masked:
 @pytest.fixture(params=["tiles", "mask"])
 def backend(request, monkeypatch):
     """Both backends that a CPU has; small pictures would only ever see the second."""
-    monkeypatch.setattr(host, "worth_tiles", lambda tiling, extra: request.param == "tiles")
+    monkeypatch.setattr(sparse_backends, "worth_tiles", lambda tiling, extra: request.param == "tiles")
     return request.param
 
 
@@ -244,8 +254,8 @@ def test_a_flex_attention_that_fails_is_reported_and_the_result_stays(tiny_flux,
         tried.append(1)
         raise RuntimeError("no compiler\nlong trace")
 
-    monkeypatch.setattr(host, "flex", broken)
-    monkeypatch.setattr(host, "has_flex", lambda device: True)
+    monkeypatch.setattr(sparse_backends, "flex", broken)
+    monkeypatch.setattr(sparse_backends, "has_flex", lambda device: True)
     with caplog.at_level(logging.INFO, host.__name__):
         found = tiny.sample(sparse(tiny_flux, Disc(3)), **FLUX)
     monkeypatch.undo()
@@ -258,8 +268,8 @@ def test_memory_that_runs_out_is_no_failure_of_the_compiler(tiny_flux, monkeypat
     def broken(*args, **kwargs):
         raise comfy.model_management.OOM_EXCEPTION("full")
 
-    monkeypatch.setattr(host, "flex", broken)
-    monkeypatch.setattr(host, "has_flex", lambda device: True)
+    monkeypatch.setattr(sparse_backends, "flex", broken)
+    monkeypatch.setattr(sparse_backends, "has_flex", lambda device: True)
     with pytest.raises(comfy.model_management.OOM_EXCEPTION):
         tiny.sample(sparse(tiny_flux, Disc(3)), **FLUX)
 
@@ -272,7 +282,7 @@ def test_flex_attention_gives_the_same_picture(tiny_flux, monkeypatch):
         lambda: torch.nn.attention.flex_attention.flex_attention,
     )
     expected = tiny.sample(sparse(tiny_flux, PooledDisc(2, 2)), **FLUX, batch=2)
-    monkeypatch.setattr(host, "has_flex", lambda device: True)
+    monkeypatch.setattr(sparse_backends, "has_flex", lambda device: True)
     tiny.close(tiny.sample(sparse(tiny_flux, PooledDisc(2, 2)), **FLUX, batch=2), expected)
 
 
@@ -344,12 +354,12 @@ def test_grouped_keys_and_every_layout():
     by_head = q.unflatten(2, (4, 8)).transpose(1, 2)
     grouped = kv.unflatten(2, (2, 8)).transpose(1, 2)
 
-    flat = host.own_attention((q, q, q.unflatten(2, (4, 8))), {"heads": 4, "transformer_options": options})
-    assert isinstance(flat, host.OwnAttention)
+    flat = own_attention((q, q, q.unflatten(2, (4, 8))), {"heads": 4, "transformer_options": options})
+    assert isinstance(flat, OwnAttention)
     for x in (flat.q, flat.k, flat.v):
         assert torch.equal(x, by_head)
-    shared = host.own_attention((by_head, grouped, grouped, 4), {"skip_reshape": True, "transformer_options": options})
-    assert isinstance(shared, host.OwnAttention)
+    shared = own_attention((by_head, grouped, grouped, 4), {"skip_reshape": True, "transformer_options": options})
+    assert isinstance(shared, OwnAttention)
     assert torch.equal(shared.k, grouped.repeat_interleave(2, dim=1))
 
 
@@ -390,7 +400,7 @@ def test_the_report_prints_kept_pairs_and_the_ceiling(tiny_flux):
 
 def test_models_whose_tokens_are_not_known_are_refused_by_name():
     with pytest.raises(ValueError, match="Apply CLEAR does not know where the picture's tokens are in a PixArtSigma"):
-        host.require_known_tokens(FAMILIES["pixart"].load(), "Apply CLEAR")
+        require_known_tokens(FAMILIES["pixart"].load(), "Apply CLEAR")
 
 
 def test_a_description_is_a_value():
