@@ -10,7 +10,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.control.freecus import NODE, Fit, Prompts, attach
+from ..host.control.freecus import attach
+from ..host.control.freecus_settings import NODE, Fit, Prompts
 from ..host.part_of_run import PartOfRun
 from ..models.control.freecus import KEY_SCALE, REFERENCE_SHIFT, ShiftMode
 from ..models.control.subject_description import (

@@ -10,7 +10,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.accelerate.re_ttention import STORAGE, Report, ReTtention, attach
+from ..host.accelerate.re_ttention import attach
+from ..host.accelerate.re_ttention_report import Report
+from ..host.accelerate.re_ttention_settings import STORAGE, ReTtention
 from ..models.accelerate.re_ttention import DRIFT, Schedule, Window
 from .inputs import check
 

@@ -12,16 +12,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..host.accelerate.report import NodeReport, Report
-from ..host.accelerate.step_cache import StepCache, attach
-from ..host.accelerate.step_cache_taps import (
-    LastBlockTap,
-    PredictionTap,
-    SpanTap,
-    Tap,
-    TapName,
-    require_blocks,
-    tap_for,
-)
+from ..host.accelerate.step_cache import attach
+from ..host.accelerate.step_cache_settings import StepCache, Tap
+from ..host.accelerate.step_cache_taps import LastBlockTap, PredictionTap, SpanTap, TapName, require_blocks, tap_for
 from ..host.execution import running, runs_before
 from ..host.part_of_run import PartOfRun
 from ..models.accelerate.cg_taylor import FirstBlockGate, Reduce

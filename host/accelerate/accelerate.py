@@ -22,8 +22,9 @@ from ...models.accelerate.policies import Guard, Interval, Policy
 from ...models.accelerate.taylorseer import FORECASTS, Forecaster
 from ..transformer import transformer_of
 from .report import Report
-from .step_cache import StepCache, attach
-from .step_cache_taps import LastBlockTap, SpanTap, Tap, blocks_of, in_reach, require_blocks, tap_for
+from .step_cache import attach
+from .step_cache_settings import StepCache, Tap
+from .step_cache_taps import LastBlockTap, SpanTap, blocks_of, in_reach, require_blocks, tap_for
 
 Quality = Literal["quality", "balanced", "fast"]
 QUALITIES: tuple[Quality, ...] = ("quality", "balanced", "fast")

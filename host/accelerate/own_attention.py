@@ -166,3 +166,8 @@ def require_known_tokens(model: ModelPatcher, node: str) -> None:
             f"{node} does not know where the picture's tokens are in a {family} model. It works with FLUX, Chroma, "
             "SD3.5, QwenImage, Lumina 2, Z-Image, Wan, HunyuanVideo, CogVideoX and LTX."
         )
+
+
+def makes_sparse(description: object) -> bool:
+    """Whether a description on a MODEL makes its attention sparse, which one may: it says `sparse_attention = True`."""
+    return getattr(description, "sparse_attention", False)

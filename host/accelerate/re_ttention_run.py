@@ -18,7 +18,7 @@ import logging
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import torch
@@ -49,10 +49,8 @@ from ..offers import Offer, ask, offer
 from ..run import KEY, Chunk, Condition, Run, chunk_of
 from ..transformer import transformer_of
 from .own_attention import OVERRIDE, OwnAttention, own_attention
+from .re_ttention_settings import ReTtention
 from .sparse_backends import Backend, has_flex
-
-if TYPE_CHECKING:
-    from .re_ttention import ReTtention
 
 logger = logging.getLogger(__name__)
 

@@ -52,20 +52,13 @@ class SparseAttention:
     cells: Mapping[Block, Tensor] = field(default_factory=dict)
     layers: frozenset[Block] | None = None
 
+    sparse_attention = True  # see `own_attention.makes_sparse`
+
     def __post_init__(self):
         if self.min_tokens < 0:
             raise ValueError(f"min_tokens must be at least 0, got {self.min_tokens}.")
         if self.scale not in get_args(Scale):
             raise ValueError(f"scale must be one of {', '.join(get_args(Scale))}, got '{self.scale}'.")
-
-    def bind(self, run: Run, model_options: dict) -> None:
-        sparse = Sparse(self)
-        take_over(model_options, sparse.attend, sparse.passed_on)
-        for kind, wrapper in (
-            (WrappersMP.APPLY_MODEL, sparse.apply_model),
-            (WrappersMP.SAMPLER_SAMPLE, sparse.sampler_sample),
-        ):
-            add_wrapper_with_key(kind, KEY, wrapper, model_options, is_model_options=True)
 
     def neutral(self, grid: Grid) -> bool:
         """Whether this is the model's own attention: all pairs are kept, under its own scale, and no keys are added."""
@@ -134,6 +127,16 @@ class Sparse:
         return "; ".join(parts) or "no attention of the picture's tokens was seen"
 
 
+def bind(settings: SparseAttention, run: Run, model_options: dict) -> None:
+    sparse = Sparse(settings)
+    take_over(model_options, sparse.attend, sparse.passed_on)
+    for kind, wrapper in (
+        (WrappersMP.APPLY_MODEL, sparse.apply_model),
+        (WrappersMP.SAMPLER_SAMPLE, sparse.sampler_sample),
+    ):
+        add_wrapper_with_key(kind, KEY, wrapper, model_options, is_model_options=True)
+
+
 def attach(model: ModelPatcher, settings: SparseAttention) -> ModelPatcher:
     """A clone of `model` whose attention follows the pattern.
 
@@ -142,7 +145,7 @@ def attach(model: ModelPatcher, settings: SparseAttention) -> ModelPatcher:
     """
     if any(isinstance(other, SparseAttention) for other in attached(model)):
         raise ValueError(f"{settings.name}: the model's attention is sparse already. Remove one of the two nodes.")
-    return attach_description(model, settings)
+    return attach_description(model, settings, bind)
 
 
 SIDES = (1024, 1536, 2048, 4096)  # pixels, in the report

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.model_management
 import torch
@@ -33,9 +33,7 @@ from ..offers import Offer, offer
 from ..part_of_run import begun
 from ..run import KEY, VISIT, Chunk, Run, chunk_of
 from .report import Entry, RunReport
-
-if TYPE_CHECKING:
-    from .step_cache import StepCache
+from .step_cache_settings import StepCache
 
 Tensors = tuple[Tensor, ...]
 

@@ -11,7 +11,7 @@ import logging
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.model_management
 import torch
@@ -24,9 +24,7 @@ from .. import flux
 from ..attention import BlockKeys, ExtraKeys, with_keys
 from ..run import Chunk, Run, attached, chunk_of
 from ..tiles import Tile
-
-if TYPE_CHECKING:
-    from .conditions import ConditionImage
+from .conditions_settings import ConditionImage
 
 logger = logging.getLogger(__name__)
 

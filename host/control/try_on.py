@@ -15,7 +15,7 @@ from ...models.control.pixels import resize, rgb
 from ...models.control.positions import beside_ids, spatial_ids, subject_ids
 from .. import flux
 from . import conditions
-from .conditions import PATCH, ConditionImage
+from .conditions_settings import PATCH, ConditionImage
 from .try_on_files import TryOnFile
 
 NODE = "Apply Try-On"

@@ -125,7 +125,7 @@ def test_a_tile_sees_its_part_of_the_condition_at_its_place(tiny_flux, file):
         (keys,) = options[EXTRA_KEYS]
         seen.extend((tuple(x.shape), part) for part in keys.conditions)
 
-    model = attach(controlled(tiny_flux, file=file, condition=condition), Look(look))
+    model = attach(controlled(tiny_flux, file=file, condition=condition), Look(look), Look.bind)
     sample(in_tiles(model, 2), 1, size=SIZE)
 
     transformer, base = tiny_flux.model.diffusion_model, tiny_flux.model
@@ -205,6 +205,6 @@ def test_a_prompt_for_an_area_is_no_tile(tiny_flux, file):
     area = prompt(5, area=(4, 4, 0, 4), strength=1.0)
     seen = []
     look = Look(lambda x, options: seen.extend(condition.tile for condition in chunk_of(options).conditions))
-    sample(attach(controlled(tiny_flux, file=file), look), 2, positive=prompt() + area)
+    sample(attach(controlled(tiny_flux, file=file), look, Look.bind), 2, positive=prompt() + area)
     assert len(seen) == 4
     assert set(seen) == {None}

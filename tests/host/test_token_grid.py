@@ -48,7 +48,7 @@ class Watch:
 def calls_of(family: Family, noise: torch.Tensor, model=None) -> list[OwnAttention]:
     watch = Watch()
     comfy.sample.sample(
-        attach(family.load() if model is None else model, watch),
+        attach(family.load() if model is None else model, watch, Watch.bind),
         *(noise, 1, 1.0, "euler", "simple", family.prompt(3), family.prompt(4), torch.zeros_like(noise)),
         disable_pbar=True,
         seed=0,

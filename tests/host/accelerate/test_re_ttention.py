@@ -19,8 +19,10 @@ from comfy_extras.nodes_flux import FluxKVCache
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from dit_toolkit.host.accelerate.re_ttention import Report, ReTtention, attach
+from dit_toolkit.host.accelerate.re_ttention import attach
+from dit_toolkit.host.accelerate.re_ttention_report import Report
 from dit_toolkit.host.accelerate.re_ttention_run import SIGMA, Call, Lane, Layer, ReTtentionRun
+from dit_toolkit.host.accelerate.re_ttention_settings import ReTtention
 from dit_toolkit.host.accelerate.sparse_attention import SparseAttention
 from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse
 from dit_toolkit.host.run import Chunk, Condition, Run

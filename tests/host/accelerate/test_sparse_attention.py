@@ -89,7 +89,7 @@ def test_a_pattern_is_dense_attention_under_its_mask(name, backend):
     pattern = FrameBand(2) if len(family.latent_shape) == 4 else Disc(2)
     masked = Masked(pattern)
     found = sample(family, sparse(family.load(), pattern), 2, cfg=3.0, batch=2)
-    expected = sample(family, attach_description(family.load(), masked), 2, cfg=3.0, batch=2)
+    expected = sample(family, attach_description(family.load(), masked, Masked.bind), 2, cfg=3.0, batch=2)
     assert masked.calls
     assert (found - expected).norm() <= 2e-5 * expected.norm()
     plain = sample(family, None, 2, cfg=3.0, batch=2)
@@ -103,7 +103,7 @@ FLUX = {"size": (16, 12), "steps": 2}
 @pytest.mark.parametrize("settings", [{}, {"cfg": 3.0}, {"batch": 2}, {"cfg": 3.0, "batch": 2}], ids=str)
 def test_flux_with_guidance_and_batches(tiny_flux, pattern, settings, backend):
     found = tiny.sample(sparse(tiny_flux, pattern), **FLUX, **settings)
-    tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(pattern)), **FLUX, **settings))
+    tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(pattern), Masked.bind), **FLUX, **settings))
 
 
 def test_weights_of_the_cells_go_to_their_blocks(tiny_flux, backend):
@@ -111,7 +111,7 @@ def test_weights_of_the_cells_go_to_their_blocks(tiny_flux, backend):
     blocks = [(kind, i) for kind in ("double", "single") for i in range(2)]
     cells = {block: torch.rand(2, 2, generator=generator) for block in blocks}
     found = tiny.sample(sparse(tiny_flux, PooledDisc(2, 2), cells=cells), **FLUX)
-    tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(PooledDisc(2, 2), cells)), **FLUX))
+    tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(PooledDisc(2, 2), cells), Masked.bind), **FLUX))
     swapped = dict(zip(blocks, reversed(cells.values()), strict=True))
     other = tiny.sample(sparse(tiny_flux, PooledDisc(2, 2), cells=swapped), **FLUX)
     assert not torch.allclose(found, other, atol=1e-4)
@@ -120,7 +120,7 @@ def test_weights_of_the_cells_go_to_their_blocks(tiny_flux, backend):
 def test_the_proportional_scale(tiny_flux, backend):
     scale = math.sqrt(math.log(48 + 5, 4608) / 128)
     found = tiny.sample(sparse(tiny_flux, Disc(3), scale="log-proportional"), **FLUX)
-    tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(Disc(3), scale=scale)), **FLUX))
+    tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(Disc(3), scale=scale), Masked.bind), **FLUX))
 
 
 @pytest.mark.parametrize("pattern", [Disc(9), PooledDisc(9, 2)], ids=str)
@@ -128,7 +128,7 @@ def test_what_is_beside_the_window_stays_where_it_covers_the_picture(tiny_flux, 
     """The scale above the training's size, and pooled keys."""
     scale = math.sqrt(math.log((48 + 5) * (10 if pattern.pool else 1), 4608) / 128)
     found = tiny.sample(sparse(tiny_flux, pattern, scale="log-proportional"), **FLUX)
-    tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(pattern, scale=scale)), **FLUX))
+    tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(pattern, scale=scale), Masked.bind), **FLUX))
     assert not torch.allclose(found, tiny.sample(tiny_flux, **FLUX), atol=1e-3)
 
 
@@ -144,7 +144,7 @@ def test_keys_of_easycontrol_are_seen_by_every_token(tiny_flux, influence, first
             found = tiny.controlled(found, condition=condition, influence=influence)
     masked = Masked(Disc(2))
     controlled = tiny.controlled(tiny_flux, condition=condition, influence=influence)
-    expected = tiny.sample(attach_description(controlled, masked), **FLUX, cfg=3.0)
+    expected = tiny.sample(attach_description(controlled, masked, Masked.bind), **FLUX, cfg=3.0)
     assert {call.extra for call in masked.calls} == {6}
     tiny.close(tiny.sample(found, **FLUX, cfg=3.0), expected)
     assert not torch.allclose(expected, tiny.sample(sparse(tiny_flux, Disc(2)), **FLUX, cfg=3.0), atol=1e-3)
@@ -197,7 +197,7 @@ def test_start_and_end_in_percent_of_the_run(tiny_flux):
     with pytest.raises(ValueError, match="sparse already"):
         sparse(both, Disc(2), part=PartOfRun(start=0.5))
     masked = Masked(Disc(2))
-    tiny.sample(attach_description(tiny_flux, masked), **options)
+    tiny.sample(attach_description(tiny_flux, masked, Masked.bind), **options)
     assert len(masked.calls) == 16
     counted = {}
     for name, part in (("first", PartOfRun(end=0.4)), ("second", PartOfRun(start=0.4)), ("all", PartOfRun())):

@@ -493,8 +493,8 @@ def test_another_feature_rides_along(tiny_flux, monkeypatch):
     install = StepCacheRun.install
     monkeypatch.setattr(StepCacheRun, "install", lambda *args: (order.append("ours"), install(*args)))
     for model in (
-        attach_description(accelerated(tiny_flux, "prediction"), Watch()),
-        accelerated(attach_description(tiny_flux, Watch()), "prediction"),
+        attach_description(accelerated(tiny_flux, "prediction"), Watch(), Watch.bind),
+        accelerated(attach_description(tiny_flux, Watch(), Watch.bind), "prediction"),
     ):
         order.clear()
         sample(model, 4)

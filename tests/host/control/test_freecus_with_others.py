@@ -19,8 +19,8 @@ from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
 from dit_toolkit.host import embedded, flux, token_grid
-from dit_toolkit.host.accelerate.re_ttention import ReTtention
 from dit_toolkit.host.accelerate.re_ttention import attach as attach_re_ttention
+from dit_toolkit.host.accelerate.re_ttention_settings import ReTtention
 from dit_toolkit.host.accelerate.sparse_attention import SparseAttention
 from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse
 from dit_toolkit.host.accelerate.step_cache_run import StepCacheRun
