@@ -68,7 +68,7 @@ class RunReport:
         return values | {"bytes_planned": sum(self.planned), "bytes_held": self.held}
 
 
-class Report(NodeReport[RunReport]):
+class ReTtentionReport(NodeReport[RunReport]):
     def __init__(self, settings: str = "", off: bool = False):
         super().__init__("Re-ttention", settings if off else f"Re-ttention: {settings}", off=off)
 

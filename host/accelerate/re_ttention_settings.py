@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from ...models.accelerate.re_ttention import DRIFT, Schedule, Storage, Window
-from .re_ttention_report import Report
+from .re_ttention_report import ReTtentionReport
 
 STORAGE: dict[str, Storage] = {
     "full precision": "full",
@@ -33,7 +33,7 @@ class ReTtention:
     storage: Storage = "full"
     min_tokens: int = 4096
     max_bytes: int | None = None
-    report: Report = field(default_factory=Report)
+    report: ReTtentionReport = field(default_factory=ReTtentionReport)
 
     sparse_attention = True  # see `own_attention.makes_sparse`
 

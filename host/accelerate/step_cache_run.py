@@ -32,7 +32,7 @@ from ...models.accelerate.taylorseer import Forecaster, Point, weighted_sum
 from ..offers import Offer, offer
 from ..part_of_run import begun
 from ..run import KEY, VISIT, Chunk, Run, chunk_of
-from .report import Entry, RunReport
+from .step_cache_report import Entry, RunReport
 from .step_cache_settings import StepCache
 
 Tensors = tuple[Tensor, ...]

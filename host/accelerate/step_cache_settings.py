@@ -11,7 +11,7 @@ from torch import Tensor
 from ...models.accelerate.policies import Guard, Policy
 from ...models.accelerate.taylorseer import Forecaster
 from ..part_of_run import WHOLE_RUN, PartOfRun
-from .report import Report
+from .step_cache_report import StepCacheReport
 
 NO_GUARD = Guard()
 
@@ -49,6 +49,6 @@ class StepCache:
     guard: Guard = NO_GUARD
     part: PartOfRun = WHOLE_RUN
     offload: bool = False
-    report: Report = field(default_factory=lambda: Report("step cache"))
+    report: StepCacheReport = field(default_factory=lambda: StepCacheReport("step cache"))
 
     outermost = True  # what is skipped need not be prepared by others

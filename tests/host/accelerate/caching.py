@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from dit_toolkit.host.accelerate.report import RunReport
 from dit_toolkit.host.accelerate.step_cache import attach
+from dit_toolkit.host.accelerate.step_cache_report import RunReport
 from dit_toolkit.host.accelerate.step_cache_settings import StepCache, Tap
 from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, ModuleTap, PredictionTap, SpanTap, blocks_of
 from dit_toolkit.host.run import attached

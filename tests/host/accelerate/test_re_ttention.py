@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from dit_toolkit.host.accelerate.re_ttention import attach
-from dit_toolkit.host.accelerate.re_ttention_report import Report
+from dit_toolkit.host.accelerate.re_ttention_report import ReTtentionReport
 from dit_toolkit.host.accelerate.re_ttention_run import SIGMA, Call, Lane, Layer, ReTtentionRun
 from dit_toolkit.host.accelerate.re_ttention_settings import ReTtention
 from dit_toolkit.host.accelerate.sparse_attention import SparseAttention
@@ -54,7 +54,7 @@ every_family = pytest.mark.parametrize("name", REACHED)
 
 def sparse(model, first=1, period=5, *, keep=0.3, **settings):
     """`model` with Re-ttention, and its report."""
-    report = Report()
+    report = ReTtentionReport()
     schedule = Schedule(first, period, settings.pop("sigma_ratio", 0.0))
     settings = {"drift": 0.0, "min_tokens": 0, "max_bytes": 1 << 30, **settings}
     return attach(model, ReTtention(keep, schedule, report=report, **settings)), report
