@@ -65,20 +65,7 @@ def attach(
     transformer = flux.require_flux1(model, NODE)
     if transformer.in_channels > transformer.out_channels:
         raise ValueError(NO_CONCAT)
-    if image.ndim != 4 or image.shape[0] != 1:
-        raise ValueError(
-            f"{NODE} takes one reference picture, got {image.shape[0]}. Chain the node, once for each picture."
-        )
-    if not torch.isfinite(image).all():
-        raise ValueError(f"{NODE}: the reference holds NaN or infinite values. Check the image.")
-    if mask is not None:
-        mask = mask[None] if mask.ndim == 2 else mask
-        if mask.ndim != 3 or mask.shape[0] != 1:
-            raise ValueError(f"{NODE} takes one mask `[1, H, W]` for its picture, got {tuple(mask.shape)}.")
-        if not torch.isfinite(mask).all():
-            raise ValueError(f"{NODE}: the mask holds NaN or infinite values. Check it.")
-        if not (in_bytes(mask) > 0).any():
-            raise ValueError(f"{NODE}: the mask is empty. Paint it over the subject, or disconnect it.")
+    mask = checked(image, mask)
     if fit not in get_args(Fit):
         raise ValueError(f"fit must be one of {', '.join(get_args(Fit))}, got '{fit}'.")
     names = flux.block_names(transformer)
@@ -93,3 +80,22 @@ def attach(
         )
     blocks = frozenset(names[i] for i in chosen)
     return attach_description(model, FreeCus(Reference(image, mask, vae, fit), blocks, **settings), bind)
+
+
+def checked(image: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask as `[1, H, W]`, once it and the picture are known to be of use."""
+    if image.ndim != 4 or image.shape[0] != 1:
+        raise ValueError(
+            f"{NODE} takes one reference picture, got {image.shape[0]}. Chain the node, once for each picture."
+        )
+    if not torch.isfinite(image).all():
+        raise ValueError(f"{NODE}: the reference holds NaN or infinite values. Check the image.")
+    if mask is not None:
+        mask = mask[None] if mask.ndim == 2 else mask
+        if mask.ndim != 3 or mask.shape[0] != 1:
+            raise ValueError(f"{NODE} takes one mask `[1, H, W]` for its picture, got {tuple(mask.shape)}.")
+        if not torch.isfinite(mask).all():
+            raise ValueError(f"{NODE}: the mask holds NaN or infinite values. Check it.")
+        if not (in_bytes(mask) > 0).any():
+            raise ValueError(f"{NODE}: the mask is empty. Paint it over the subject, or disconnect it.")
+    return mask

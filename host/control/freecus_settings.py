@@ -47,8 +47,8 @@ class Reference:
             pixels = self.image[..., :3].movedim(-1, 1)
             if pixels.shape[1] == 1:
                 pixels = pixels.expand(-1, 3, -1, -1)  # grey
-            fitted = fit(pixels, height * PIXELS, width * PIXELS, self.fit, resize_picture)
-            encoded = self.vae.encode(fitted.movedim(1, -1))
+            brought = fitted(pixels, height * PIXELS, width * PIXELS, self.fit, resize_picture)
+            encoded = self.vae.encode(brought.movedim(1, -1))
             if encoded.ndim != 4 or encoded.shape[-2:] != (height, width):
                 raise ValueError(
                     f"{NODE}: the VAE made {tuple(encoded.shape)} of the reference, the picture's latent is "
@@ -71,7 +71,7 @@ class Reference:
             height_of_image, width_of_image = self.image.shape[1:3]
             mask = resize_mask(in_bytes(self.mask)[:, None], height_of_image, width_of_image)
         size = (height * PIXELS, width * PIXELS)
-        mask = fit(mask, *size, self.fit, resize_mask, fill=0.0)
+        mask = fitted(mask, *size, self.fit, resize_mask, fill=0.0)
         whole = tuple(2 * PIXELS * n for n in grid)  # odd latents: the last token is half outside
         found = subject_tokens(F.pad(mask, (0, whole[1] - size[1], 0, whole[0] - size[0]))[0, 0], grid)
         if not len(found):
@@ -128,7 +128,7 @@ def resize_mask(mask: Tensor, height: int, width: int, crop: str = "disabled") -
     return comfy.utils.common_upscale(mask, width, height, "area" if shrinks else "bilinear", crop)
 
 
-def fit(
+def fitted(
     pixels: Tensor, height: int, width: int, how: Fit, resize: Callable[..., Tensor], fill: float | None = None
 ) -> Tensor:
     """Bring `[1, C, H, W]` to `height` x `width`: cropped, padded evenly, or stretched.
