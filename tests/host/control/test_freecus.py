@@ -18,6 +18,7 @@ from dit_toolkit.host.control import freecus
 from dit_toolkit.host.control.freecus_run import ReferencePass, ReferenceRun
 from dit_toolkit.host.control.freecus_settings import Reference, resize_picture
 from dit_toolkit.host.part_of_run import PartOfRun
+from dit_toolkit.host.run import attached
 from dit_toolkit.models.control.freecus import VITAL_LAYERS
 from dit_toolkit.tests.host.tiny import close, flux_state, latent, load_flux, prompt, sample
 
@@ -309,9 +310,8 @@ def test_half_precision(tiny_state, freed, dtype):
 def test_a_mask_of_another_size_is_laid_over_the_picture(freed):
     small = torch.zeros(1, 8, 8)
     small[:, 2:6, 2:6] = 1
-    assert freed(mask=small).model_options["transformer_options"]["dit_toolkit"][0].reference.tokens(
-        *SIZE, (4, 4)
-    ).tolist() == pytest.approx([5, 6, 9, 10])
+    (settings,) = attached(freed(mask=small))
+    assert settings.reference.tokens(*SIZE, (4, 4)).tolist() == pytest.approx([5, 6, 9, 10])
 
 
 def test_a_probability_is_a_mask_where_it_is_a_byte_or_more(freed, mask):
