@@ -353,7 +353,7 @@ def test_what_is_no_cache_is_not_refused(tiny_flux):
         del transformer.teacache_state, transformer.cache_dic
     assert strip(ours) == "#.#"
     above = foreign.of_pack("x", wrapped)
-    above.__globals__["__name__"] = "/home/teacache/ComfyUI/custom_nodes/Other.nodes"
+    above.__globals__["__name__"] = "/srv/teacache/ComfyUI/custom_nodes/Other.nodes"
     assert named(above) == ""
 
 

@@ -140,8 +140,8 @@ def test_a_run_after_an_interrupt_equals_a_fresh_start(tiny_flux, file, monkeypa
 def test_keys_are_gone_after_the_run(tiny_flux, file, monkeypatch):
     kept, encode = [], Encoder.encode
 
-    def watched(self, call, source):
-        keys = encode(self, call, source)
+    def watched(self, *given):
+        keys = encode(self, *given)
         kept.extend(weakref.ref(x) for pair in keys.values() for x in pair)
         return keys
 
@@ -238,8 +238,8 @@ def keys_of(monkeypatch, model, **options):
     """The keys and values each condition got in a run of one step."""
     found, encode = [], Encoder.encode
 
-    def watched(self, call, source):
-        found.append(encode(self, call, source))
+    def watched(self, *given):
+        found.append(encode(self, *given))
         return found[-1]
 
     with monkeypatch.context() as patch:

@@ -35,8 +35,8 @@ def places(monkeypatch):
     """Device and dtype of all keys and values that were made."""
     seen, encode = set(), Encoder.encode
 
-    def watched(self, call, source):
-        keys = encode(self, call, source)
+    def watched(self, *given):
+        keys = encode(self, *given)
         seen.update((x.device.type, x.dtype) for pair in keys.values() for x in pair)
         return keys
 

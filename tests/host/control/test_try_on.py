@@ -76,8 +76,8 @@ def keys_of(monkeypatch, model, **options):
     """Keys and values of each image, by its class, in a run of one step."""
     found, encode = {}, Encoder.encode
 
-    def watched(self, call, source):
-        found[type(self.settings).__name__] = encode(self, call, source)
+    def watched(self, *given):
+        found[type(self.settings).__name__] = encode(self, *given)
         return found[type(self.settings).__name__]
 
     with monkeypatch.context() as patch:

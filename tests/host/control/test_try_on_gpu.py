@@ -48,8 +48,8 @@ def places(monkeypatch):
     """Image, device and dtype of all keys and values that were made."""
     seen, encode = set(), Encoder.encode
 
-    def watched(self, call, source):
-        keys = encode(self, call, source)
+    def watched(self, *given):
+        keys = encode(self, *given)
         name = type(self.settings).__name__
         seen.update((name, x.device.type, x.dtype) for pair in keys.values() for x in pair)
         return keys
