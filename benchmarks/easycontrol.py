@@ -115,7 +115,7 @@ class Joint:
 
     def __call__(self, executor, x, timestep, context, y=None, guidance=None, *args, **kwargs) -> Tensor:
         from dit_toolkit.host import flux
-        from dit_toolkit.models.control.easycontrol import spatial_ids
+        from dit_toolkit.models.control.positions import spatial_ids
 
         model = executor.class_obj
         img, ids = model.process_img(x)

@@ -3,9 +3,10 @@
 A *description* is frozen and hangs on a MODEL. A *run* lives from the start of sampling to its end, however it ends,
 and counts evaluations. A *lane* is what one feature keeps for one condition within a run.
 
-`attach` puts a description on a clone of the MODEL. When a sampler starts, an OUTER_SAMPLE wrapper makes the `Run`,
-lets every description `bind` its hooks to the run's own copy of the options, and drops all of it in `finally`. So the
-order of nodes does not matter, and nothing stays on the MODEL, its weights or its modules.
+`attach` puts a description on a clone of the MODEL, with the function that binds it. When a sampler starts, an
+OUTER_SAMPLE wrapper makes the `Run`, binds the hooks of every description to the run's own copy of the options, and
+drops all of it in `finally`. So the order of nodes does not matter, and nothing stays on the MODEL, its weights or its
+modules.
 
 Three hooks are the run's own. PREDICT_NOISE is one evaluation by the sampler, whatever the guider makes of it.
 CALC_COND_BATCH tells which prompts a guider has computed: core's guiders do not agree on their order. APPLY_MODEL is
@@ -20,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
@@ -36,18 +37,28 @@ VISIT = "dit_toolkit.step_cache"  # there too: the step cache's Visit. A pass of
 POSITIVE = "positive"  # what core's guiders call the prompt of the picture
 
 State = TypeVar("State")
+Bind = Callable[[Any, "Run", dict], None]  # (description, run, model_options)
 
 
-class Description(Protocol):
-    """What a node hangs on a MODEL: frozen settings that know how to start."""
+@dataclass(frozen=True, eq=False)
+class Attached:
+    """A description on a MODEL, and the function that starts its run. `attach` keeps the two together.
 
-    def bind(self, run: Run, model_options: dict) -> None:
-        """Add this feature's hooks to `model_options`, which belong to this run alone.
+    description: frozen settings, which know nothing of their run. A class attribute says where it stands among the
+        others, whichever node came first. Set `outermost = True` on a feature that may skip a model call, so it decides
+        before others prepare for the call. Set `innermost = True` on a feature that calls the model once more, so it
+        knows what the others have said of the call.
+    bind: `bind(description, run, model_options)` adds the feature's hooks to `model_options`, which belong to this run
+        alone.
+    """
 
-        A class attribute `outermost = True` binds before the others: what can make a call of the model needless should
-        meet it before anybody prepares for it. `innermost = True` binds behind them: what calls the model once more
-        should know all that the others have said of the call, whichever node came first.
-        """
+    description: Any
+    bind: Bind
+
+    @property
+    def turn(self) -> int:
+        """Where it stands among the others, the lowest first."""
+        return getattr(self.description, "innermost", False) - getattr(self.description, "outermost", False)
 
 
 @dataclass(frozen=True)
@@ -200,19 +211,24 @@ class Run:
                 self._lanes.clear()
 
 
-def attach(model: ModelPatcher, description: Description) -> ModelPatcher:
-    """A clone of `model` on which `description` takes effect whenever it is sampled."""
+def attach(model: ModelPatcher, description: Any, bind: Bind) -> ModelPatcher:
+    """A clone of `model` on which `description` takes effect whenever it is sampled: see `Attached`."""
     patched = model.clone()
     options = patched.model_options["transformer_options"]
-    options[KEY] = (*options.get(KEY, ()), description)
+    options[KEY] = (*options.get(KEY, ()), Attached(description, bind))
     patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sampler_run)
     return patched
 
 
-def attached(model: ModelPatcher) -> tuple[Description, ...]:
+def attached(model: ModelPatcher) -> tuple[Any, ...]:
     """The descriptions that hang on `model`, in the order of their nodes."""
-    return model.model_options["transformer_options"].get(KEY, ())
+    return descriptions_in(model.model_options)
+
+
+def descriptions_in(model_options: dict) -> tuple[Any, ...]:
+    """The descriptions in the options of a MODEL, or of its run."""
+    return tuple(each.description for each in model_options["transformer_options"].get(KEY, ()))
 
 
 def chunk_of(options: dict) -> Chunk:
@@ -250,9 +266,9 @@ def sampler_run(executor, *args, **kwargs):
         add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, count, options, is_model_options=True)
         add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, name_prompts, options, is_model_options=True)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, name_conditions, options, is_model_options=True)
-        descriptions = options["transformer_options"].get(KEY, ())
-        for description in sorted(descriptions, key=place):
-            description.bind(run, options)
+        found: tuple[Attached, ...] = options["transformer_options"].get(KEY, ())
+        for each in sorted(found, key=lambda each: each.turn):
+            each.bind(each.description, run, options)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, run.offers.watch, options, is_model_options=True)
         run.replaced = dict(options["transformer_options"].get("patches_replace", {}).get("dit", {}))
         result = executor(*args, **kwargs)
@@ -262,11 +278,6 @@ def sampler_run(executor, *args, **kwargs):
     finally:
         guider.model_options = before
         run.close(completed)
-
-
-def place(description: Description) -> int:
-    """Where a description stands among the others, see `Description.bind`."""
-    return getattr(description, "innermost", False) - getattr(description, "outermost", False)
 
 
 def names_in(conds: Mapping[str, Sequence[Mapping]]) -> dict[Hashable, str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..host.accelerate.accelerate import QUALITIES, Quality, accelerated, family_name, preset, tune
 from ..host.accelerate.charts import trade_off
-from ..host.accelerate.report import Report
+from ..host.accelerate.step_cache_report import StepCacheReport
 from .inputs import check
 from .step_cache import CATEGORY, model_input, outputs
 
@@ -51,13 +51,13 @@ class AccelerateDiT(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, quality: Quality) -> io.NodeOutput:
         check(cls, locals())
-        report = Report("Accelerate DiT", "", cls.hidden.unique_id, off=True)
+        report = StepCacheReport("Accelerate DiT", "", cls.hidden.unique_id, off=True)
         if quality == "off":  # pyright: ignore[reportUnnecessaryComparison]
             return io.NodeOutput(model, report, "off")
         setting = preset(model, quality)
         picked = f"{setting.words}, for {family_name(model)}, {quality}. Source: {setting.source}."
         if setting.method != "none":
-            report = Report(setting.method, f"Accelerate DiT picked {picked}", cls.hidden.unique_id)
+            report = StepCacheReport(setting.method, f"Accelerate DiT picked {picked}", cls.hidden.unique_id)
         return io.NodeOutput(accelerated(model, setting, report), report, picked)
 
 
@@ -155,7 +155,7 @@ class Autotune(io.ComfyNode):
         progress = comfy.utils.ProgressBar(trials + 1)
         setting, found = tune(model, sample, floor, trials, tell=progress.update_absolute)
         words, off = f"Autotune picked {setting.words}", setting.method == "none"
-        report = Report("Autotune" if off else setting.method, words, cls.hidden.unique_id, off=off)
+        report = StepCacheReport("Autotune" if off else setting.method, words, cls.hidden.unique_id, off=off)
         lines = [f"{setting.words}. Floor {floor:g} dB, {steps} steps, {sampler_name}."]
         lines += [
             f"{number}. {trial.setting.words}: {trial.computed:.0%} computed, {trial.psnr_db:.1f} dB"

@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..host import model_files
-from ..host.control.conditions import PATCH, Cache, check_numbers
+from ..host.control.conditions_settings import PATCH, Cache, check_numbers
 from ..host.control.easycontrol import Padding, attach, prepare_image
 from ..host.control.easycontrol_files import FOLDER, load
 from ..host.part_of_run import PartOfRun

@@ -1,7 +1,7 @@
 """FreeCus: carry a subject from one picture into a new one, without training.
 
-Paper: FreeCus, arXiv:2507.15249. The method is in `models/control/freecus.py`, its hooks are in
-`host/control/freecus.py`.
+Paper: FreeCus, arXiv:2507.15249. The method is in `models/control/freecus.py`, what language models are asked in
+`models/control/subject_description.py`, the hooks are in `host/control/freecus.py`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.control.freecus import NODE, Fit, Prompts, attach
+from ..host.control.freecus import attach
+from ..host.control.freecus_settings import NODE, Fit, Prompts
 from ..host.part_of_run import PartOfRun
-from ..models.control.freecus import (
-    KEY_SCALE,
-    REFERENCE_SHIFT,
+from ..models.control.freecus import KEY_SCALE, REFERENCE_SHIFT, ShiftMode
+from ..models.control.subject_description import (
     Aspect,
-    ShiftMode,
     instruction_to_describe,
     instruction_to_keep,
     prompt_with_description,

@@ -1,6 +1,6 @@
 """In-Context LoRA: sets of related pictures as panels of one canvas, for text to set, image to set and training.
 
-Paper: In-Context LoRA, arXiv:2410.23775. Panels and prompts are in `models/control/in_context_lora.py`, folders of
+Paper: In-Context LoRA, arXiv:2410.23775. Panels, prompts and canvases are in `models/control/panel_*.py`, folders of
 sets in `host/control/in_context_lora.py`, and what training needs of the model in `host/control/training.py`. ComfyUI
 loads the LoRAs, samples and trains; the model is never touched.
 """
@@ -16,25 +16,19 @@ from torch import Tensor
 
 from ..host.control import training
 from ..host.control.in_context_lora import fingerprint, folders, read_sets
-from ..models.control.in_context_lora import (
-    LIMIT,
-    PRESETS,
-    TOKEN,
+from ..models.control.panel_layout import LIMIT, PRESETS, TOKEN, Layout, Tags, panel_layout
+from ..models.control.panel_pictures import (
     Fit,
-    Layout,
-    Tags,
     compose,
     encode_panels,
     finished,
     given_panels,
-    joint_prompt,
     latent_panels,
-    panel_layout,
-    panel_texts,
     split,
     start_panel,
     unknown_mask,
 )
+from ..models.control.panel_prompt import joint_prompt, panel_texts
 from .inputs import check
 
 PanelsType = io.Custom("DIT_PANELS")

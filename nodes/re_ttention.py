@@ -10,7 +10,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.accelerate.re_ttention import STORAGE, Report, ReTtention, attach
+from ..host.accelerate.re_ttention import attach
+from ..host.accelerate.re_ttention_report import ReTtentionReport
+from ..host.accelerate.re_ttention_settings import STORAGE, ReTtention
 from ..models.accelerate.re_ttention import DRIFT, Schedule, Window
 from .inputs import check
 
@@ -154,7 +156,7 @@ class ApplyReTtention(io.ComfyNode):
         words = (
             f"keep {keep:.4g}, full at the first {first_full} evaluations and every {interval} then, storage {storage}"
         )
-        report = Report("off" if off else words, off=off)
+        report = ReTtentionReport("off" if off else words, off=off)
         if off:
             return io.NodeOutput(model, report)
         settings = ReTtention(

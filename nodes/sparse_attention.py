@@ -13,7 +13,8 @@ from comfy_api.latest import io
 
 from ..host import model_files
 from ..host.accelerate.clear_files import FOLDER, load, with_weights
-from ..host.accelerate.sparse_attention import Scale, SparseAttention, attach, report, require_known_tokens
+from ..host.accelerate.own_attention import require_known_tokens
+from ..host.accelerate.sparse_attention import Scale, SparseAttention, attach, report
 from ..host.part_of_run import PartOfRun
 from ..models.accelerate.clear import Variant
 from .inputs import check, part_of_run

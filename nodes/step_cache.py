@@ -11,24 +11,18 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.accelerate.report import NodeReport, Report
-from ..host.accelerate.step_cache import StepCache, attach
-from ..host.accelerate.step_cache_taps import (
-    LastBlockTap,
-    PredictionTap,
-    SpanTap,
-    Tap,
-    TapName,
-    require_blocks,
-    tap_for,
-)
+from ..host.accelerate.report import NodeReport
+from ..host.accelerate.step_cache import attach
+from ..host.accelerate.step_cache_report import StepCacheReport
+from ..host.accelerate.step_cache_settings import StepCache, Tap
+from ..host.accelerate.step_cache_taps import LastBlockTap, PredictionTap, SpanTap, TapName, require_blocks, tap_for
 from ..host.execution import running, runs_before
 from ..host.part_of_run import PartOfRun
 from ..models.accelerate.cg_taylor import FirstBlockGate, Reduce
 from ..models.accelerate.delta_dit import Stages
 from ..models.accelerate.input_change import InputChange
-from ..models.accelerate.step_cache import Guard, Listed, Policy
-from ..models.accelerate.taylorseer import FORECASTS, Forecaster, Interval
+from ..models.accelerate.policies import Guard, Interval, Listed, Policy
+from ..models.accelerate.taylorseer import FORECASTS, Forecaster
 from .inputs import check, part_of_run
 
 ReportType = io.Custom("DIT_REPORT")
@@ -180,7 +174,7 @@ class TaylorSeer(io.ComfyNode):
         policy = Listed.parse(schedule) if listed else Interval(interval, first_full, SPACINGS[spacing])
         form, coordinate = FORECASTS[forecast]
         chosen = tap_for(model, tap, "Apply TaylorSeer", int(max_memory * 2**30) or None)
-        report = Report(
+        report = StepCacheReport(
             "TaylorSeer", f"TaylorSeer at the {chosen.name}, order {order}, {forecast}", cls.hidden.unique_id
         )
         cache = StepCache(
@@ -301,7 +295,7 @@ class ConfidenceGatedTaylor(io.ComfyNode):
         check(cls, locals())
         threshold = float(threshold)  # JSON takes no numbers of numpy
         words = f"Confidence-Gated Taylor by {compare}, threshold {threshold:g}, order {last_order}, {forecast}"
-        report = Report("Confidence-Gated Taylor", words, cls.hidden.unique_id)
+        report = StepCacheReport("Confidence-Gated Taylor", words, cls.hidden.unique_id)
         form, coordinate = FORECASTS[forecast]
         policy: Policy
         tap: Tap
@@ -399,12 +393,12 @@ class DeltaDiT(io.ComfyNode):
     ) -> io.NodeOutput:
         check(cls, locals())
         if interval == 1 or share == 0:
-            return io.NodeOutput(model, Report("Delta-DiT", "", cls.hidden.unique_id, off=True))
+            return io.NodeOutput(model, StepCacheReport("Delta-DiT", "", cls.hidden.unique_id, off=True))
         family, keys = require_blocks(model, "Apply Delta-DiT", "Apply TaylorSeer with tap 'prediction'")
         stages, schedule = Stages(share, boundary), Interval(interval, first_full)
         skipped = round(share * len(keys))
         words = f"Delta-DiT on {family.name}, {skipped} of {len(keys)} blocks, every {interval}, order {order}"
-        report = Report("Delta-DiT", words, cls.hidden.unique_id)
+        report = StepCacheReport("Delta-DiT", words, cls.hidden.unique_id)
         cache = StepCache(
             "Delta-DiT",
             schedule,
@@ -451,7 +445,7 @@ class AccelerationReport(io.ComfyNode):
     @classmethod
     def execute(cls, report: NodeReport | None = None, after: Any = None) -> io.NodeOutput:
         if report is None:
-            return io.NodeOutput(NO_REPORT, Report("none").json(), after)
+            return io.NodeOutput(NO_REPORT, StepCacheReport("none").json(), after)
         runs = cls.runs_of(report)
         return io.NodeOutput(report.text(runs), report.json(runs), after)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from comfy_api.latest import io
 
 from ..host import model_files
-from ..host.control.conditions import PATCH, Cache
+from ..host.control.conditions_settings import PATCH, Cache
 from ..host.control.try_on import attach, brought_to
 from ..host.control.try_on_files import FOLDER, load
 from ..host.part_of_run import PartOfRun

@@ -1,7 +1,7 @@
 """Stages `edge`, `pose` and `subject`: the EasyControl adapters of the embedded default.
 
 The frozen base draws, the condition's keys and values come from the very function that the node runs
-(`models/control/easycontrol.py`), and only the condition LoRA learns. Loss and noise levels are the base's, guidance
+(`models/control/conditions.py`), and only the condition LoRA learns. Loss and noise levels are the base's, guidance
 is 1, as the authors train on FLUX.1-dev.
 """
 
@@ -16,14 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dit_toolkit.models.control.easycontrol import (
-    ConditionLora,
-    encode_condition,
-    published_state,
-    spatial_ids,
-    subject_ids,
-)
+from dit_toolkit.models.control.conditions import encode_condition
+from dit_toolkit.models.control.easycontrol import ConditionLora, published_state
 from dit_toolkit.models.control.easycontrol_keys import write_metadata
+from dit_toolkit.models.control.positions import spatial_ids, subject_ids
 from dit_toolkit.models.tiny_text import PAD
 
 from . import checkpoints, data, loop, world

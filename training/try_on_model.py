@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dit_toolkit.models.control.easycontrol import KeysValues, encode_condition, spatial_ids
-from dit_toolkit.models.control.mc_vton import BranchLora, beside_ids, layers
+from dit_toolkit.models.control.conditions import KeysValues, encode_condition
+from dit_toolkit.models.control.mc_vton import BranchLora, layers
 from dit_toolkit.models.control.mc_vton_keys import BRANCHES, parse
+from dit_toolkit.models.control.positions import beside_ids, spatial_ids
 from dit_toolkit.models.tiny_text import PAD
 
 from . import checkpoints

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ...models.accelerate.cg_taylor import FirstBlockGate
 from ...models.accelerate.delta_dit import Stages
-from ...models.accelerate.step_cache import Guard, Policy
-from ...models.accelerate.taylorseer import FORECASTS, Forecaster, Interval
+from ...models.accelerate.policies import Guard, Interval, Policy
+from ...models.accelerate.taylorseer import FORECASTS, Forecaster
 from ..transformer import transformer_of
-from .report import Report
-from .step_cache import StepCache, attach
-from .step_cache_taps import LastBlockTap, SpanTap, Tap, blocks_of, in_reach, require_blocks, tap_for
+from .step_cache import attach
+from .step_cache_report import StepCacheReport
+from .step_cache_settings import StepCache, Tap
+from .step_cache_taps import LastBlockTap, SpanTap, blocks_of, in_reach, require_blocks, tap_for
 
 Quality = Literal["quality", "balanced", "fast"]
 QUALITIES: tuple[Quality, ...] = ("quality", "balanced", "fast")
@@ -118,7 +119,9 @@ def preset(model: ModelPatcher, quality: Quality) -> Setting:
     return setting
 
 
-def cache_for(model: ModelPatcher, setting: Setting, report: Report, node: str = "Accelerate DiT") -> StepCache:
+def cache_for(
+    model: ModelPatcher, setting: Setting, report: StepCacheReport, node: str = "Accelerate DiT"
+) -> StepCache:
     """The step cache of a setting. `node` is the display name of who asks, for errors."""
     form, coordinate = FORECASTS[setting.forecast]
     forecaster = Forecaster(setting.order, form, coordinate)
@@ -137,7 +140,9 @@ def cache_for(model: ModelPatcher, setting: Setting, report: Report, node: str =
     return StepCache(setting.method, policy, tap, forecaster, Guard(setting.last), report=report)
 
 
-def accelerated(model: ModelPatcher, setting: Setting, report: Report, node: str = "Accelerate DiT") -> ModelPatcher:
+def accelerated(
+    model: ModelPatcher, setting: Setting, report: StepCacheReport, node: str = "Accelerate DiT"
+) -> ModelPatcher:
     """A clone of `model` with the step cache of a setting; the model itself for the method "none"."""
     if setting.method == "none":
         return model
@@ -180,7 +185,7 @@ def tune(
         raise ValueError(f"trials must be at least 1, got {trials}.")
     if not isfinite(floor_db):
         raise ValueError(f"floor must be a finite number of dB, got {floor_db}.")
-    watch = Report("calibration")
+    watch = StepCacheReport("calibration")
     if not in_reach(model):
         reference, errors = sample(model), []
     else:
@@ -196,7 +201,7 @@ def tune(
 
     found: list[Trial] = []
     for number, setting in enumerate(candidates(errors)[:trials]):
-        report = Report(setting.method)
+        report = StepCacheReport(setting.method)
         result = sample(accelerated(model, setting, report))
         run = report.runs[-1]
         fraction = run.computed / max(len(run.entries), 1)

@@ -1,7 +1,7 @@
 """Re-ttention during one run: which evaluation is full, what each layer remembers of it, and what is refused.
 
 Hook: `optimized_attention_override`, behind whatever was there before, for the attention of the picture's own tokens
-as `sparse_attention.py` reads it. State: for each condition (`run.lane`) and layer its rho, its R and the number of its
+as `own_attention.py` reads it. State: for each condition (`run.lane`) and layer its rho, its R and the number of its
 computed evaluations. A step cache that skips a layer does not call it, so only what is computed counts. Where blocks
 could be skipped and ComfyUI does not number them (SD3, LTX), they are numbered here. All of it goes with the run.
 
@@ -18,7 +18,7 @@ import logging
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import torch
@@ -48,10 +48,9 @@ from ..compiled import untraced
 from ..offers import Offer, ask, offer
 from ..run import KEY, Chunk, Condition, Run, chunk_of
 from ..transformer import transformer_of
-from .sparse_attention import OVERRIDE, Backend, OwnAttention, has_flex, own_attention
-
-if TYPE_CHECKING:
-    from .re_ttention import ReTtention
+from .own_attention import OVERRIDE, OwnAttention, own_attention
+from .re_ttention_settings import ReTtention
+from .sparse_backends import Backend, has_flex
 
 logger = logging.getLogger(__name__)
 

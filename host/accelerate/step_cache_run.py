@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.model_management
 import torch
@@ -27,15 +27,13 @@ from torch import Tensor
 
 from ...models.accelerate.cg_taylor import FirstBlockGate
 from ...models.accelerate.input_change import Change, InputChange
-from ...models.accelerate.step_cache import COMPUTE, FORECAST, PROBE, Choice, Moment, weighted_sum
-from ...models.accelerate.taylorseer import Forecaster, Point
+from ...models.accelerate.policies import COMPUTE, FORECAST, PROBE, Choice, Moment
+from ...models.accelerate.taylorseer import Forecaster, Point, weighted_sum
 from ..offers import Offer, offer
 from ..part_of_run import begun
 from ..run import KEY, VISIT, Chunk, Run, chunk_of
-from .report import Entry, RunReport
-
-if TYPE_CHECKING:
-    from .step_cache import StepCache
+from .step_cache_report import Entry, RunReport
+from .step_cache_settings import StepCache
 
 Tensors = tuple[Tensor, ...]
 

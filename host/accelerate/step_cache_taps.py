@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal
 
 import comfy.model_management
 import torch
@@ -26,38 +26,21 @@ from torch import Tensor
 
 from ...models.accelerate.cg_taylor import FirstBlockGate, gate_error
 from ...models.accelerate.delta_dit import Span, Stages
-from ...models.accelerate.step_cache import COMPUTE, FORECAST, PROBE
+from ...models.accelerate.policies import COMPUTE, FORECAST, PROBE
 from .. import flux
 from ..blocks import BlockFamily, Key, block_family, wrap_block
 from ..compiled import untraced
 from ..offers import ask
 from ..run import VISIT
 from ..transformer import stranger, transformer_of
-
-if TYPE_CHECKING:
-    from .step_cache_run import StepCacheRun, Visit
+from .step_cache_run import StepCacheRun, Visit
+from .step_cache_settings import Tap
 
 RunBlock = Callable[[dict], dict]
 Wrap = Callable[[dict, RunBlock], dict]
 
 
 TapName = Literal["auto", "last block", "prediction", "every module"]
-
-
-class Tap(Protocol):
-    name: str  # as people see it
-    wraps_blocks: bool  # works by what blocks ask for
-
-    def install(self, run: StepCacheRun, model_options: dict) -> None:
-        """Add hooks below APPLY_MODEL, for this run."""
-
-    def parts(self, run: StepCacheRun) -> tuple[str, ...]:
-        """The names of the histories that this evaluation would be forecast from."""
-        ...
-
-    def run(self, visit: Visit, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:
-        """The denoised latent of one chunk: forecast, or computed with `visit.captured` filled."""
-        ...
 
 
 @dataclass(frozen=True)

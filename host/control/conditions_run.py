@@ -11,21 +11,20 @@ import logging
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.control.easycontrol import Grid, encode_condition, tokens_in_tile
+from ...models.control.conditions import encode_condition
+from ...models.control.positions import GridSize, tokens_in_tile
 from .. import flux
 from ..attention import BlockKeys, ExtraKeys, with_keys
 from ..run import Chunk, Run, attached, chunk_of
 from ..tiles import Tile
-
-if TYPE_CHECKING:
-    from .conditions import ConditionImage
+from .conditions_settings import ConditionImage
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +194,9 @@ class Encoder:
         self.report(call, source, grid)
         return flux.by_block(transformer, keys)
 
-    def laid_out(self, call: Call, grid: Grid, tile: Tile | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    def laid_out(
+        self, call: Call, grid: GridSize, tile: Tile | None, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
         """Where the condition's tokens lie, `[T, 3]`, and which of them count, by number; None for all.
 
         In a tile, a condition that lies over the picture counts as far as it lies over the tile. One that lies beside

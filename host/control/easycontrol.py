@@ -12,10 +12,10 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...models.control.easycontrol import spatial_ids, subject_ids
 from ...models.control.easycontrol_keys import Kind
+from ...models.control.positions import spatial_ids, subject_ids
 from . import conditions
-from .conditions import PATCH, ConditionImage
+from .conditions_settings import PATCH, ConditionImage
 from .easycontrol_files import EasyControlFile
 
 Padding = Literal["grey", "black"]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.model_management
 import comfy.sample
@@ -22,9 +22,7 @@ from ..attention import Block, BlockKeys, ExtraKeys, TextScale, with_keys, with_
 from ..offers import found_in
 from ..run import CHUNK, VISIT, Run, chunk_of
 from ..transformer import REMOVE
-
-if TYPE_CHECKING:
-    from .freecus import FreeCus
+from .freecus_settings import FreeCus
 
 uncompiled: Any = torch.compiler.disable  # its types do not know methods
 

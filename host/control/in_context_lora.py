@@ -24,7 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...models.control.in_context_lora import Fit, Layout, compose, fitted, joint_prompt
+from ...models.control.panel_layout import Layout
+from ...models.control.panel_pictures import Fit, compose, fitted
+from ...models.control.panel_prompt import joint_prompt
 from .. import picture_files
 
 logger = logging.getLogger(__name__)

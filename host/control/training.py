@@ -60,15 +60,16 @@ class Residual(Tensor):
 class Training:
     """Gradients and captions of Train LoRA put right. Outside of training nothing is bound."""
 
-    def bind(self, run: Run, model_options: dict) -> None:
-        if not comfy.model_management.in_training:
-            return
-        wrapper = WrappersMP.CALC_COND_BATCH
-        add_wrapper_with_key(wrapper, f"{KEY}.training", CaptionPerPicture(), model_options, is_model_options=True)
-        family = block_family(run.model)
-        if family is not None and family.in_place:
-            for key in family.keys(transformer_of(run.model)):
-                wrap_block(model_options, key, out_of_place(family.streams(key[0])))
+
+def bind(training: Training, run: Run, model_options: dict) -> None:
+    if not comfy.model_management.in_training:
+        return
+    wrapper = WrappersMP.CALC_COND_BATCH
+    add_wrapper_with_key(wrapper, f"{KEY}.training", CaptionPerPicture(), model_options, is_model_options=True)
+    family = block_family(run.model)
+    if family is not None and family.in_place:
+        for key in family.keys(transformer_of(run.model)):
+            wrap_block(model_options, key, out_of_place(family.streams(key[0])))
 
 
 def attach(model: ModelPatcher) -> ModelPatcher:
@@ -85,7 +86,7 @@ def attach(model: ModelPatcher) -> ModelPatcher:
             f"{NODE} cannot prepare {family}: its blocks overwrite what gradients are computed from, in a way that "
             "this node does not know. Connect a FLUX.1 model to 'model'."
         )
-    return attach_description(model, Training())
+    return attach_description(model, Training(), bind)
 
 
 def out_of_place(streams: Sequence[str]) -> Wrap:

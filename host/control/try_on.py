@@ -11,12 +11,11 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...models.control.easycontrol import spatial_ids, subject_ids
-from ...models.control.mc_vton import beside_ids
 from ...models.control.pixels import resize, rgb
+from ...models.control.positions import beside_ids, spatial_ids, subject_ids
 from .. import flux
 from . import conditions
-from .conditions import PATCH, ConditionImage
+from .conditions_settings import PATCH, ConditionImage
 from .try_on_files import TryOnFile
 
 NODE = "Apply Try-On"
@@ -73,11 +72,10 @@ def attach(
             mean nothing.
     """
     transformer = flux.require_flux1(model, NODE)
-    checkpoint = file.checkpoint
     images: list[tuple[type[ConditionImage], str, Tensor, str, float]] = []
     for kind, branch, latent, place, strength in (
         (Person, "person", person, "over", person_strength),
-        (Garment, "garment", garment, position or checkpoint.settings.position, garment_strength),
+        (Garment, "garment", garment, position or file.checkpoint.settings.position, garment_strength),
     ):
         if strength == 0:
             continue
@@ -87,24 +85,37 @@ def attach(
     counts = [latent.shape[0] for _, _, latent, _, _ in images]
     if len(counts) == 2 and 1 not in counts and counts[0] != counts[1]:
         raise ValueError(f"Got {counts[0]} persons and {counts[1]} garments. Give one of either, or as many of both.")
-    blocks = (len(transformer.double_blocks), len(transformer.single_blocks))
-    made_for = (checkpoint.dim, checkpoint.double, checkpoint.single)
-    # A file counts up to the last block it touches, unless it says more: the model may have more, not fewer.
-    fits = (
-        checkpoint.dim == transformer.hidden_size and checkpoint.double <= blocks[0] and checkpoint.single <= blocks[1]
-    )
-    if fits:
-        made_for = (checkpoint.dim, *blocks)
-        hidden = int(transformer.hidden_size * transformer.params.mlp_ratio)
-        if checkpoint.hidden != hidden:
-            raise ValueError(
-                f"{file.name} is made for {checkpoint.hidden} channels in the MLP, the model has {hidden}. "
-                "Use a LoRA that was trained for this model."
-            )
+    size = size_of(transformer)
+    made_for = size_made_for(file, transformer)
     for kind, branch, latent, place, strength in images:
         image = kind(None, f"{file.name} ({branch})", latent, place, strength, **settings)
-        model = conditions.attach(model, image, file.adapter(branch, blocks) if fits else None, made_for)
+        model = conditions.attach(model, image, file.adapter(branch, size[1:]) if made_for == size else None, made_for)
     return model
+
+
+def size_of(transformer: Any) -> tuple[int, int, int]:
+    """Hidden size, double and single blocks."""
+    return transformer.hidden_size, len(transformer.double_blocks), len(transformer.single_blocks)
+
+
+def size_made_for(file: TryOnFile, transformer: Any) -> tuple[int, int, int]:
+    """The size of the models that a file is made for, which is that of `transformer` where it fits.
+
+    A file counts up to the last block it touches, unless it says more: the model may have more, not fewer.
+
+    Raises:
+        ValueError: it fits but for the MLP.
+    """
+    checkpoint, (dim, double, single) = file.checkpoint, size_of(transformer)
+    if checkpoint.dim != dim or checkpoint.double > double or checkpoint.single > single:
+        return checkpoint.dim, checkpoint.double, checkpoint.single
+    hidden = int(dim * transformer.params.mlp_ratio)
+    if checkpoint.hidden != hidden:
+        raise ValueError(
+            f"{file.name} is made for {checkpoint.hidden} channels in the MLP, the model has {hidden}. "
+            "Use a LoRA that was trained for this model."
+        )
+    return dim, double, single
 
 
 def brought_to(image: Tensor, long_side: int) -> Tensor:

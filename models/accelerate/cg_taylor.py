@@ -23,7 +23,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .step_cache import COMPUTE, PROBE, Choice, Moment
+from .policies import COMPUTE, PROBE, Choice, Moment
 
 # Over the pictures of a batch. "cond" is another name of "mean", which saved workflows have.
 Reduce = Literal["max", "cond", "mean", "published"]

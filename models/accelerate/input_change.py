@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .step_cache import COMPUTE, PROBE, Choice, Moment
+from .policies import COMPUTE, PROBE, Choice, Moment
 
 
 @dataclass(frozen=True)

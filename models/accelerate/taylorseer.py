@@ -9,7 +9,8 @@ computations, summed as a Taylor polynomial at distance a:
 straight lines, at even gaps, and not for parabolas: for `s^2`, even gaps N and distance a it is off by -N*a.
 `newton_weights` is the polynomial through the same points, exact up to its degree at any spacing.
 
-Shapes: both give the weights of a sum, one float for each point, so features may have any shape.
+Shapes: both give the weights of a sum, one float for each point, so features may have any shape. `weighted_sum` is that
+sum.
 Units: TaylorSeer counts in evaluations; Newton's form takes any coordinate, such as sigma.
 """
 
@@ -20,44 +21,8 @@ from dataclasses import dataclass
 from math import factorial, log
 from typing import Literal
 
-from .step_cache import COMPUTE, FORECAST, Choice, Moment
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Computed for the first few evaluations, then once every `every`.
-
-    Source: the fixed interval of TaylorSeer. Unit: evaluations. Neutral value: `every=1` computes everything.
-    Published: every 6, first 3 on FLUX.1 with 50 steps; every 5, first 1 on HunyuanVideo and Wan 2.1.
-
-    to_end: ours, not the paper's. Stretch or shrink the interval a little, so that the last evaluation of the run is a
-        computed one and all gaps are alike. A forecast at the end has nothing behind it that could correct it.
-    """
-
-    every: int
-    first: int = 3
-    to_end: bool = False
-
-    def __post_init__(self):
-        if self.every < 1:
-            raise ValueError(f"interval must be at least 1, got {self.every}.")
-        if self.first < 1:
-            raise ValueError(
-                f"first_full must be at least 1, got {self.first}: a forecast needs a computed evaluation."
-            )
-
-    def choose(self, moment: Moment) -> tuple[Choice, str]:
-        if moment.index < self.first:
-            return COMPUTE, "first"
-        if self.to_end and self.every > 1 and moment.total is not None and moment.index < moment.total:
-            return (COMPUTE if moment.index in self.spread(moment.total) else FORECAST), "interval"
-        return (COMPUTE if moment.since_full >= self.every else FORECAST), "interval"
-
-    def spread(self, total: int) -> set[int]:
-        """The computed evaluations of a run of `total`, with the last one among them."""
-        start, stop = self.first - 1, total - 1
-        gaps = max(1, round((stop - start) / self.every))
-        return set(range(self.first)) | {start + round(i * (stop - start) / gaps) for i in range(gaps + 1)}
+import torch
+from torch import Tensor
 
 
 def taylor_weights(points: Sequence[int], at: int, order: int, derivatives_from: int = 0) -> list[float]:
@@ -108,6 +73,27 @@ def newton_weights(points: Sequence[float], at: float, order: int) -> list[float
                 weight *= (at - other) / (own - other)
         weights.append(weight)
     return weights + [0.0] * (len(points) - len(used))
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """`sum_k weights[k] * tensors[k]`, summed in float32, in the dtype of the tensors.
+
+    Weights of forecasts are of order 1 to 15 with changing signs, so half precision would show its rounding. A sum
+    beyond the range of float16 is clamped to it. One tensor with weight 1 comes back bit for bit.
+    """
+    first = tensors[0]
+    total = None
+    for tensor, weight in zip(tensors, weights, strict=True):
+        if weight == 0:
+            continue
+        part = tensor.to(torch.promote_types(first.dtype, torch.float32)) * weight
+        total = part if total is None else total + part
+    if total is None:
+        return torch.zeros_like(first)
+    if first.dtype == torch.float16:
+        limit = torch.finfo(torch.float16).max
+        total = total.clamp(-limit, limit)
+    return total.to(first.dtype)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ from typing import Literal, get_args
 from torch import Tensor
 from torch.nn import functional as F
 
-Grid = tuple[int, int]  # rows and columns of tokens
+from .positions import GridSize
+
 ShiftMode = Literal["reversed", "half", "twice", "linear", "normal"]
 
 KEY_SCALE = 1.1  # s, on subject and text alike, in the authors' code
@@ -82,7 +83,7 @@ def in_bytes(mask: Tensor) -> Tensor:
     return (mask.float() * 255).floor() / 255
 
 
-def subject_tokens(mask: Tensor, grid: Grid) -> Tensor:
+def subject_tokens(mask: Tensor, grid: GridSize) -> Tensor:
     """Numbers of the tokens that show the subject, `[S]`, in raster order.
 
     The authors' rule: a token counts where the mask, resized bilinearly to the token grid, is above 0. Soft values are
@@ -141,55 +142,3 @@ def layers_from(text: str, double: int, single: int) -> tuple[int, ...]:
             raise ValueError(f"layers names {last}, the model has 0 to {count - 1} ({double} double, {single} single).")
         found.update(range(first, last + 1))
     return tuple(sorted(found))
-
-
-# Words of the reference. The authors have one language model describe the subject and another keep its physical traits;
-# the instructions below ask for the same in our own words.
-
-Aspect = Literal["subject", "style"]
-
-
-def prompt_with_description(prompt: str, description: str) -> str:
-    """The prompt that is drawn: "prompt. description", or the one that is not empty. ? and ! need no full stop."""
-    prompt, description = prompt.strip(), description.strip()
-    if not (prompt and description):
-        return prompt or description
-    prompt = prompt.rstrip(".,;: ")
-    if not prompt:
-        return description
-    return f"{prompt}{' ' if prompt[-1] in '?!' else '. '}{description}"
-
-
-def instruction_to_describe(subject: str, aspect: Aspect = "subject") -> str:
-    """What to ask a model that sees the picture."""
-    thing = named(subject)
-    if aspect == "style":
-        return (
-            f"Describe the artistic style in which {thing} is shown, in about 20 words: medium, technique, line, "
-            "palette, texture, mood. Do not say what is shown. Answer with the description only, on one line."
-        )
-    return (
-        f"Describe {thing} in this picture in about 20 words: the overall appearance first, then what sets it apart. "
-        "Name colours, materials, shapes and parts. Answer with the description only, on one line."
-    )
-
-
-def instruction_to_keep(subject: str, description: str, aspect: Aspect = "subject") -> str:
-    """What to ask a model that reads a description, to leave only what should be carried into another picture."""
-    thing = named(subject)
-    if aspect == "style":
-        keep = "what says how the picture is made: medium, technique, line, palette, texture, mood"
-        drop = "everything that is shown: things, people, places, actions"
-    else:
-        keep = f"what belongs to {thing} and can be seen on it: colours, materials, shapes, parts, clothing, marks"
-        drop = "actions, pose, place, light, camera, and all other things"
-    return (
-        f"Below is a description of {thing}. Keep only {keep}. Drop {drop}. Add nothing. "
-        f"Answer with one line.\n\n{description.strip()}"
-    )
-
-
-def named(subject: str) -> str:
-    """ "the teapot", or "the subject" where it has no name."""
-    word = re.sub(r"^(the|an?)\s+", "", subject.strip(), flags=re.IGNORECASE)
-    return f"the {word or 'subject'}"

@@ -6,9 +6,9 @@ This is a reconstruction, and where the paper's text leaves a choice it says so:
 
 - Each branch has a LoRA that acts on its own tokens only; picture and text keep the base weights. It is an ordinary
   one, `y = W x + b + s B A x` on the layer's input (EasyControl's `proj` is not). Layers and ranks: what the file has.
-- The masked person lies over the picture (`easycontrol.spatial_ids`). The garment lies beside it, as a diptych
-  (`beside_ids`), or below it (`easycontrol.subject_ids`).
-- Conditions are modulated at timestep 0 and attend to themselves alone, so that `easycontrol.encode_condition` computes
+- The masked person lies over the picture (`positions.spatial_ids`). The garment lies beside it, as a diptych
+  (`positions.beside_ids`), or below it (`positions.subject_ids`).
+- Conditions are modulated at timestep 0 and attend to themselves alone, so that `conditions.encode_condition` computes
   their keys and values once per run. Joint attention, where the conditions see the picture and run in every step, is
   not built.
 
@@ -21,22 +21,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .easycontrol import Grid, LoraBlock, LowRank, grid_ids, init_low_rank
+from .low_rank import LoraBlock, LowRank, init_low_rank
 from .mc_vton_keys import PARTS, Branch, widths
 
 
-def beside_ids(grid: Grid, picture: Grid, device: torch.device | None = None) -> Tensor:
-    """Position ids of a condition that lies right of the picture: `[T, 3]` as (0, row, column), float32.
-
-    Both grids in tokens. Token (i, j) sits at row i, column j + the picture's columns.
-    """
-    return grid_ids(grid, first=(0, picture[1]), device=device)
-
-
 class BranchLora(nn.Module):
-    """The low-rank weights of one branch, for `easycontrol.encode_condition`. Blocks and layers may be missing.
+    """The low-rank weights of one branch, for `conditions.encode_condition`. Blocks and layers may be missing.
 
     Args:
         dim: hidden size D of the model.
@@ -82,7 +74,7 @@ class BranchLora(nn.Module):
         self.single_blocks = nn.ModuleList(block("single_blocks", i) for i in range(single))
 
     def init_for_training(self, generator: torch.Generator | None = None) -> None:
-        """Start at the base model, see `easycontrol.init_low_rank`."""
+        """Start at the base model, see `low_rank.init_low_rank`."""
         init_low_rank(self, generator)
 
     def branch(self) -> Branch:

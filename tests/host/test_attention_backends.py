@@ -16,8 +16,8 @@ pytestmark = pytest.mark.comfy
 from comfy.ldm.modules import attention  # noqa: E402
 
 from dit_toolkit.host import embedded  # noqa: E402
-from dit_toolkit.host.accelerate.re_ttention import ReTtention  # noqa: E402
 from dit_toolkit.host.accelerate.re_ttention import attach as attach_re_ttention  # noqa: E402
+from dit_toolkit.host.accelerate.re_ttention_settings import ReTtention  # noqa: E402
 from dit_toolkit.host.accelerate.sparse_attention import SparseAttention  # noqa: E402
 from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse  # noqa: E402
 from dit_toolkit.host.control import freecus  # noqa: E402

@@ -67,7 +67,9 @@ class Recording:
         self.keys = keys_of(family)
         self.before, self.after, self.rows = defaultdict(list), defaultdict(list), []
         wraps = {key: self._wrap(key) for key in self.keys}
-        self.picture = sample(family, attach(family.load() if model is None else model, Wrapped(wraps)), **options)
+        self.picture = sample(
+            family, attach(family.load() if model is None else model, Wrapped(wraps), Wrapped.bind), **options
+        )
 
     def _wrap(self, key):
         names = self.family.streams(key[0])
@@ -95,7 +97,7 @@ def replayed(family, skipped, outs, model=None, **options):
         return {**args, **left.pop(0)}
 
     wraps = dict.fromkeys(skipped[:-1], skip) | {skipped[-1]: inject}
-    out = sample(family, attach(family.load() if model is None else model, Wrapped(wraps)), **options)
+    out = sample(family, attach(family.load() if model is None else model, Wrapped(wraps), Wrapped.bind), **options)
     assert not left
     assert len(calls) == len(outs) * (len(skipped) - 1)
     return out
@@ -144,7 +146,7 @@ def test_keys_are_the_blocks_in_the_order_they_run(family):
         return wrap
 
     try:
-        sample(family, attach(model, Wrapped({key: around(key) for key in keys_of(family)})), 1)
+        sample(family, attach(model, Wrapped({key: around(key) for key in keys_of(family)}), Wrapped.bind), 1)
     finally:
         for handle in handles:
             handle.remove()
@@ -192,7 +194,7 @@ def test_streams_are_all_that_changes_from_block_to_block(family):
 
     keys = keys_of(family)
     args_kind = [kind for kind, _ in keys]
-    sample(family, attach(family.load(), Wrapped(dict.fromkeys(keys, watch))), 1)
+    sample(family, attach(family.load(), Wrapped(dict.fromkeys(keys, watch)), Wrapped.bind), 1)
     for kind in dict.fromkeys(args_kind):
         streams = block_family(family.load()).streams(kind)
         first, *others = [args for args, k in zip(seen, args_kind, strict=True) if k == kind]
@@ -213,7 +215,7 @@ def test_whether_blocks_write_into_their_args(family):
         found.append((out["img"] is before, not torch.equal(before, kept)))
         return out
 
-    sample(family, attach(family.load(), Wrapped(dict.fromkeys(keys_of(family), watch))), 1)
+    sample(family, attach(family.load(), Wrapped(dict.fromkeys(keys_of(family), watch)), Wrapped.bind), 1)
     in_place = block_family(family.load()).in_place
     assert set(found) == {(in_place, in_place)}
 
@@ -306,8 +308,8 @@ def test_the_last_wrap_is_the_outermost():
 
         return wrap
 
-    model = attach(family.load(), Wrapped({("double_block", 1): named("first")}))
-    model = attach(model, Wrapped({("double_block", 1): named("second")}))
+    model = attach(family.load(), Wrapped({("double_block", 1): named("first")}), Wrapped.bind)
+    model = attach(model, Wrapped({("double_block", 1): named("second")}), Wrapped.bind)
     assert torch.equal(sample(family, model, 1), sample(family, steps=1))
     assert order == ["second", "first"]
 
@@ -323,7 +325,7 @@ def test_skip_layer_guidance_goes_over_the_wraps(name):
         calls.append(1)
         return run_block(args)
 
-    wrapped = attach(model, Wrapped(dict.fromkeys(keys_of(family), wrap)))
+    wrapped = attach(model, Wrapped(dict.fromkeys(keys_of(family), wrap)), Wrapped.bind)
     assert torch.equal(sample(family, wrapped, 2, cfg=3.0), sample(family, model, 2, cfg=3.0))
     skipped = 1 + len(single)
     assert len(calls) == 2 * (2 * len(keys_of(family)) - skipped)
@@ -381,7 +383,7 @@ def test_a_compiled_model_runs_the_wraps_each_time():
     model = family.load().clone()
     options = model.model_options["transformer_options"]
     options["optimized_attention_override"] = lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs)
-    wrapped = attach(model, Wrapped({key: not_the_second}))
+    wrapped = attach(model, Wrapped({key: not_the_second}), Wrapped.bind)
     expected, _ = sampled(wrapped)
     assert (sample(family, model, 3) - expected).abs().max() > 1e-3
     compiled = wrapped.clone()

@@ -16,17 +16,18 @@ from dit_toolkit.host import attention, embedded, flux, offers
 from dit_toolkit.host.accelerate import re_ttention
 from dit_toolkit.host.accelerate.accelerate import QUALITIES, accelerated, family_name, is_embedded, preset, tune
 from dit_toolkit.host.accelerate.foreign_caches import foreign_cache, named
-from dit_toolkit.host.accelerate.report import Report
-from dit_toolkit.host.accelerate.sparse_attention import SparseAttention, report, require_known_tokens
+from dit_toolkit.host.accelerate.own_attention import require_known_tokens
+from dit_toolkit.host.accelerate.sparse_attention import SparseAttention, report
 from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse
+from dit_toolkit.host.accelerate.step_cache_report import StepCacheReport
 from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, PredictionTap, blocks_of, tap_for
 from dit_toolkit.host.control import freecus, training
 from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.host.transformer import class_of, pack_of, stranger
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
+from dit_toolkit.models.accelerate.policies import Interval
 from dit_toolkit.models.accelerate.re_ttention import Schedule
 from dit_toolkit.models.accelerate.sparse_attention import Disc
-from dit_toolkit.models.accelerate.taylorseer import Interval
 from dit_toolkit.tests.host import foreign
 from dit_toolkit.tests.host.accelerate.caching import TAPS, cached, calls, strip
 from dit_toolkit.tests.host.control.test_try_on import dressed, file_of
@@ -231,7 +232,7 @@ def test_tap_auto_takes_the_prediction_where_blocks_are_out_of_reach(tiny_flux, 
 def test_accelerate_takes_a_method_that_needs_no_blocks(tiny_flux, quality):
     assert preset(tiny_flux, quality).method == "Confidence-Gated Taylor"
     theirs = foreign.without_options(tiny_flux)
-    fast = accelerated(theirs, preset(theirs, quality), Report("Test"))
+    fast = accelerated(theirs, preset(theirs, quality), StepCacheReport("Test"))
     assert torch.isfinite(sample(fast, 8)).all()
     assert "." in strip(fast)
 

@@ -15,8 +15,8 @@ from dit_toolkit.host.accelerate.sparse_attention import SparseAttention  # noqa
 from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse  # noqa: E402
 from dit_toolkit.host.control import freecus  # noqa: E402
 from dit_toolkit.host.part_of_run import PartOfRun  # noqa: E402
+from dit_toolkit.models.accelerate.policies import Listed  # noqa: E402
 from dit_toolkit.models.accelerate.sparse_attention import Disc  # noqa: E402
-from dit_toolkit.models.accelerate.step_cache import Listed  # noqa: E402
 from dit_toolkit.tests.host.accelerate.caching import cached  # noqa: E402
 from dit_toolkit.tests.host.tiny import controlled, sample  # noqa: E402
 

@@ -37,7 +37,7 @@ class Watch:
 @pytest.fixture
 def watch(tiny_flux):
     calls = []
-    model = attach(tiny_flux, Watch(lambda run, chunk, args: calls.append((run, chunk, run.evaluation))))
+    model = attach(tiny_flux, Watch(lambda run, chunk, args: calls.append((run, chunk, run.evaluation))), Watch.bind)
     return model, calls
 
 
@@ -67,7 +67,7 @@ def test_lanes_are_emptied_when_the_run_ends(tiny_flux):
         kept["lane"] = run.lane(keep, chunk.conditions[0], list)
         assert run.lane(keep, chunk.conditions[0], list) is kept["lane"]
 
-    sample(attach(tiny_flux, Watch(keep)), 2)
+    sample(attach(tiny_flux, Watch(keep), Watch.bind), 2)
     assert kept["run"].lane(keep, kept["condition"], list) is not kept["lane"]
 
 
@@ -83,7 +83,7 @@ def test_the_guider_gets_its_options_back(tiny_flux):
 
     model = tiny_flux.clone()
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "outside", outside)
-    sample(attach(model, Watch(lambda *_: None)), 1)
+    sample(attach(model, Watch(lambda *_: None), Watch.bind), 1)
     assert seen == [True]
 
 
@@ -180,8 +180,8 @@ def test_descriptions_meet_in_one_run_in_the_order_of_their_nodes(tiny_flux):
     order, runs = [], set()
     first = Watch(lambda run, *_: (order.append(1), runs.add(run)))
     second = Watch(lambda run, *_: (order.append(2), runs.add(run)))
-    one = attach(tiny_flux, first)
-    both = attach(one, second)
+    one = attach(tiny_flux, first, Watch.bind)
+    both = attach(one, second, Watch.bind)
     assert attached(tiny_flux) == ()
     assert attached(one) == (first,)
     assert attached(both) == (first, second)
@@ -207,7 +207,7 @@ def test_nothing_outlives_a_run_that_breaks(tiny_flux, error):
         if run.evaluation == 1:
             raise error()
 
-    model = attach(tiny_flux, Watch(break_at_second))
+    model = attach(tiny_flux, Watch(break_at_second), Watch.bind)
     before = model.model_options
     with pytest.raises(error):
         sample(model, 3)
@@ -224,7 +224,7 @@ def test_a_description_that_cannot_start_leaves_nothing(tiny_flux):
         def bind(self, run, model_options):
             raise Broken("no")
 
-    model = attach(tiny_flux, Refuses())
+    model = attach(tiny_flux, Refuses(), Refuses.bind)
     with pytest.raises(Broken):
         sample(model, 1)
     assert model.model_options["transformer_options"].keys() == {KEY}

@@ -18,8 +18,9 @@ from dit_toolkit.host.control import freecus  # noqa: E402
 from dit_toolkit.host.control.conditions_run import Encoder  # noqa: E402
 from dit_toolkit.host.run import KEY, attach, chunk_of  # noqa: E402
 from dit_toolkit.host.tiles import Tile, find, tiles_of  # noqa: E402
-from dit_toolkit.models.accelerate.taylorseer import Interval  # noqa: E402
-from dit_toolkit.models.control.easycontrol import encode_condition, grid_ids, tokens_in_tile  # noqa: E402
+from dit_toolkit.models.accelerate.policies import Interval  # noqa: E402
+from dit_toolkit.models.control.conditions import encode_condition  # noqa: E402
+from dit_toolkit.models.control.positions import grid_ids, tokens_in_tile  # noqa: E402
 from dit_toolkit.tests.host.accelerate.caching import cached, strip  # noqa: E402
 from dit_toolkit.tests.host.tiny import close, controlled, latent, prompt, sample  # noqa: E402
 
@@ -124,7 +125,7 @@ def test_a_tile_sees_its_part_of_the_condition_at_its_place(tiny_flux, file):
         (keys,) = options[EXTRA_KEYS]
         seen.extend((tuple(x.shape), part) for part in keys.conditions)
 
-    model = attach(controlled(tiny_flux, file=file, condition=condition), Look(look))
+    model = attach(controlled(tiny_flux, file=file, condition=condition), Look(look), Look.bind)
     sample(in_tiles(model, 2), 1, size=SIZE)
 
     transformer, base = tiny_flux.model.diffusion_model, tiny_flux.model
@@ -204,6 +205,6 @@ def test_a_prompt_for_an_area_is_no_tile(tiny_flux, file):
     area = prompt(5, area=(4, 4, 0, 4), strength=1.0)
     seen = []
     look = Look(lambda x, options: seen.extend(condition.tile for condition in chunk_of(options).conditions))
-    sample(attach(controlled(tiny_flux, file=file), look), 2, positive=prompt() + area)
+    sample(attach(controlled(tiny_flux, file=file), look, Look.bind), 2, positive=prompt() + area)
     assert len(seen) == 4
     assert set(seen) == {None}

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.comfy
 
 import comfy.sample  # noqa: E402
 
-from dit_toolkit.host.accelerate.sparse_attention import OwnAttention, take_over  # noqa: E402
+from dit_toolkit.host.accelerate.own_attention import OwnAttention, take_over  # noqa: E402
 from dit_toolkit.host.run import attach  # noqa: E402
 from dit_toolkit.host.token_grid import tokens  # noqa: E402
 from dit_toolkit.models.accelerate.sparse_attention import Grid  # noqa: E402
@@ -48,7 +48,7 @@ class Watch:
 def calls_of(family: Family, noise: torch.Tensor, model=None) -> list[OwnAttention]:
     watch = Watch()
     comfy.sample.sample(
-        attach(family.load() if model is None else model, watch),
+        attach(family.load() if model is None else model, watch, Watch.bind),
         *(noise, 1, 1.0, "euler", "simple", family.prompt(3), family.prompt(4), torch.zeros_like(noise)),
         disable_pbar=True,
         seed=0,

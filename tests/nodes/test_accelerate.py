@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit_toolkit.host import embedded
-from dit_toolkit.host.accelerate.step_cache import StepCache
+from dit_toolkit.host.accelerate.step_cache_settings import StepCache
 from dit_toolkit.host.run import attached
 from dit_toolkit.nodes.accelerate import AccelerateDiT, Autotune
 from dit_toolkit.tests.host import tiny

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.comfy
 
 from comfy_api.latest import io as schema_io  # noqa: E402
 
-from dit_toolkit.models.control.in_context_lora import PRESETS, panels_of  # noqa: E402
+from dit_toolkit.models.control.panel_layout import PRESETS  # noqa: E402
+from dit_toolkit.models.control.panel_pictures import panels_of  # noqa: E402
 from dit_toolkit.nodes.in_context_lora import (  # noqa: E402
     PanelLatent,
     PanelLayout,

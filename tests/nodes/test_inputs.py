@@ -19,9 +19,9 @@ pytestmark = pytest.mark.comfy
 
 from comfy_api.latest import io  # noqa: E402
 
-from dit_toolkit.host.accelerate.report import Report  # noqa: E402
+from dit_toolkit.host.accelerate.step_cache_report import StepCacheReport  # noqa: E402
 from dit_toolkit.host.control import easycontrol_files  # noqa: E402
-from dit_toolkit.models.control.in_context_lora import panel_layout  # noqa: E402
+from dit_toolkit.models.control.panel_layout import panel_layout  # noqa: E402
 from dit_toolkit.models.control.try_on_image import fitted_masks, plan  # noqa: E402
 from dit_toolkit.nodes import DiTToolkit  # noqa: E402
 from dit_toolkit.nodes.accelerate import AccelerateDiT, Autotune  # noqa: E402
@@ -78,7 +78,7 @@ def stand_ins(tiny_flux) -> dict[str, Any]:
         "LATENT": LATENT,
         "DIT_EASYCONTROL": easycontrol_files.from_state(tiny.lora_state(), "canny.safetensors"),
         "DIT_TRY_ON": file_of(),
-        "DIT_REPORT": Report("Test"),
+        "DIT_REPORT": StepCacheReport("Test"),
         "DIT_PANELS": panel_layout("custom", 1, 2, 16, 32, "auto", "", "1"),
         "DIT_CROP": plan(fitted_masks(MASK, PICTURE), 0.5, (32, 32)),
         "*": None,

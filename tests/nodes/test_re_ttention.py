@@ -9,7 +9,7 @@ import torch
 
 pytestmark = pytest.mark.comfy
 
-from dit_toolkit.host.accelerate.re_ttention import STORAGE  # noqa: E402
+from dit_toolkit.host.accelerate.re_ttention_settings import STORAGE  # noqa: E402
 from dit_toolkit.host.run import attached  # noqa: E402
 from dit_toolkit.models.accelerate.re_ttention import Schedule  # noqa: E402
 from dit_toolkit.nodes.re_ttention import ApplyReTtention  # noqa: E402

@@ -16,8 +16,12 @@ from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, ModuleTap,
 from dit_toolkit.host.part_of_run import PartOfRun  # noqa: E402
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate  # noqa: E402
 from dit_toolkit.models.accelerate.delta_dit import Stages  # noqa: E402
-from dit_toolkit.models.accelerate.step_cache import Guard, Listed  # noqa: E402
-from dit_toolkit.models.accelerate.taylorseer import FORECASTS, Forecaster, Interval  # noqa: E402
+from dit_toolkit.models.accelerate.policies import (  # noqa: E402
+    Guard,
+    Interval,
+    Listed,
+)
+from dit_toolkit.models.accelerate.taylorseer import FORECASTS, Forecaster  # noqa: E402
 from dit_toolkit.nodes.step_cache import (  # noqa: E402
     AccelerationReport,
     ConfidenceGatedTaylor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dit_toolkit.models.control.in_context_lora import PRESETS
+from dit_toolkit.models.control.panel_layout import PRESETS
 from dit_toolkit.scripts import workflows
 
 FLUX = [stem for stem in workflows.stems() if "FLUX.1" in stem and not workflows.is_embedded(stem)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_toolkit.models.control.in_context_lora import PRESETS
+from dit_toolkit.models.control.panel_layout import PRESETS
 from dit_toolkit.scripts import workflows
 from dit_toolkit.scripts.client import Image as Saved
 from dit_toolkit.scripts.client import Prompt, PromptFailed, Result

@@ -1,5 +1,5 @@
 // Panels of one canvas as the node "Panel Layout" has them in its widgets: which there are, what they say, and the
-// joint caption, letter by letter as models/control/in_context_lora.py makes it.
+// joint caption, letter by letter as models/control/panel_prompt.py makes it.
 //
 // Everything is a plain value and every function returns a new one. Nothing here knows the page, so that Node can test
 // it. `values` are the widgets' values by name; `linked` holds the names whose values come over a link instead.

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from dit_toolkit.host.accelerate.report import RunReport
-from dit_toolkit.host.accelerate.step_cache import StepCache, attach
-from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, ModuleTap, PredictionTap, SpanTap, Tap, blocks_of
+from dit_toolkit.host.accelerate.step_cache import attach
+from dit_toolkit.host.accelerate.step_cache_report import RunReport
+from dit_toolkit.host.accelerate.step_cache_settings import StepCache, Tap
+from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, ModuleTap, PredictionTap, SpanTap, blocks_of
 from dit_toolkit.host.run import attached
 from dit_toolkit.models.accelerate.delta_dit import Stages
-from dit_toolkit.models.accelerate.step_cache import Policy
+from dit_toolkit.models.accelerate.policies import Policy
 from dit_toolkit.models.accelerate.taylorseer import Forecaster
 
 PLENTY = 2**30

@@ -17,9 +17,9 @@ from dit_toolkit.host.accelerate.accelerate import (
     preset,
     tune,
 )
-from dit_toolkit.host.accelerate.report import Report
+from dit_toolkit.host.accelerate.step_cache_report import StepCacheReport
 from dit_toolkit.host.run import attached
-from dit_toolkit.models.accelerate.taylorseer import Interval
+from dit_toolkit.models.accelerate.policies import Interval
 from dit_toolkit.tests.host import families, tiny
 
 pytestmark = pytest.mark.comfy
@@ -42,7 +42,7 @@ def shown():
 @pytest.mark.parametrize("quality", QUALITIES)
 def test_every_preset_runs_on_its_family_and_skips(name, quality):
     family = families.FAMILIES[name]
-    model, report = family.load(), Report("test")
+    model, report = family.load(), StepCacheReport("test")
     setting = preset(model, quality)
     assert setting.source
     families.sample(family, accelerated(model, setting, report), steps=12)
@@ -88,8 +88,8 @@ def test_schnell_is_left_alone_where_quality_counts(tiny_state):
     without = {name: weight for name, weight in tiny_state.items() if not name.startswith("guidance_in")}
     model = tiny.load_flux(without)
     assert family_name(model) == "FLUX.1 schnell"
-    assert accelerated(model, preset(model, "quality"), Report("test")) is model
-    report = Report("test")
+    assert accelerated(model, preset(model, "quality"), StepCacheReport("test")) is model
+    report = StepCacheReport("test")
     tiny.sample(accelerated(model, preset(model, "balanced"), report), 4)
     assert [entry.computed for entry in report.runs[-1].entries] == [True, False, True, False]
 
@@ -104,7 +104,7 @@ def test_autotune_takes_the_setting_that_computes_least_and_keeps_the_floor(show
     best = min(kept, key=lambda trial: trial.computed)
     assert (setting.method, setting.amount) == (best.setting.method, best.setting.amount)
 
-    report = Report("test")
+    report = StepCacheReport("test")
     again = sample(accelerated(model, setting, report))
     assert accelerate.psnr_db(again, sample(model)) >= 48
     assert report.runs[-1].computed == round(best.computed * 20)
@@ -114,12 +114,12 @@ def test_a_floor_that_nothing_keeps_leaves_the_model_alone(shown):
     model, sample = shown
     setting, _ = tune(model, sample, 500.0, 2)
     assert setting.method == "none"
-    assert accelerated(model, setting, Report("test")) is model
+    assert accelerated(model, setting, StepCacheReport("test")) is model
 
 
 def test_the_run_that_calibrates_is_the_model_itself(shown):
     model, sample = shown
-    report = Report("test")
+    report = StepCacheReport("test")
     closed = accelerated(model, accelerate.gate(accelerate.CLOSED, "", first=2), report)
     assert torch.equal(sample(closed), sample(model))
     assert len(report.runs[-1].errors) > 10

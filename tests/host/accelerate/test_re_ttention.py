@@ -19,14 +19,16 @@ from comfy_extras.nodes_flux import FluxKVCache
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from dit_toolkit.host.accelerate.re_ttention import Report, ReTtention, attach
+from dit_toolkit.host.accelerate.re_ttention import attach
+from dit_toolkit.host.accelerate.re_ttention_report import ReTtentionReport
 from dit_toolkit.host.accelerate.re_ttention_run import SIGMA, Call, Lane, Layer, ReTtentionRun
+from dit_toolkit.host.accelerate.re_ttention_settings import ReTtention
 from dit_toolkit.host.accelerate.sparse_attention import SparseAttention
 from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse
 from dit_toolkit.host.run import Chunk, Condition, Run
+from dit_toolkit.models.accelerate.policies import Interval
 from dit_toolkit.models.accelerate.re_ttention import Schedule
 from dit_toolkit.models.accelerate.sparse_attention import Disc, Grid, mask
-from dit_toolkit.models.accelerate.taylorseer import Interval
 from dit_toolkit.tests.host import tiny
 from dit_toolkit.tests.host.accelerate.caching import cached
 from dit_toolkit.tests.host.families import FAMILIES, RELATIVES, sample
@@ -52,7 +54,7 @@ every_family = pytest.mark.parametrize("name", REACHED)
 
 def sparse(model, first=1, period=5, *, keep=0.3, **settings):
     """`model` with Re-ttention, and its report."""
-    report = Report()
+    report = ReTtentionReport()
     schedule = Schedule(first, period, settings.pop("sigma_ratio", 0.0))
     settings = {"drift": 0.0, "min_tokens": 0, "max_bytes": 1 << 30, **settings}
     return attach(model, ReTtention(keep, schedule, report=report, **settings)), report
@@ -550,14 +552,14 @@ def on_cuda(monkeypatch):
     """The route of CUDA on a CPU, uncompiled; for tests that put something in its place."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr("dit_toolkit.models.accelerate.sparse_attention_flex.compiled", lambda: flex_attention)
-    for place in ("sparse_attention", "re_ttention_run"):
+    for place in ("sparse_backends", "re_ttention_run"):
         monkeypatch.setattr(f"dit_toolkit.host.accelerate.{place}.has_flex", lambda device: True)
     return monkeypatch
 
 
 def test_the_route_of_cuda_gives_the_same_picture(on_cuda):
     with pytest.MonkeyPatch.context() as plain_again:
-        for place in ("sparse_attention", "re_ttention_run"):
+        for place in ("sparse_backends", "re_ttention_run"):
             plain_again.setattr(f"dit_toolkit.host.accelerate.{place}.has_flex", lambda device: False)
         expected = sample(FAMILIES["flux"], sparse(FAMILIES["flux"].load())[0], steps=4, cfg=2.0)
     model, report = sparse(FAMILIES["flux"].load())

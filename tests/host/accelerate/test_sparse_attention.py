@@ -16,7 +16,17 @@ from comfy_extras.nodes_flux import FluxKVCache  # noqa: E402
 
 from dit_toolkit.host import token_grid  # noqa: E402
 from dit_toolkit.host.accelerate import sparse_attention as host  # noqa: E402
-from dit_toolkit.host.accelerate.sparse_attention import OVERRIDE, Plans, SparseAttention, attach, key_bias  # noqa: E402
+from dit_toolkit.host.accelerate import sparse_backends  # noqa: E402
+from dit_toolkit.host.accelerate.own_attention import (  # noqa: E402
+    OVERRIDE,
+    OwnAttention,
+    key_bias,
+    own_attention,
+    require_known_tokens,
+    take_over,
+)
+from dit_toolkit.host.accelerate.sparse_attention import SparseAttention, attach  # noqa: E402
+from dit_toolkit.host.accelerate.sparse_backends import Plans  # noqa: E402
 from dit_toolkit.host.part_of_run import PartOfRun  # noqa: E402
 from dit_toolkit.host.run import attach as attach_description  # noqa: E402
 from dit_toolkit.models.accelerate import sparse_attention as core  # noqa: E402
@@ -42,7 +52,7 @@ class Masked:
     calls: list = field(default_factory=list)
 
     def bind(self, run, model_options):
-        host.take_over(model_options, self.attend)
+        take_over(model_options, self.attend)
 
     def attend(self, call):
         self.calls.append(call)
@@ -63,7 +73,7 @@ class Masked:
 @pytest.fixture(params=["tiles", "mask"])
 def backend(request, monkeypatch):
     """Both backends that a CPU has; small pictures would only ever see the second."""
-    monkeypatch.setattr(host, "worth_tiles", lambda tiling, extra: request.param == "tiles")
+    monkeypatch.setattr(sparse_backends, "worth_tiles", lambda tiling, extra: request.param == "tiles")
     return request.param
 
 
@@ -79,7 +89,7 @@ def test_a_pattern_is_dense_attention_under_its_mask(name, backend):
     pattern = FrameBand(2) if len(family.latent_shape) == 4 else Disc(2)
     masked = Masked(pattern)
     found = sample(family, sparse(family.load(), pattern), 2, cfg=3.0, batch=2)
-    expected = sample(family, attach_description(family.load(), masked), 2, cfg=3.0, batch=2)
+    expected = sample(family, attach_description(family.load(), masked, Masked.bind), 2, cfg=3.0, batch=2)
     assert masked.calls
     assert (found - expected).norm() <= 2e-5 * expected.norm()
     plain = sample(family, None, 2, cfg=3.0, batch=2)
@@ -93,7 +103,7 @@ FLUX = {"size": (16, 12), "steps": 2}
 @pytest.mark.parametrize("settings", [{}, {"cfg": 3.0}, {"batch": 2}, {"cfg": 3.0, "batch": 2}], ids=str)
 def test_flux_with_guidance_and_batches(tiny_flux, pattern, settings, backend):
     found = tiny.sample(sparse(tiny_flux, pattern), **FLUX, **settings)
-    tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(pattern)), **FLUX, **settings))
+    tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(pattern), Masked.bind), **FLUX, **settings))
 
 
 def test_weights_of_the_cells_go_to_their_blocks(tiny_flux, backend):
@@ -101,7 +111,7 @@ def test_weights_of_the_cells_go_to_their_blocks(tiny_flux, backend):
     blocks = [(kind, i) for kind in ("double", "single") for i in range(2)]
     cells = {block: torch.rand(2, 2, generator=generator) for block in blocks}
     found = tiny.sample(sparse(tiny_flux, PooledDisc(2, 2), cells=cells), **FLUX)
-    tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(PooledDisc(2, 2), cells)), **FLUX))
+    tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(PooledDisc(2, 2), cells), Masked.bind), **FLUX))
     swapped = dict(zip(blocks, reversed(cells.values()), strict=True))
     other = tiny.sample(sparse(tiny_flux, PooledDisc(2, 2), cells=swapped), **FLUX)
     assert not torch.allclose(found, other, atol=1e-4)
@@ -110,7 +120,7 @@ def test_weights_of_the_cells_go_to_their_blocks(tiny_flux, backend):
 def test_the_proportional_scale(tiny_flux, backend):
     scale = math.sqrt(math.log(48 + 5, 4608) / 128)
     found = tiny.sample(sparse(tiny_flux, Disc(3), scale="log-proportional"), **FLUX)
-    tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(Disc(3), scale=scale)), **FLUX))
+    tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(Disc(3), scale=scale), Masked.bind), **FLUX))
 
 
 @pytest.mark.parametrize("pattern", [Disc(9), PooledDisc(9, 2)], ids=str)
@@ -118,7 +128,7 @@ def test_what_is_beside_the_window_stays_where_it_covers_the_picture(tiny_flux, 
     """The scale above the training's size, and pooled keys."""
     scale = math.sqrt(math.log((48 + 5) * (10 if pattern.pool else 1), 4608) / 128)
     found = tiny.sample(sparse(tiny_flux, pattern, scale="log-proportional"), **FLUX)
-    tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(pattern, scale=scale)), **FLUX))
+    tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(pattern, scale=scale), Masked.bind), **FLUX))
     assert not torch.allclose(found, tiny.sample(tiny_flux, **FLUX), atol=1e-3)
 
 
@@ -134,7 +144,7 @@ def test_keys_of_easycontrol_are_seen_by_every_token(tiny_flux, influence, first
             found = tiny.controlled(found, condition=condition, influence=influence)
     masked = Masked(Disc(2))
     controlled = tiny.controlled(tiny_flux, condition=condition, influence=influence)
-    expected = tiny.sample(attach_description(controlled, masked), **FLUX, cfg=3.0)
+    expected = tiny.sample(attach_description(controlled, masked, Masked.bind), **FLUX, cfg=3.0)
     assert {call.extra for call in masked.calls} == {6}
     tiny.close(tiny.sample(found, **FLUX, cfg=3.0), expected)
     assert not torch.allclose(expected, tiny.sample(sparse(tiny_flux, Disc(2)), **FLUX, cfg=3.0), atol=1e-3)
@@ -187,7 +197,7 @@ def test_start_and_end_in_percent_of_the_run(tiny_flux):
     with pytest.raises(ValueError, match="sparse already"):
         sparse(both, Disc(2), part=PartOfRun(start=0.5))
     masked = Masked(Disc(2))
-    tiny.sample(attach_description(tiny_flux, masked), **options)
+    tiny.sample(attach_description(tiny_flux, masked, Masked.bind), **options)
     assert len(masked.calls) == 16
     counted = {}
     for name, part in (("first", PartOfRun(end=0.4)), ("second", PartOfRun(start=0.4)), ("all", PartOfRun())):
@@ -244,8 +254,8 @@ def test_a_flex_attention_that_fails_is_reported_and_the_result_stays(tiny_flux,
         tried.append(1)
         raise RuntimeError("no compiler\nlong trace")
 
-    monkeypatch.setattr(host, "flex", broken)
-    monkeypatch.setattr(host, "has_flex", lambda device: True)
+    monkeypatch.setattr(sparse_backends, "flex", broken)
+    monkeypatch.setattr(sparse_backends, "has_flex", lambda device: True)
     with caplog.at_level(logging.INFO, host.__name__):
         found = tiny.sample(sparse(tiny_flux, Disc(3)), **FLUX)
     monkeypatch.undo()
@@ -258,8 +268,8 @@ def test_memory_that_runs_out_is_no_failure_of_the_compiler(tiny_flux, monkeypat
     def broken(*args, **kwargs):
         raise comfy.model_management.OOM_EXCEPTION("full")
 
-    monkeypatch.setattr(host, "flex", broken)
-    monkeypatch.setattr(host, "has_flex", lambda device: True)
+    monkeypatch.setattr(sparse_backends, "flex", broken)
+    monkeypatch.setattr(sparse_backends, "has_flex", lambda device: True)
     with pytest.raises(comfy.model_management.OOM_EXCEPTION):
         tiny.sample(sparse(tiny_flux, Disc(3)), **FLUX)
 
@@ -272,7 +282,7 @@ def test_flex_attention_gives_the_same_picture(tiny_flux, monkeypatch):
         lambda: torch.nn.attention.flex_attention.flex_attention,
     )
     expected = tiny.sample(sparse(tiny_flux, PooledDisc(2, 2)), **FLUX, batch=2)
-    monkeypatch.setattr(host, "has_flex", lambda device: True)
+    monkeypatch.setattr(sparse_backends, "has_flex", lambda device: True)
     tiny.close(tiny.sample(sparse(tiny_flux, PooledDisc(2, 2)), **FLUX, batch=2), expected)
 
 
@@ -344,12 +354,12 @@ def test_grouped_keys_and_every_layout():
     by_head = q.unflatten(2, (4, 8)).transpose(1, 2)
     grouped = kv.unflatten(2, (2, 8)).transpose(1, 2)
 
-    flat = host.own_attention((q, q, q.unflatten(2, (4, 8))), {"heads": 4, "transformer_options": options})
-    assert isinstance(flat, host.OwnAttention)
+    flat = own_attention((q, q, q.unflatten(2, (4, 8))), {"heads": 4, "transformer_options": options})
+    assert isinstance(flat, OwnAttention)
     for x in (flat.q, flat.k, flat.v):
         assert torch.equal(x, by_head)
-    shared = host.own_attention((by_head, grouped, grouped, 4), {"skip_reshape": True, "transformer_options": options})
-    assert isinstance(shared, host.OwnAttention)
+    shared = own_attention((by_head, grouped, grouped, 4), {"skip_reshape": True, "transformer_options": options})
+    assert isinstance(shared, OwnAttention)
     assert torch.equal(shared.k, grouped.repeat_interleave(2, dim=1))
 
 
@@ -390,7 +400,7 @@ def test_the_report_prints_kept_pairs_and_the_ceiling(tiny_flux):
 
 def test_models_whose_tokens_are_not_known_are_refused_by_name():
     with pytest.raises(ValueError, match="Apply CLEAR does not know where the picture's tokens are in a PixArtSigma"):
-        host.require_known_tokens(FAMILIES["pixart"].load(), "Apply CLEAR")
+        require_known_tokens(FAMILIES["pixart"].load(), "Apply CLEAR")
 
 
 def test_a_description_is_a_value():

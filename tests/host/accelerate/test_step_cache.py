@@ -17,8 +17,8 @@ from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
 from dit_toolkit.models.accelerate.delta_dit import Stages
 from dit_toolkit.models.accelerate.input_change import InputChange
-from dit_toolkit.models.accelerate.step_cache import Guard, Listed
-from dit_toolkit.models.accelerate.taylorseer import Forecaster, Interval
+from dit_toolkit.models.accelerate.policies import Guard, Interval, Listed
+from dit_toolkit.models.accelerate.taylorseer import Forecaster
 from dit_toolkit.tests.host import tiny
 from dit_toolkit.tests.host.accelerate.caching import cached, calls, last_run, strip
 from dit_toolkit.tests.host.families import FAMILIES, sample

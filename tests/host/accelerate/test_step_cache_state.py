@@ -20,8 +20,8 @@ from dit_toolkit.host.accelerate.step_cache_taps import ModuleTap, SpanTap, bloc
 from dit_toolkit.host.run import Run
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
 from dit_toolkit.models.accelerate.delta_dit import Stages
-from dit_toolkit.models.accelerate.step_cache import Listed
-from dit_toolkit.models.accelerate.taylorseer import Forecaster, Interval, Point
+from dit_toolkit.models.accelerate.policies import Interval, Listed
+from dit_toolkit.models.accelerate.taylorseer import Forecaster, Point
 from dit_toolkit.tests.host.accelerate.caching import TAPS, cached, last_run, settings_of, strip
 from dit_toolkit.tests.host.tiny import HIDDEN, close, latent, prompt, sample
 

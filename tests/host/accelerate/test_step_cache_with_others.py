@@ -22,8 +22,7 @@ from dit_toolkit.host.run import CHUNK, Run
 from dit_toolkit.host.run import attach as attach_description
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
 from dit_toolkit.models.accelerate.input_change import InputChange
-from dit_toolkit.models.accelerate.step_cache import COMPUTE, FORECAST, PROBE, Listed
-from dit_toolkit.models.accelerate.taylorseer import Interval
+from dit_toolkit.models.accelerate.policies import COMPUTE, FORECAST, PROBE, Interval, Listed
 from dit_toolkit.tests.host import families
 from dit_toolkit.tests.host.accelerate.caching import TAPS, cached, calls, last_run, settings_of, strip
 from dit_toolkit.tests.host.tiny import (
@@ -494,8 +493,8 @@ def test_another_feature_rides_along(tiny_flux, monkeypatch):
     install = StepCacheRun.install
     monkeypatch.setattr(StepCacheRun, "install", lambda *args: (order.append("ours"), install(*args)))
     for model in (
-        attach_description(accelerated(tiny_flux, "prediction"), Watch()),
-        accelerated(attach_description(tiny_flux, Watch()), "prediction"),
+        attach_description(accelerated(tiny_flux, "prediction"), Watch(), Watch.bind),
+        accelerated(attach_description(tiny_flux, Watch(), Watch.bind), "prediction"),
     ):
         order.clear()
         sample(model, 4)

@@ -29,13 +29,13 @@ from dit_toolkit.host import embedded
 from dit_toolkit.host.accelerate import accelerate, re_ttention
 from dit_toolkit.host.accelerate.accelerate import psnr_db
 from dit_toolkit.host.accelerate.re_ttention_run import ReTtentionRun
-from dit_toolkit.host.accelerate.report import Report
+from dit_toolkit.host.accelerate.step_cache_report import StepCacheReport
 from dit_toolkit.host.control.easycontrol_files import load as load_easycontrol
 from dit_toolkit.host.control.try_on_files import load as load_try_on
 from dit_toolkit.host.model_files import offer_loras
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
+from dit_toolkit.models.accelerate.policies import Interval
 from dit_toolkit.models.accelerate.re_ttention import Schedule
-from dit_toolkit.models.accelerate.taylorseer import Interval
 from dit_toolkit.nodes.accelerate import AccelerateDiT
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl
 from dit_toolkit.nodes.freecus import ApplyFreeCus
@@ -174,7 +174,7 @@ def computing(tap: str, order: int = 1) -> Make:
 def accelerating(model: Any) -> Any:
     """What Accelerate DiT picks for the embedded model, at interval 1."""
     picked = accelerate.preset(model, "balanced")
-    return accelerate.accelerated(model, replace(picked, amount=1), Report("Test"))
+    return accelerate.accelerated(model, replace(picked, amount=1), StepCacheReport("Test"))
 
 
 def clear(radius: int) -> Make:

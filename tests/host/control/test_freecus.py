@@ -16,7 +16,9 @@ from comfy.ldm.flux.math import apply_rope
 from dit_toolkit.host import embedded
 from dit_toolkit.host.control import freecus
 from dit_toolkit.host.control.freecus_run import ReferencePass, ReferenceRun
+from dit_toolkit.host.control.freecus_settings import Reference, resize_picture
 from dit_toolkit.host.part_of_run import PartOfRun
+from dit_toolkit.host.run import attached
 from dit_toolkit.models.control.freecus import VITAL_LAYERS
 from dit_toolkit.tests.host.tiny import close, flux_state, latent, load_flux, prompt, sample
 
@@ -279,9 +281,7 @@ def test_odd_and_oblong_sizes(tiny_flux, freed, size):
 
 def test_an_odd_size_is_the_method_too(tiny_flux, freed, vae, image):
     """Tokens at the right and lower edge are half outside of the picture."""
-    z = tiny_flux.model.process_latent_in(
-        vae.encode(freecus.resize_picture(image.movedim(-1, 1), 56, 72).movedim(1, -1))
-    )
+    z = tiny_flux.model.process_latent_in(vae.encode(resize_picture(image.movedim(-1, 1), 56, 72).movedim(1, -1)))
     tokens = [6, 7, 11, 12]  # rows 14 to 42, columns 18 to 54, in 4 x 5 tokens of 16 pixels: by their middles
     with torch.no_grad():
         expected = two_runs(tiny_flux, z, prompt(), layers=range(4), size=(7, 9), tokens=tokens)
@@ -310,9 +310,8 @@ def test_half_precision(tiny_state, freed, dtype):
 def test_a_mask_of_another_size_is_laid_over_the_picture(freed):
     small = torch.zeros(1, 8, 8)
     small[:, 2:6, 2:6] = 1
-    assert freed(mask=small).model_options["transformer_options"]["dit_toolkit"][0].reference.tokens(
-        *SIZE, (4, 4)
-    ).tolist() == pytest.approx([5, 6, 9, 10])
+    (settings,) = attached(freed(mask=small))
+    assert settings.reference.tokens(*SIZE, (4, 4)).tolist() == pytest.approx([5, 6, 9, 10])
 
 
 def test_a_probability_is_a_mask_where_it_is_a_byte_or_more(freed, mask):
@@ -342,7 +341,7 @@ def test_a_hatched_mask_is_not_lost_between_the_pixels_of_a_small_picture():
 
 
 def reference_of(image, mask, fit="crop", vae=None):
-    return freecus.Reference(image, mask, vae, fit)
+    return Reference(image, mask, vae, fit)
 
 
 def test_one_crop_for_picture_and_mask(vae):

@@ -19,8 +19,8 @@ from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
 from dit_toolkit.host import embedded, flux, token_grid
-from dit_toolkit.host.accelerate.re_ttention import ReTtention
 from dit_toolkit.host.accelerate.re_ttention import attach as attach_re_ttention
+from dit_toolkit.host.accelerate.re_ttention_settings import ReTtention
 from dit_toolkit.host.accelerate.sparse_attention import SparseAttention
 from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse
 from dit_toolkit.host.accelerate.step_cache_run import StepCacheRun
@@ -30,9 +30,9 @@ from dit_toolkit.host.control.freecus_run import ReferencePass, ReferenceRun
 from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.host.run import Chunk, Condition, Run
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
+from dit_toolkit.models.accelerate.policies import Interval
 from dit_toolkit.models.accelerate.re_ttention import Schedule
 from dit_toolkit.models.accelerate.sparse_attention import Disc
-from dit_toolkit.models.accelerate.taylorseer import Interval
 from dit_toolkit.tests.host.accelerate.caching import cached, calls, strip
 from dit_toolkit.tests.host.tiny import HIDDEN, close, controlled, flux_state, latent, load_flux, prompt, sample
 

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.comfy
 import folder_paths  # noqa: E402
 
 from dit_toolkit.host.control.in_context_lora import EXAMPLE, fingerprint, folders, read_sets  # noqa: E402
-from dit_toolkit.models.control.in_context_lora import panel_layout, split  # noqa: E402
+from dit_toolkit.models.control.panel_layout import panel_layout  # noqa: E402
+from dit_toolkit.models.control.panel_pictures import split  # noqa: E402
 
 
 def layout(rows=1, columns=2, prefix="", tags="auto"):

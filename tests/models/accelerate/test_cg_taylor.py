@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate, gate_error
-from dit_toolkit.models.accelerate.step_cache import COMPUTE, PROBE, Moment, weighted_sum
-from dit_toolkit.models.accelerate.taylorseer import taylor_weights
+from dit_toolkit.models.accelerate.policies import COMPUTE, PROBE, Moment
+from dit_toolkit.models.accelerate.taylorseer import taylor_weights, weighted_sum
 
 
 def pair(seed=0, rows=3):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dit_toolkit.models.accelerate.delta_dit import Stages
-from dit_toolkit.models.accelerate.step_cache import COMPUTE, Moment, weighted_sum
-from dit_toolkit.models.accelerate.taylorseer import Interval, taylor_weights
+from dit_toolkit.models.accelerate.policies import COMPUTE, Interval, Moment
+from dit_toolkit.models.accelerate.taylorseer import taylor_weights, weighted_sum
 
 
 @pytest.mark.parametrize(

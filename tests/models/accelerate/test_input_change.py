@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dit_toolkit.models.accelerate.input_change import Change, InputChange
-from dit_toolkit.models.accelerate.step_cache import COMPUTE, FORECAST, PROBE, Moment
+from dit_toolkit.models.accelerate.policies import COMPUTE, FORECAST, PROBE, Moment
 
 
 def inputs_of_a_run(count=30, seed=0) -> list[torch.Tensor]:

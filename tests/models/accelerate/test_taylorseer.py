@@ -8,14 +8,13 @@ from math import factorial, log
 import pytest
 import torch
 
-from dit_toolkit.models.accelerate.step_cache import COMPUTE, FORECAST, Moment, weighted_sum
 from dit_toolkit.models.accelerate.taylorseer import (
     FORECASTS,
     Forecaster,
-    Interval,
     Point,
     newton_weights,
     taylor_weights,
+    weighted_sum,
 )
 
 
@@ -61,16 +60,6 @@ def newton_by_divided_differences(points: list[float], values: list[torch.Tensor
 def features_at(steps, seed=0, dtype=torch.float64) -> dict[int, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {step: torch.randn(2, 3, 4, generator=generator, dtype=dtype) for step in steps}
-
-
-def full_evaluations(policy, evaluations: int) -> list[int]:
-    """Where a run of so many evaluations is computed."""
-    full: list[int] = []
-    for index in range(evaluations):
-        choice, _ = policy.choose(Moment(index, index - full[-1] if full else 0))
-        if choice is COMPUTE:
-            full.append(index)
-    return full
 
 
 @pytest.mark.parametrize("first_enhance", [1, 2, 3, 5])
@@ -222,44 +211,6 @@ def test_what_users_choose_is_what_they_get():
         assert form == "taylor" or name.endswith({"step": "steps"}.get(coordinate, coordinate))
 
 
-@pytest.mark.parametrize(
-    ("evaluations", "every", "first", "full"),
-    [
-        (50, 6, 3, [0, 1, 2, 8, 14, 20, 26, 32, 38, 44]),  # FLUX.1
-        (50, 5, 1, [0, 5, 10, 15, 20, 25, 30, 35, 40, 45]),  # HunyuanVideo
-        (40, 5, 1, [0, 5, 10, 15, 20, 25, 30, 35]),  # Wan 2.1, image to video
-    ],
-)
-def test_the_published_schedules(evaluations, every, first, full):
-    assert full_evaluations(Interval(every, first), evaluations) == full
-
-
-@pytest.mark.parametrize(
-    ("evaluations", "counts"), [(50, [26, 18, 14, 12, 10]), (28, [15, 11, 9, 8, 7]), (20, [11, 8, 7, 6, 5])]
-)
-def test_how_many_are_computed(evaluations, counts):
-    assert [len(full_evaluations(Interval(every, 3), evaluations)) for every in (2, 3, 4, 5, 6)] == counts
-
-
-def test_interval_1_computes_everything():
-    assert full_evaluations(Interval(1, 1), 20) == list(range(20))
-    assert Interval(1, 1).choose(Moment(7, 1))[0] is COMPUTE
-    assert Interval(2, 1).choose(Moment(7, 1))[0] is FORECAST
-
-
-def test_the_reason_is_said():
-    assert Interval(4, 3).choose(Moment(2, 1)) == (COMPUTE, "first")
-    assert Interval(4, 3).choose(Moment(6, 4)) == (COMPUTE, "interval")
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Interval(0), r"interval must be at least 1, got 0\."),
-        (lambda: Interval(2, 0), r"first_full must be at least 1, got 0: a forecast needs a computed evaluation\."),
-        (lambda: Forecaster(-1), r"order must be 0 or more, got -1\."),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_an_order_that_means_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"order must be 0 or more, got -1\."):
+        Forecaster(-1)

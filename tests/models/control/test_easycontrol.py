@@ -9,15 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dit_toolkit.models.control.easycontrol import (
-    ConditionLora,
-    LowRank,
-    encode_condition,
-    published_state,
-    spatial_ids,
-    subject_ids,
-)
+from dit_toolkit.models.control.conditions import encode_condition
+from dit_toolkit.models.control.easycontrol import ConditionLora, published_state
 from dit_toolkit.models.control.easycontrol_keys import Checkpoint, Slot, parse, write
+from dit_toolkit.models.control.low_rank import LowRank
+from dit_toolkit.models.control.positions import spatial_ids, subject_ids
 
 Linear, Module, ModuleList, LayerNorm = torch.nn.Linear, torch.nn.Module, torch.nn.ModuleList, torch.nn.LayerNorm
 

@@ -14,8 +14,6 @@ from dit_toolkit.models.control.freecus import (
     VITAL_LAYERS,
     in_bytes,
     layers_from,
-    named,
-    prompt_with_description,
     reference_latent,
     reference_sigma,
     subject_keys,
@@ -209,30 +207,3 @@ def test_layers_can_be_named(text, expected):
 def test_what_is_no_layer_is_refused(text, told):
     with pytest.raises(ValueError, match=told):
         layers_from(text, 1, 3)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "joined"),
-    [
-        ("a doll, waving", "a doll, waving. red hair"),
-        ("a doll.;", "a doll. red hair"),
-        ("Who is it?", "Who is it? red hair"),
-        ("Look! ", "Look! red hair"),
-        (" ... ", "red hair"),
-        ("", "red hair"),
-    ],
-)
-def test_a_prompt_and_a_description_are_two_sentences(prompt, joined):
-    assert prompt_with_description(prompt, " red hair\n") == joined
-    assert prompt_with_description(prompt, "") == prompt.strip()
-
-
-@pytest.mark.parametrize(
-    ("subject", "name"),
-    [
-        ("teapot", "the teapot"), ("The teapot", "the teapot"), ("an Owl", "the Owl"), ("A  cat ", "the cat"),
-        ("theatre", "the theatre"), ("android", "the android"), ("", "the subject"),
-    ],
-)  # fmt: skip
-def test_a_subject_has_one_article(subject, name):
-    assert named(subject) == name

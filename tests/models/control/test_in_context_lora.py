@@ -9,25 +9,19 @@ import sys
 import pytest
 import torch
 
-from dit_toolkit.models.control.in_context_lora import (
+from dit_toolkit.models.control.panel_layout import PRESETS, TOKEN, Layout, panel_layout, parse_given
+from dit_toolkit.models.control.panel_pictures import (
     FILL,
-    PRESETS,
-    TOKEN,
-    Layout,
     compose,
     encode_panels,
     fitted,
     given_panels,
-    has_word,
-    joint_prompt,
     latent_panels,
-    panel_layout,
-    panel_texts,
-    parse_given,
     split,
     start_panel,
     unknown_mask,
 )
+from dit_toolkit.models.control.panel_prompt import has_word, joint_prompt, panel_texts
 
 LEFT_RIGHT = ("[LEFT]", "[RIGHT]")
 TOP_BOTTOM = ("[TOP]", "[BOTTOM]")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dit_toolkit.models.control.easycontrol import encode_condition, spatial_ids
-from dit_toolkit.models.control.mc_vton import BranchLora, beside_ids, layers
+from dit_toolkit.models.control.conditions import encode_condition
+from dit_toolkit.models.control.mc_vton import BranchLora, layers
 from dit_toolkit.models.control.mc_vton_keys import (
     PARTS,
     Branch,
@@ -22,6 +22,7 @@ from dit_toolkit.models.control.mc_vton_keys import (
     write,
     write_metadata,
 )
+from dit_toolkit.models.control.positions import beside_ids, spatial_ids
 
 nn = torch.nn
 DIM, HIDDEN, HEADS, DOUBLE, SINGLE, CHANNELS = 32, 48, 2, 2, 2, 12

@@ -1,15 +1,68 @@
-"""Schedules that a user writes, guards, and sums of stored tensors."""
+"""Policies and guards: schedules that a user writes, and sums of stored tensors."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dit_toolkit.models.accelerate.step_cache import COMPUTE, FORECAST, LONGEST, Guard, Listed, Moment, weighted_sum
+from dit_toolkit.models.accelerate.policies import COMPUTE, FORECAST, LONGEST, Guard, Interval, Listed, Moment
+from dit_toolkit.models.accelerate.taylorseer import weighted_sum
+
+
+def full_evaluations(policy, evaluations: int) -> list[int]:
+    """Where a run of so many evaluations is computed."""
+    full: list[int] = []
+    for index in range(evaluations):
+        choice, _ = policy.choose(Moment(index, index - full[-1] if full else 0))
+        if choice is COMPUTE:
+            full.append(index)
+    return full
 
 
 def computed(policy: Listed, evaluations: int) -> list[int]:
     return [i for i in range(evaluations) if policy.choose(Moment(i, 1))[0] is COMPUTE]
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "every", "first", "full"),
+    [
+        (50, 6, 3, [0, 1, 2, 8, 14, 20, 26, 32, 38, 44]),  # FLUX.1
+        (50, 5, 1, [0, 5, 10, 15, 20, 25, 30, 35, 40, 45]),  # HunyuanVideo
+        (40, 5, 1, [0, 5, 10, 15, 20, 25, 30, 35]),  # Wan 2.1, image to video
+    ],
+)
+def test_the_published_schedules(evaluations, every, first, full):
+    assert full_evaluations(Interval(every, first), evaluations) == full
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "counts"), [(50, [26, 18, 14, 12, 10]), (28, [15, 11, 9, 8, 7]), (20, [11, 8, 7, 6, 5])]
+)
+def test_how_many_are_computed(evaluations, counts):
+    assert [len(full_evaluations(Interval(every, 3), evaluations)) for every in (2, 3, 4, 5, 6)] == counts
+
+
+def test_interval_1_computes_everything():
+    assert full_evaluations(Interval(1, 1), 20) == list(range(20))
+    assert Interval(1, 1).choose(Moment(7, 1))[0] is COMPUTE
+    assert Interval(2, 1).choose(Moment(7, 1))[0] is FORECAST
+
+
+def test_the_reason_is_said():
+    assert Interval(4, 3).choose(Moment(2, 1)) == (COMPUTE, "first")
+    assert Interval(4, 3).choose(Moment(6, 4)) == (COMPUTE, "interval")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Interval(0), r"interval must be at least 1, got 0\."),
+        (lambda: Interval(2, 0), r"first_full must be at least 1, got 0: a forecast needs a computed evaluation\."),
+    ],
+)
+def test_an_interval_that_means_nothing_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,11 @@ import pytest
 from comfy.patcher_extension import WrappersMP
 from comfy_execution.utils import CurrentNodeContext, current_executing_context
 
-from dit_toolkit.host.accelerate import report as report_module
-from dit_toolkit.host.accelerate.report import Entry, Report, RunReport
+from dit_toolkit.host.accelerate import step_cache_report as report_module
+from dit_toolkit.host.accelerate.step_cache_report import Entry, RunReport, StepCacheReport
 from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
-from dit_toolkit.models.accelerate.step_cache import Guard
-from dit_toolkit.models.accelerate.taylorseer import Interval
+from dit_toolkit.models.accelerate.policies import Guard, Interval
 from dit_toolkit.tests.host.accelerate.caching import cached, last_run, settings_of
 from dit_toolkit.tests.host.tiny import sample
 
@@ -95,7 +94,7 @@ def test_the_text_says_what_a_reader_needs_to_set_the_knobs():
 
 
 def test_a_run_that_broke_off_before_anything_was_computed_has_a_text():
-    report = Report("Test", "Test, settings")
+    report = StepCacheReport("Test", "Test, settings")
     run = report.start(4)
     report.end(run, completed=False)
     assert report.text().splitlines()[:2] == [
@@ -106,20 +105,20 @@ def test_a_run_that_broke_off_before_anything_was_computed_has_a_text():
 
 
 def test_before_any_sampler_ran():
-    assert Report("Test").text() == "No sampler has run with this model yet."
-    assert Report("Test", "Interval 3").text() == "Interval 3\nNo sampler has run with this model yet."
-    assert json.loads(Report("Test").json()) == {"method": "Test", "settings": "", "evaluations": []}
+    assert StepCacheReport("Test").text() == "No sampler has run with this model yet."
+    assert StepCacheReport("Test", "Interval 3").text() == "Interval 3\nNo sampler has run with this model yet."
+    assert json.loads(StepCacheReport("Test").json()) == {"method": "Test", "settings": "", "evaluations": []}
 
 
 def test_the_newest_runs_are_kept_and_numbered_on():
-    report = Report("Test")
+    report = StepCacheReport("Test")
     for _ in range(24):
         report.end(report.start(3), completed=True)
     assert [run.number for run in report.runs] == list(range(9, 25))
 
 
 def test_the_page_is_told_of_every_evaluation_as_it_happens(tiny_flux, page):
-    model = cached(tiny_flux, Interval(2, 2), report=Report("Test", node="17"))
+    model = cached(tiny_flux, Interval(2, 2), report=StepCacheReport("Test", node="17"))
     counts = []
 
     def look(executor, *args):
@@ -145,21 +144,21 @@ def test_a_node_without_an_id_and_a_page_that_is_not_there_are_no_matter(tiny_fl
     sample(cached(tiny_flux, Interval(2, 2)), 4)
     assert page.sent == []
     monkeypatch.setattr(report_module, "page_server", lambda: None)
-    sample(cached(tiny_flux, Interval(2, 2), report=Report("Test", node="17")), 4)
+    sample(cached(tiny_flux, Interval(2, 2), report=StepCacheReport("Test", node="17")), 4)
 
 
 @pytest.mark.parametrize("client", [None, ""])
 def test_a_prompt_that_no_page_sent_is_told_to_none(tiny_flux, page, client):
     """A program queues without a client id, and ComfyUI sends to every page what has no addressee."""
     page.client_id = client
-    sample(cached(tiny_flux, Interval(2, 2), report=Report("Test", node="17")), 4)
+    sample(cached(tiny_flux, Interval(2, 2), report=StepCacheReport("Test", node="17")), 4)
     assert page.sent == []
 
 
 def test_a_sampler_that_no_prompt_runs_tells_nobody(tiny_flux, page):
     token = current_executing_context.set(None)
     try:
-        sample(cached(tiny_flux, Interval(2, 2), report=Report("Test", node="17")), 4)
+        sample(cached(tiny_flux, Interval(2, 2), report=StepCacheReport("Test", node="17")), 4)
     finally:
         current_executing_context.reset(token)
     assert page.sent == []
@@ -167,7 +166,7 @@ def test_a_sampler_that_no_prompt_runs_tells_nobody(tiny_flux, page):
 
 def test_an_event_names_its_prompt_from_any_thread(page):
     """With several GPUs chunks run in threads, where ComfyUI does not know its prompt."""
-    report = Report("Test", node="17")
+    report = StepCacheReport("Test", node="17")
     run = report.start(1)
     thread = Thread(target=report.add, args=(run, entry()))
     thread.start()
@@ -177,7 +176,7 @@ def test_an_event_names_its_prompt_from_any_thread(page):
 
 def test_each_run_names_the_prompt_that_runs_it(tiny_flux, page):
     """The model may come out of ComfyUI's cache, with the report of an earlier prompt."""
-    model = cached(tiny_flux, Interval(2, 2), report=Report("Test", node="17"))
+    model = cached(tiny_flux, Interval(2, 2), report=StepCacheReport("Test", node="17"))
     sample(model, 3)
     with CurrentNodeContext("prompt 2", "20"):
         sample(model, 3)
@@ -193,7 +192,7 @@ def test_errors_that_are_no_numbers_do_not_break_the_page(tiny_flux, page):
 
     model = tiny_flux.clone()
     model.set_model_patch_replace(zeros, "dit", "double_block", 0)
-    model = cached(model, FirstBlockGate(0.5, 2), "gated", report=Report("Test", node="17"))
+    model = cached(model, FirstBlockGate(0.5, 2), "gated", report=StepCacheReport("Test", node="17"))
     sample(model, 5)
     assert [data["error"] for event, data in page.sent if event.endswith("evaluation")] == [None] * 5
     assert all(each.computed for each in last_run(model).entries)
@@ -237,11 +236,15 @@ def test_the_json_holds_every_evaluation(tiny_flux):
 
 
 def test_one_line_in_the_log_for_each_run(tiny_flux, caplog):
-    model = cached(tiny_flux, Interval(3, 2), report=Report("TaylorSeer"))
-    with caplog.at_level("INFO", logger="dit_toolkit.host.accelerate.report"):
+    model = cached(tiny_flux, Interval(3, 2), report=StepCacheReport("TaylorSeer"))
+    with caplog.at_level("INFO", logger="dit_toolkit.host.accelerate.step_cache_report"):
         sample(model, 6)
         sample(model, 6)
-    lines = [record.getMessage() for record in caplog.records if record.name == "dit_toolkit.host.accelerate.report"]
+    lines = [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "dit_toolkit.host.accelerate.step_cache_report"
+    ]
     assert len(lines) == 2
     assert all(line.startswith("TaylorSeer: 6 evaluations, 3 computed, 3 forecast") for line in lines)
 
@@ -252,7 +255,7 @@ def test_an_interrupt_is_said(tiny_flux, page):
             raise comfy.model_management.InterruptProcessingException
         return executor(x, t, *args, **kwargs)
 
-    model = cached(tiny_flux, Interval(2, 2), report=Report("Test", node="1"))
+    model = cached(tiny_flux, Interval(2, 2), report=StepCacheReport("Test", node="1"))
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "stop", stop)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(model, 12)

@@ -1,0 +1,231 @@
+"""Pictures, latents and masks of panels: fitted, put together on a canvas, and cut apart again.
+
+Where the panels lie is said in `panel_layout.py`.
+
+Shapes: IMAGE `[B, H, W, 3]` in 0..1. Panels are counted in reading order, row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .panel_layout import Layout
+
+FILL = 0.5  # grey of a panel that is not given, and around a padded picture
+
+Fit = Literal["crop", "pad", "stretch"]
+
+
+def fitted(picture: Tensor, width: int, height: int, fit: Fit) -> Tensor:
+    """A picture `[1, H, W, C]` (C being 1, 3 or 4) at the size of a panel, `[1, height, width, 3]`.
+
+    crop: fills the panel and loses what stands over. pad: keeps everything, grey around it. stretch: keeps
+    everything, out of proportion. All are centred and resampled with antialiasing; the right size stays as it is.
+    """
+    pixels = picture[..., :3].movedim(-1, 1).expand(-1, 3, -1, -1)
+    if pixels.shape[-2:] == (height, width):
+        return pixels.movedim(1, -1)
+    factors = width / pixels.shape[-1], height / pixels.shape[-2]
+    if fit == "stretch":
+        return resized(pixels, width, height).movedim(1, -1)
+    if fit not in ("crop", "pad"):
+        raise ValueError(f"'fit' must be crop, pad or stretch, got {fit!r}.")
+    factor = max(factors) if fit == "crop" else min(factors)
+    wide, high = (max(round(side * factor), 1) for side in (pixels.shape[-1], pixels.shape[-2]))
+    scaled = resized(pixels, wide, high)
+    # What stands over is cut off (negative), what is missing is filled (positive).
+    left, top = (width - wide) // 2, (height - high) // 2
+    return F.pad(scaled, (left, width - wide - left, top, height - high - top), value=FILL).movedim(1, -1)
+
+
+def resized(pixels: Tensor, width: int, height: int) -> Tensor:
+    """`[B, C, H, W]`, bicubic with antialiasing, in 0..1. Summed in float64, or flat colours would lose a digit."""
+    if pixels.shape[-2:] == (height, width):
+        return pixels
+    scaled = F.interpolate(pixels.double(), (height, width), mode="bicubic", antialias=True, align_corners=False)
+    return scaled.clamp(0, 1).to(pixels)
+
+
+def compose(layout: Layout, panels: Mapping[int, Tensor], fill: Tensor | None = None) -> Tensor:
+    """The canvas `[1, height, width, 3]`.
+
+    Args:
+        panels: by index, each `[1, panel_height, panel_width, 3]`.
+        fill: the same shape, for all other panels; `None` is mid-grey.
+    """
+    if fill is None:
+        fill = grey(layout, panels)
+    return tiled([panels.get(index, fill) for index in range(layout.count)], layout.rows, -3, -2)
+
+
+def grey(layout: Layout, panels: Mapping[int, Tensor]) -> Tensor:
+    """A panel of it, as the others are in dtype and device."""
+    like = next(iter(panels.values()), torch.zeros(0))
+    return like.new_full((1, layout.panel_height, layout.panel_width, 3), FILL)
+
+
+def compose_latent(layout: Layout, panels: Mapping[int, Tensor], fill: Tensor) -> Tensor:
+    """The canvas's latent `[1, C, ..., h, w]` out of latents of single panels: no pixel reaches over a border."""
+    return tiled([panels.get(index, fill) for index in range(layout.count)], layout.rows, -2, -1)
+
+
+def tiled(panels: Sequence[Tensor], rows: int, down: int, right: int) -> Tensor:
+    """Panels in reading order, put together along the dimensions `down` and `right`."""
+    columns = len(panels) // rows
+    bands = [torch.cat([*panels[row * columns : (row + 1) * columns]], right) for row in range(rows)]
+    return torch.cat(bands, down)
+
+
+def unknown_mask(layout: Layout) -> Tensor:
+    """1 where the picture is to be generated, 0 on given panels: `[1, 1, height, width]`, in pixels.
+
+    ComfyUI brings it to latent pixels by bilinear interpolation, which reads inside one latent pixel only, as borders
+    lie on multiples of 16: edges stay hard.
+    """
+    shape = (1, 1, layout.panel_height, layout.panel_width)
+    zero, one = torch.zeros(shape), torch.ones(shape)
+    return tiled([zero if index in layout.given else one for index in range(layout.count)], layout.rows, -2, -1)
+
+
+def panels_of(layout: Layout, image: Tensor) -> Tensor:
+    """The panels of `[B, H, W, C]` as `[B * count, h, w, C]`: all of the first picture, then all of the second.
+
+    The image has the layout's size, or any size of the same proportions that divides evenly into the panels.
+
+    Raises:
+        ValueError: where it does not.
+    """
+    batch, height, width, channels = image.shape
+    layout_size = f"{layout.width} x {layout.height}"
+    if width * layout.height != height * layout.width:
+        raise ValueError(
+            f"the image is {width} x {height}, which has not the proportions of the layout's {layout_size}. Connect "
+            "the layout that it was made with."
+        )
+    if width % layout.columns or height % layout.rows:
+        raise ValueError(
+            f"the image is {width} x {height}, which does not divide evenly into {layout.rows} rows and "
+            f"{layout.columns} columns. Scale the {layout_size} canvas by a whole number, or resize it to one."
+        )
+    h, w = height // layout.rows, width // layout.columns
+    cells = image.reshape(batch, layout.rows, h, layout.columns, w, channels)
+    return cells.transpose(2, 3).reshape(batch * layout.count, h, w, channels)
+
+
+def latent_panels(layout: Layout, latent: Tensor) -> Tensor:
+    """The panels of a canvas's latent `[B, C, ..., h, w]` as `[B * count, C, ..., h / rows, w / columns]`.
+
+    Decoded one by one, no colour of a neighbour reaches over the border, as it does where a decoder sees all panels.
+
+    Raises:
+        ValueError: when the latent does not divide into the panels, or has other proportions.
+    """
+    height, width = latent.shape[-2:]
+    if width * layout.height != height * layout.width or height % layout.rows or width % layout.columns:
+        raise ValueError(
+            f"the latent is {width} x {height}, which does not divide into the panels of a canvas of {layout.width} x "
+            f"{layout.height} pixels. Connect the layout that it was sampled with."
+        )
+    cells = latent.unflatten(-1, (layout.columns, -1)).unflatten(-3, (layout.rows, -1))  # [..., rows, h, columns, w]
+    return cells.movedim((-4, -2), (1, 2)).flatten(0, 2)
+
+
+def split(layout: Layout, image: Tensor, inset: int = 0, canvas: Tensor | None = None) -> Tensor:
+    """The panels of a picture `[B, H, W, C]`, exact to the pixel. See `panels_of` and `finished`."""
+    return finished(layout, panels_of(layout, image), inset, canvas)
+
+
+def finished(layout: Layout, panels: Tensor, inset: int = 0, canvas: Tensor | None = None) -> Tensor:
+    """Panels without their borders, the given ones untouched.
+
+    Args:
+        panels: `[B * count, h, w, C]`, in reading order, picture after picture.
+        inset: pixels to cut off each panel on all four sides, where colours of the neighbour bleed over the border.
+        canvas: `[1 or B, H, W, C]`, what the given panels are taken from instead.
+
+    Returns:
+        `[B * count, h - 2 * inset, w - 2 * inset, C]`, in the same order.
+
+    Raises:
+        ValueError: for an inset that leaves nothing, or a canvas of another size.
+    """
+    h, w = panels.shape[1:3]
+    if canvas is not None and layout.given:
+        batch = panels.shape[0] // layout.count
+        untouched = panels_of(layout, canvas)
+        if untouched.shape[1:] != panels.shape[1:] or canvas.shape[0] not in (1, batch):
+            raise ValueError(
+                f"'canvas' must be one picture of {w * layout.columns} x {h * layout.rows} with {panels.shape[3]} "
+                f"channels, as what is split, got {size_of(canvas)}. Bring both to the same size and channels, or "
+                "disconnect 'canvas'."
+            )
+        untouched = untouched.repeat(batch // canvas.shape[0], 1, 1, 1).to(panels)
+        is_given = torch.tensor([index in layout.given for index in range(layout.count)]).repeat(batch)
+        panels = torch.where(is_given[:, None, None, None].to(panels.device), untouched, panels)
+    if inset < 0 or 2 * inset >= min(h, w):
+        raise ValueError(f"'inset' must be at least 0 and below half a panel of {w} x {h}, got {inset}.")
+    return panels[:, inset : h - inset, inset : w - inset]
+
+
+def size_of(image: Tensor) -> str:
+    count, height, width, channels = image.shape
+    return f"{count} of {width} x {height} with {channels} channels"
+
+
+def start_panel(layout: Layout, panels: Mapping[int, Tensor], start: str) -> Tensor | None:
+    """What the unknown panels begin as: `None` for mid-grey, or the first given panel's picture.
+
+    Raises:
+        ValueError: when nothing is given to begin with.
+    """
+    if start == "neutral":
+        return None
+    if start != "first given panel":
+        raise ValueError(f"'start' must be neutral or first given panel, got {start!r}.")
+    if not layout.given:
+        raise ValueError(
+            "'start' first given panel needs a given panel. Write its number into 'given' of Panel Layout."
+        )
+    return panels[layout.given[0]]
+
+
+def given_panels(layout: Layout, pictures: Iterable[Tensor], fit: Fit) -> dict[int, Tensor]:
+    """Pictures `[1, H, W, C]` of any size, in the order of the given panels, brought to the panels' size.
+
+    Raises:
+        ValueError: unless there are as many pictures as given panels.
+    """
+    pictures = list(pictures)
+    if len(pictures) != len(layout.given):
+        numbers = ", ".join(str(index + 1) for index in layout.given) or "none"
+        raise ValueError(
+            f"Panel Layout marks {len(layout.given)} panels as given ({numbers}), but {len(pictures)} pictures are "
+            "connected. Connect one per given panel, or change 'given'."
+        )
+    return {
+        index: fitted(picture, layout.panel_width, layout.panel_height, fit)
+        for index, picture in zip(layout.given, pictures, strict=True)
+    }
+
+
+def encode_panels(
+    layout: Layout, panels: Mapping[int, Tensor], fill: Tensor | None, encode: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Encode each panel by itself and put the latents together, `[1, C, ..., h, w]`.
+
+    Args:
+        encode: IMAGE `[1, H, W, 3]` -> latent.
+        fill: the picture for panels that are not in `panels`; `None` is mid-grey. A given one is encoded once.
+    """
+    latents = {index: encode(panel) for index, panel in panels.items()}
+    missing = len(latents) < layout.count
+    same = next((latents[index] for index, panel in panels.items() if panel is fill), None)
+    if fill is None:
+        fill = grey(layout, panels)
+    rest = same if same is not None else encode(fill) if missing else next(iter(latents.values()))
+    return compose_latent(layout, latents, rest)
