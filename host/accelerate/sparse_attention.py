@@ -33,14 +33,15 @@ from ...models.accelerate.clear import PIXELS, TEXT, estimate, proportional_scal
 from ...models.accelerate.sparse_attention import Attended, Grid, Pattern, additive, covers, kept_ratio, masked
 from ...models.accelerate.sparse_attention_flex import Blocks, blocks, flex
 from ...models.accelerate.sparse_attention_tiles import Tiling, tile, tiled
-from .. import flux, token_grid
+from .. import token_grid
 from ..attention import EXTRA_KEYS
 from ..compiled import untraced
+from ..families import FAMILIES, family_of, flux
 from ..offers import Offer, ask, offer
 from ..part_of_run import WHOLE_RUN, PartOfRun
 from ..run import KEY, Run, attached
 from ..run import attach as attach_description
-from ..transformer import class_of, stranger, transformer_of
+from ..transformer import core_name, stranger, transformer_of
 
 logger = logging.getLogger(__name__)
 
@@ -385,15 +386,16 @@ def require_known_tokens(model: ModelPatcher, node: str) -> None:
     Raises:
         ValueError: such a model.
     """
+    if family_of(model).grids is not None:
+        return
     who = stranger(model)
-    if class_of(model) not in token_grid.FAMILIES and who is not None:
+    if who is not None:
         raise ValueError(Offer(node, "attention override").refused_by(who))
-    if class_of(model) not in token_grid.FAMILIES:
-        family = type(model.model.model_config).__name__
-        raise ValueError(
-            f"{node} does not know where the picture's tokens are in a {family} model. It works with FLUX, Chroma, "
-            "SD3.5, QwenImage, Lumina 2, Z-Image, Wan, HunyuanVideo, CogVideoX and LTX."
-        )
+    *known, last = (family.listed or family.name for family in FAMILIES if family.grids is not None and family.tested)
+    raise ValueError(
+        f"{node} does not know where the picture's tokens are in a {core_name(model)} model. It works with "
+        f"{', '.join(known)} and {last}."
+    )
 
 
 SIDES = (1024, 1536, 2048, 4096)  # pixels, in the report

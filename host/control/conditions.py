@@ -25,7 +25,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from .. import attention, flux
+from .. import attention
+from ..families import flux
 from ..part_of_run import WHOLE_RUN, PartOfRun
 from ..run import KEY, Run
 from ..run import attach as attach_description

@@ -19,8 +19,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...models.control.easycontrol import Grid, encode_condition, tokens_in_tile
-from .. import flux
 from ..attention import BlockKeys, ExtraKeys, with_keys
+from ..families import flux
 from ..run import Chunk, Run, attached, chunk_of
 from ..tiles import Tile
 

@@ -37,8 +37,9 @@ from ...models.control.freecus import (
     reference_sigma,
     subject_tokens,
 )
-from .. import attention, flux
+from .. import attention
 from ..attention import Block
+from ..families import flux
 from ..part_of_run import WHOLE_RUN, PartOfRun
 from ..run import KEY, Run
 from ..run import attach as attach_description

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...models.control.easycontrol import spatial_ids, subject_ids
 from ...models.control.mc_vton import beside_ids
 from ...models.control.pixels import resize, rgb
-from .. import flux
+from ..families import flux
 from . import conditions
 from .conditions import PATCH, ConditionImage
 from .try_on_files import TryOnFile
