@@ -163,7 +163,8 @@ def test_streams_are_all_that_changes_from_block_to_block(family):
         out = run_block(args)
         seen.append(kept)
         assert set(out) >= set(streams)
-        assert all(out[name] is None or not torch.equal(out[name], before[name]) for name in streams)
+        used = streams if len(seen) < len(keys) else ("img",)  # nobody reads the text of the last block
+        assert all(out[name] is None or not torch.equal(out[name], before[name]) for name in used)
         return out
 
     keys = keys_of(family)
