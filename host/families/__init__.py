@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..transformer import class_of, transformer_of
-from . import chroma, cogvideox, flux, hunyuan_video, ltx, lumina, pixart, qwen_image, sd3, wan
+from . import chroma, cogvideox, flux, hunyuan_video, ltx, lumina, mochi, pixart, qwen_image, sd3, wan
 from .family import Family
 
 FAMILIES: tuple[Family, ...] = (  # the first that fits is taken
@@ -16,6 +16,7 @@ FAMILIES: tuple[Family, ...] = (  # the first that fits is taken
     *(wan.WAN, wan.VACE, wan.CAMERA),
     hunyuan_video.HUNYUAN_VIDEO,
     ltx.LTX,
+    mochi.MOCHI,
     cogvideox.COGVIDEOX,
     *(lumina.LUMINA2, lumina.Z_IMAGE),
     pixart.PIXART,

@@ -19,6 +19,7 @@ from typing import Any
 import comfy.ldm.chroma.model
 import comfy.ldm.cogvideo.model
 import comfy.ldm.flux.model
+import comfy.ldm.genmo.joint_model.asymm_models_joint
 import comfy.ldm.hunyuan_video.model
 import comfy.ldm.lightricks.model
 import comfy.ldm.lumina.model
@@ -241,6 +242,17 @@ def ltx() -> ModelPatcher:
     return load(weights(comfy.ldm.lightricks.model.LTXVModel, num_layers=3, **sizes), sizes)
 
 
+@cache
+def mochi() -> ModelPatcher:
+    """3 blocks of 2 heads. Core writes all sizes down, and asserts an MLP of 12288 channels."""
+    sizes = {"depth": 3, "num_heads": 2, "hidden_size_x": 64, "hidden_size_y": 32, "mlp_ratio_x": 192.0}
+    sizes |= {"t5_feat_dim": TEXT}
+    fixed = {"patch_size": 2, "in_channels": 12, "learn_sigma": False, "use_t5": True, "qk_norm": True}
+    fixed |= {"qkv_bias": False, "timestep_scale": 1000.0, "posenc_preserve_area": True}
+    state = weights(comfy.ldm.genmo.joint_model.asymm_models_joint.AsymmDiTJoint, **sizes, **fixed)
+    return load_with_sizes(state, sizes)
+
+
 LAST_TEXT = tuple(f"transformer_blocks.2.{part}" for part in ("txt_mlp", "attn.add_q", "attn.to_add"))
 
 FAMILIES: dict[str, Family] = {
@@ -311,6 +323,15 @@ FAMILIES: dict[str, Family] = {
             "LTX video",
             "LTXV LTXV LTXVModel",
             Grid(3, 3, 3),
+        ),
+        Family(
+            "mochi",
+            mochi,
+            (12, 3, 6, 6),
+            partial(text, mask=True),
+            "Mochi",
+            "GenmoMochi GenmoMochi AsymmDiTJoint",
+            Grid(3, 3, 3, after=6),
         ),
     )
 }
