@@ -114,7 +114,7 @@ class Joint:
         self.conditions = conditions  # latent, ConditionLora
 
     def __call__(self, executor, x, timestep, context, y=None, guidance=None, *args, **kwargs) -> Tensor:
-        from dit_toolkit.host import flux
+        from dit_toolkit.host.families import flux
         from dit_toolkit.models.control.positions import spatial_ids
 
         model = executor.class_obj

@@ -73,6 +73,11 @@ def class_of(model: Any, path: str = "") -> type:
     return type(module.get_submodule(path) if path else module)
 
 
+def core_name(model: ModelPatcher) -> str:
+    """What ComfyUI calls the kind of a MODEL: SDXL, Chroma, WAN21_T2V. Every model has such a name, for messages."""
+    return type(model.model.model_config).__name__
+
+
 def stranger(model: Any) -> Stranger | None:
     """Who replaces the transformer's class or forward pass in the runs of a MODEL. None: it is ComfyUI's own."""
     kind = class_of(model)

@@ -20,11 +20,12 @@ from ...models.accelerate.cg_taylor import FirstBlockGate
 from ...models.accelerate.delta_dit import Stages
 from ...models.accelerate.policies import Guard, Interval, Policy
 from ...models.accelerate.taylorseer import FORECASTS, Forecaster
-from ..transformer import transformer_of
+from ..families import family_of, flux
+from ..transformer import core_name, transformer_of
 from .step_cache import attach
 from .step_cache_report import StepCacheReport
 from .step_cache_settings import StepCache, Tap
-from .step_cache_taps import LastBlockTap, SpanTap, blocks_of, in_reach, require_blocks, tap_for
+from .step_cache_taps import LastBlockTap, SpanTap, in_reach, require_blocks, tap_for
 
 Quality = Literal["quality", "balanced", "fast"]
 QUALITIES: tuple[Quality, ...] = ("quality", "balanced", "fast")
@@ -94,20 +95,17 @@ EMBEDDED = tuple(  # order 2 loses where gaps are wide and guidance amplifies wh
 
 def family_name(model: ModelPatcher) -> str:
     """The name under which `PRESETS` knows a model, or what ComfyUI calls it."""
-    config = type(model.model.model_config).__name__
-    if config == "FluxSchnell":
+    if core_name(model) == "FluxSchnell":
         return "FLUX.1 schnell"
-    if config == "HiDream":
-        return "HiDream"
-    blocks = blocks_of(model)
-    if blocks is None:
-        return config
-    return "Wan" if blocks[0].name.startswith("Wan") else blocks[0].name
+    family = family_of(model)
+    if not family.kinds:
+        return core_name(model)
+    return "Wan" if family.name.startswith("Wan") else family.name
 
 
 def is_embedded(model: ModelPatcher) -> bool:
     """The tiny FLUX.1 that ships with the pack: its one attention head gives it away."""
-    return family_name(model).startswith("FLUX.1") and transformer_of(model).params.num_heads == 1
+    return family_of(model) is flux.FLUX1 and transformer_of(model).params.num_heads == 1
 
 
 def preset(model: ModelPatcher, quality: Quality) -> Setting:

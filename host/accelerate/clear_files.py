@@ -14,7 +14,8 @@ from comfy.model_patcher import ModelPatcher
 
 from ...models.accelerate.clear import Variant, variant_of
 from ...models.accelerate.clear_keys import ClearWeights, parse
-from .. import flux, model_files
+from .. import model_files
+from ..families import flux
 
 FOLDER = "clear"
 NODE = "Apply CLEAR"  # its display name

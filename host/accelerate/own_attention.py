@@ -25,8 +25,9 @@ from ...models.accelerate.sparse_attention import Grid, additive
 from .. import token_grid
 from ..attention import EXTRA_KEYS
 from ..compiled import untraced
+from ..families import FAMILIES, family_of
 from ..offers import Offer, ask
-from ..transformer import class_of, stranger
+from ..transformer import core_name, stranger
 
 OVERRIDE = "optimized_attention_override"
 
@@ -157,15 +158,16 @@ def require_known_tokens(model: ModelPatcher, node: str) -> None:
     Raises:
         ValueError: such a model.
     """
+    if family_of(model).grids is not None:
+        return
     who = stranger(model)
-    if class_of(model) not in token_grid.FAMILIES and who is not None:
+    if who is not None:
         raise ValueError(Offer(node, "attention override").refused_by(who))
-    if class_of(model) not in token_grid.FAMILIES:
-        family = type(model.model.model_config).__name__
-        raise ValueError(
-            f"{node} does not know where the picture's tokens are in a {family} model. It works with FLUX, Chroma, "
-            "SD3.5, QwenImage, Lumina 2, Z-Image, Wan, HunyuanVideo, CogVideoX and LTX."
-        )
+    *known, last = (family.listed or family.name for family in FAMILIES if family.grids is not None and family.tested)
+    raise ValueError(
+        f"{node} does not know where the picture's tokens are in a {core_name(model)} model. It works with "
+        f"{', '.join(known)} and {last}."
+    )
 
 
 def makes_sparse(description: object) -> bool:

@@ -3,7 +3,7 @@
 Hook: `optimized_attention_override`, behind whatever was there before, for the attention of the picture's own tokens
 as `own_attention.py` reads it. State: for each condition (`run.lane`) and layer its rho, its R and the number of its
 computed evaluations. A step cache that skips a layer does not call it, so only what is computed counts. Where blocks
-could be skipped and ComfyUI does not number them (SD3, LTX), they are numbered here. All of it goes with the run.
+could be skipped and ComfyUI does not number them (SD3, LTX), `number_blocks` does. All of it goes with the run.
 
 Forgotten before: rho and R of a condition when the strength of a scheduled LoRA changes, and when more than two
 evaluations of the model went by without it, as prompts that are over and context windows that have moved on do.
@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import comfy.model_management
 import torch
-from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
@@ -43,11 +42,10 @@ from ...models.accelerate.re_ttention import (
 from ...models.accelerate.sparse_attention import Pattern, covers, kept_pairs
 from ...models.accelerate.sparse_attention_flex import flex_dense
 from .. import token_grid
-from ..blocks import Key, block_family, wrap_block
+from ..blocks import number_blocks
 from ..compiled import untraced
 from ..offers import Offer, ask, offer
 from ..run import KEY, Chunk, Condition, Run, chunk_of
-from ..transformer import transformer_of
 from .own_attention import OVERRIDE, OwnAttention, own_attention
 from .re_ttention_settings import ReTtention
 from .sparse_backends import Backend, has_flex
@@ -57,7 +55,6 @@ logger = logging.getLogger(__name__)
 UNUSED = 2  # evaluations that a condition may be away, as in a step cache
 SIGMA = "dit_toolkit.re_ttention.sigma"  # in transformer_options: the noise level of the call, a float
 WEIGHTS = "dit_toolkit.re_ttention.weights"  # in transformer_options: scheduled LoRAs and their strength in the call
-UNNUMBERED = ("SD3", "LTX video")  # families that run blocks without telling attention which
 
 
 @dataclass
@@ -351,25 +348,3 @@ def _joined(parts: list[Tensor | None]) -> Tensor | None:
     """The rows of all conditions, `[B, ...]`; None where there are none."""
     found = [part for part in parts if part is not None]
     return torch.cat(found) if len(found) > 1 else next(iter(found), None)
-
-
-def number_blocks(model: ModelPatcher, model_options: dict) -> None:
-    """Tell attention the block it is in, for families that do not. Who skips blocks then confuses nobody."""
-    family = block_family(model)
-    if family is None or family.name not in UNNUMBERED:
-        return
-    for key in family.keys(transformer_of(model)):
-        wrap_block(model_options, key, numbered(key))
-
-
-def numbered(key: Key) -> Callable[[dict, Callable[[dict], dict]], dict]:
-    """A block wrap that puts type and number into transformer_options."""
-    kind, index = key
-
-    def wrap(args: dict, run_block: Callable[[dict], dict]) -> dict:
-        block = {"block_type": kind.removesuffix("_block"), "block_index": index}
-        if "transformer_options" not in args:  # somebody else's forward pass: `host/offers.py` has a word for it
-            return run_block(args)
-        return run_block({**args, "transformer_options": {**args["transformer_options"], **block}})
-
-    return wrap

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ...models.accelerate.clear import PIXELS, TEXT, estimate, proportional_scale
 from ...models.accelerate.sparse_attention import Grid, Pattern, covers, kept_ratio
-from .. import flux
 from ..attention import Block
+from ..families import flux
 from ..offers import Offer, offer
 from ..part_of_run import WHOLE_RUN, PartOfRun
 from ..run import KEY, Run, attached

@@ -27,12 +27,12 @@ from torch import Tensor
 from ...models.accelerate.cg_taylor import FirstBlockGate, gate_error
 from ...models.accelerate.delta_dit import Span, Stages
 from ...models.accelerate.policies import COMPUTE, FORECAST, PROBE
-from .. import flux
-from ..blocks import BlockFamily, Key, block_family, wrap_block
+from ..blocks import Key, wrap_block
 from ..compiled import untraced
+from ..families import Family, family_of, flux
 from ..offers import ask
 from ..run import VISIT
-from ..transformer import stranger, transformer_of
+from ..transformer import core_name, stranger, transformer_of
 from .step_cache_run import StepCacheRun, Visit
 from .step_cache_settings import Tap
 
@@ -92,7 +92,7 @@ def visit_of(args: dict) -> Visit | None:
 class BlockTap(ABC):
     """A span of blocks, skipped in a forecast. The two taps below are its two uses."""
 
-    family: BlockFamily
+    family: Family
     keys: tuple[Key, ...]
     wraps_blocks = True
 
@@ -274,7 +274,7 @@ class ModuleTap:
     max_bytes: refuse to hold more. None: a quarter of the memory that is free when sampling starts.
     """
 
-    family: BlockFamily
+    family: Family
     keys: tuple[Key, ...]
     max_bytes: int | None = None
     name = "every module"
@@ -346,12 +346,10 @@ def free_memory(base: Any, where: torch.device) -> float:
     return float(base.current_patcher.get_free_memory(where))
 
 
-def blocks_of(model: ModelPatcher) -> tuple[BlockFamily, tuple[Key, ...]] | None:
+def blocks_of(model: ModelPatcher) -> tuple[Family, tuple[Key, ...]] | None:
     """The block hooks of a MODEL, or None where ComfyUI offers none for its family."""
-    family = block_family(model)
-    if family is None:
-        return None
-    return family, family.keys(transformer_of(model))
+    family = family_of(model)
+    return (family, family.keys(transformer_of(model))) if family.kinds else None
 
 
 def in_reach(model: ModelPatcher) -> bool:
@@ -359,9 +357,7 @@ def in_reach(model: ModelPatcher) -> bool:
     return blocks_of(model) is not None and stranger(model) is None
 
 
-def require_blocks(
-    model: ModelPatcher, node: str, instead: str = "tap 'prediction'"
-) -> tuple[BlockFamily, tuple[Key, ...]]:
+def require_blocks(model: ModelPatcher, node: str, instead: str = "tap 'prediction'") -> tuple[Family, tuple[Key, ...]]:
     """The block hooks of a MODEL. `node` is the display name of who asks, `instead` what works on every model.
 
     Raises:
@@ -369,8 +365,8 @@ def require_blocks(
     """
     blocks = blocks_of(model)
     if blocks is None:
-        family, who = type(model.model.model_config).__name__, stranger(model)
-        why = f"ComfyUI offers no such hook for {family}" if who is None else str(who)
+        who = stranger(model)
+        why = f"ComfyUI offers no such hook for {core_name(model)}" if who is None else str(who)
         raise ValueError(
             f"{node} needs a model whose blocks can be patched, and {why}. Use {instead}, which works on every model."
         )

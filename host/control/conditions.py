@@ -20,7 +20,8 @@ from dataclasses import replace
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
-from .. import attention, flux
+from .. import attention
+from ..families import flux
 from ..run import KEY, Run
 from ..run import attach as attach_description
 from . import adapters

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ...models.control.conditions import encode_condition
 from ...models.control.positions import GridSize, tokens_in_tile
-from .. import flux
 from ..attention import BlockKeys, ExtraKeys, with_keys
+from ..families import flux
 from ..run import Chunk, Run, attached, chunk_of
 from ..tiles import Tile
 from .conditions_settings import ConditionImage

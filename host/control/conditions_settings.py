@@ -10,7 +10,7 @@ from uuid import UUID
 
 from torch import Tensor
 
-from .. import flux
+from ..families import flux
 from ..part_of_run import WHOLE_RUN, PartOfRun
 
 PATCH = 16  # pixels per token

@@ -22,7 +22,8 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ...models.control.freecus import PUBLISHED_DEPTH, in_bytes, layers_from
-from .. import attention, flux
+from .. import attention
+from ..families import flux
 from ..run import KEY, Run
 from ..run import attach as attach_description
 from .freecus_run import NO_CONCAT, ReferenceRun

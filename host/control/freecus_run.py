@@ -17,8 +17,9 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...models.control.freecus import reference_latent, reference_sigma, subject_keys
-from .. import flux, token_grid
+from .. import token_grid
 from ..attention import Block, BlockKeys, ExtraKeys, TextScale, with_keys, with_recorder, with_text_scale
+from ..families import flux
 from ..offers import found_in
 from ..run import CHUNK, VISIT, Run, chunk_of
 from ..transformer import REMOVE

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from ...models.control.freecus import KEY_SCALE, REFERENCE_SHIFT, ShiftMode, in_bytes, reference_sigma, subject_tokens
 from ...models.control.positions import GridSize
-from .. import flux
 from ..attention import Block
+from ..families import flux
 from ..part_of_run import WHOLE_RUN, PartOfRun
 
 NODE = "Apply FreeCus"

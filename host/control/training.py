@@ -32,10 +32,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ..blocks import BlockArgs, RunBlock, Wrap, block_family, wrap_block
+from ..blocks import BlockArgs, RunBlock, Wrap, wrap_block
+from ..families import family_of
 from ..run import KEY, Run
 from ..run import attach as attach_description
-from ..transformer import class_of, transformer_of
+from ..transformer import class_of, core_name, transformer_of
 
 NODE = "Prepare Model for Train LoRA"
 
@@ -66,8 +67,8 @@ def bind(training: Training, run: Run, model_options: dict) -> None:
         return
     wrapper = WrappersMP.CALC_COND_BATCH
     add_wrapper_with_key(wrapper, f"{KEY}.training", CaptionPerPicture(), model_options, is_model_options=True)
-    family = block_family(run.model)
-    if family is not None and family.in_place:
+    family = family_of(run.model)
+    if family.in_place:
         for key in family.keys(transformer_of(run.model)):
             wrap_block(model_options, key, out_of_place(family.streams(key[0])))
 
@@ -80,11 +81,10 @@ def attach(model: ModelPatcher) -> ModelPatcher:
     """
     kinds = {class_of(model, path) for path, _ in transformer_of(model).named_modules()}
     overwrites = any(issubclass(kind, DoubleStreamBlock | SingleStreamBlock) for kind in kinds)
-    if issubclass(class_of(model), LTXVModel) or (overwrites and block_family(model) is None):
-        family = type(model.model.model_config).__name__
+    if issubclass(class_of(model), LTXVModel) or (overwrites and not family_of(model).kinds):
         raise ValueError(
-            f"{NODE} cannot prepare {family}: its blocks overwrite what gradients are computed from, in a way that "
-            "this node does not know. Connect a FLUX.1 model to 'model'."
+            f"{NODE} cannot prepare {core_name(model)}: its blocks overwrite what gradients are computed from, in a "
+            "way that this node does not know. Connect a FLUX.1 model to 'model'."
         )
     return attach_description(model, Training(), bind)
 

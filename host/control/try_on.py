@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...models.control.pixels import resize, rgb
 from ...models.control.positions import beside_ids, spatial_ids, subject_ids
-from .. import flux
+from ..families import flux
 from . import conditions
 from .conditions_settings import PATCH, ConditionImage
 from .try_on_files import TryOnFile

@@ -19,6 +19,7 @@ from typing import Any
 import comfy.ldm.chroma.model
 import comfy.ldm.cogvideo.model
 import comfy.ldm.flux.model
+import comfy.ldm.genmo.joint_model.asymm_models_joint
 import comfy.ldm.hunyuan_video.model
 import comfy.ldm.lightricks.model
 import comfy.ldm.lumina.model
@@ -36,6 +37,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from dit_toolkit.host import families as host
+from dit_toolkit.models.accelerate.sparse_attention import Grid
 from dit_toolkit.tests.host import tiny
 
 TEXT, POOLED, TOKENS = 32, 24, 6
@@ -43,12 +46,22 @@ TEXT, POOLED, TOKENS = 32, 24, 6
 
 @dataclass(frozen=True)
 class Family:
-    """A tiny model and what it takes."""
+    """A tiny model, what it takes, and what the tests of all families expect of it."""
 
     name: str
     load: Callable[[], ModelPatcher]  # loaded once; nobody may change it, every test shares it
     latent_shape: tuple[int, ...]  # [C, h, w], or [C, frames, h, w]
     prompt: Callable[..., list]  # (seed) to the CONDITIONING of a random text; `length` sets its tokens
+    of: str  # the name of its family in host/families
+    core: str  # ComfyUI's classes: configuration, model, transformer
+    grid: Grid | None = None  # of the first attention over the picture's tokens; None where no node reaches any
+    attentions: int = 3  # over the picture's tokens, in one call of the model
+    silent: tuple[str, ...] = ()  # how names of matrices begin that have no part in the picture
+
+    @property
+    def answers(self) -> host.Family:
+        """What host/families says of it."""
+        return next(family for family in host.FAMILIES if family.name == self.of)
 
 
 def weights(network: Callable[..., torch.nn.Module], gain: float = 0.7, **sizes: Any) -> dict[str, Tensor]:
@@ -229,21 +242,97 @@ def ltx() -> ModelPatcher:
     return load(weights(comfy.ldm.lightricks.model.LTXVModel, num_layers=3, **sizes), sizes)
 
 
+@cache
+def mochi() -> ModelPatcher:
+    """3 blocks of 2 heads. Core writes all sizes down, and asserts an MLP of 12288 channels."""
+    sizes = {"depth": 3, "num_heads": 2, "hidden_size_x": 64, "hidden_size_y": 32, "mlp_ratio_x": 192.0}
+    sizes |= {"t5_feat_dim": TEXT}
+    fixed = {"patch_size": 2, "in_channels": 12, "learn_sigma": False, "use_t5": True, "qk_norm": True}
+    fixed |= {"qkv_bias": False, "timestep_scale": 1000.0, "posenc_preserve_area": True}
+    state = weights(comfy.ldm.genmo.joint_model.asymm_models_joint.AsymmDiTJoint, **sizes, **fixed)
+    return load_with_sizes(state, sizes)
+
+
+LAST_TEXT = tuple(f"transformer_blocks.2.{part}" for part in ("txt_mlp", "attn.add_q", "attn.to_add"))
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("flux", flux, (16, 8, 8), tiny.prompt),
-        Family("kontext", flux, (16, 8, 8), kontext_prompt),
-        Family("chroma", chroma, (16, 8, 8), text),
-        Family("sd35", sd35, (16, 8, 8), partial(text, pooled=POOLED)),
-        Family("qwen", qwen, (16, 1, 8, 8), text),
-        Family("wan", wan, (16, 3, 6, 6), text),
-        Family("hunyuan_video", hunyuan_video, (16, 3, 6, 6), partial(text, pooled=768, guidance=6.0)),
-        Family("cogvideox", cogvideox, (16, 3, 6, 6), text),
-        Family("lumina2", lumina2, (16, 8, 8), text),
-        Family("z_image", z_image, (16, 8, 8), text),
-        Family("pixart", pixart, (4, 34, 34), text),  # positions are scaled by round(size / 64): 32 would divide by 0
-        Family("ltx", ltx, (128, 3, 3, 3), partial(text, mask=True)),
+        Family("flux", flux, (16, 8, 8), tiny.prompt, "FLUX.1", "Flux Flux Flux", Grid(4, 4, before=5), 4),
+        Family(
+            "kontext", flux, (16, 8, 8), kontext_prompt, "FLUX.1", "Flux Flux Flux", Grid(4, 4, before=5, after=6), 4
+        ),
+        Family("chroma", chroma, (16, 8, 8), text, "Chroma", "Chroma Chroma Chroma", Grid(4, 4, before=6), 4),
+        Family(
+            "sd35",
+            sd35,
+            (16, 8, 8),
+            partial(text, pooled=POOLED),
+            "SD3",
+            "SD3 SD3 OpenAISignatureMMDITWrapper",
+            Grid(4, 4, before=6),
+            4,
+        ),
+        Family(
+            "qwen",
+            qwen,
+            (16, 1, 8, 8),
+            text,
+            "QwenImage",
+            "QwenImage QwenImage QwenImageTransformer2DModel",
+            Grid(4, 4, before=6),
+            silent=LAST_TEXT,
+        ),
+        Family("wan", wan, (16, 3, 6, 6), text, "Wan", "WAN21_T2V WAN21 WanModel", Grid(3, 3, 3)),
+        Family(
+            "hunyuan_video",
+            hunyuan_video,
+            (16, 3, 6, 6),
+            partial(text, pooled=768, guidance=6.0),
+            "HunyuanVideo",
+            "HunyuanVideo HunyuanVideo HunyuanVideo",
+            Grid(3, 3, 3, before=6),
+            4,
+        ),
+        Family(
+            "cogvideox",
+            cogvideox,
+            (16, 3, 6, 6),
+            text,
+            "CogVideoX",
+            "CogVideoX_T2V CogVideoX CogVideoXTransformer3DModel",
+            Grid(3, 3, 3, before=6),
+        ),
+        Family("lumina2", lumina2, (16, 8, 8), text, "Lumina 2", "Lumina2 Lumina2 NextDiT", Grid(4, 4, before=6)),
+        Family(
+            "z_image",
+            z_image,
+            (16, 8, 8),
+            text,
+            "Z-Image",
+            "ZImage Lumina2 NextDiT",
+            Grid(4, 4, before=32, after=16),
+        ),
+        # Positions are scaled by round(size / 64): 32 would divide by 0.
+        Family("pixart", pixart, (4, 34, 34), text, "PixArt", "PixArtSigma PixArt PixArtMS"),
+        Family(
+            "ltx",
+            ltx,
+            (128, 3, 3, 3),
+            partial(text, mask=True),
+            "LTX video",
+            "LTXV LTXV LTXVModel",
+            Grid(3, 3, 3),
+        ),
+        Family(
+            "mochi",
+            mochi,
+            (12, 3, 6, 6),
+            partial(text, mask=True),
+            "Mochi",
+            "GenmoMochi GenmoMochi AsymmDiTJoint",
+            Grid(3, 3, 3, after=6),
+        ),
     )
 }
 
@@ -266,9 +355,9 @@ def wan_vace() -> ModelPatcher:
     return load(state, {"text_dim": TEXT})
 
 
-def with_values(family: Family, name: str, **values) -> Family:
-    """`family` with more in its CONDITIONING."""
-    return replace(family, name=name, prompt=partial(family.prompt, **values))
+def with_values(family: Family, name: str, grid: Grid | None = None, **values) -> Family:
+    """`family` with more in its CONDITIONING. `grid`: what becomes of its tokens then."""
+    return replace(family, name=name, prompt=partial(family.prompt, **values), grid=grid or family.grid)
 
 
 def random_latent(*shape: int) -> Tensor:
@@ -279,11 +368,26 @@ def random_latent(*shape: int) -> Tensor:
 RELATIVES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("flux2", flux2, (128, 4, 4), text),
-        Family("wan_vace", wan_vace, (16, 3, 6, 6), text),
-        with_values(FAMILIES["qwen"], "qwen_edit", reference_latents=[random_latent(16, 1, 4, 6)]),
+        Family("flux2", flux2, (128, 4, 4), text, "FLUX.2", "Flux2 Flux2 Flux", Grid(4, 4, before=512), 4),
+        Family(
+            "wan_vace",
+            wan_vace,
+            (16, 3, 6, 6),
+            text,
+            "Wan VACE",
+            "WAN21_Vace WAN21_Vace VaceWanModel",
+            Grid(3, 3, 3),
+            6,
+        ),
+        with_values(
+            FAMILIES["qwen"],
+            "qwen_edit",
+            Grid(4, 4, before=6, after=6),
+            reference_latents=[random_latent(16, 1, 4, 6)],
+        ),
     )
 }
+ALL = FAMILIES | RELATIVES
 
 
 def sample(

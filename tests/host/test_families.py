@@ -4,44 +4,48 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comfy.ldm.lightricks.av_model import LTXAVModel
+from comfy.ldm.wan.model import CameraWanModel
 from comfy.patcher_extension import WrappersMP
 
-from dit_toolkit.tests.host.families import FAMILIES, RELATIVES, sample
+from dit_toolkit.host import families as host
+from dit_toolkit.host.families import family_of
+from dit_toolkit.tests.host.families import ALL, sample
 
 pytestmark = pytest.mark.comfy
 
-CLASSES = {
-    "flux": ("Flux", "Flux", "Flux"),
-    "kontext": ("Flux", "Flux", "Flux"),
-    "chroma": ("Chroma", "Chroma", "Chroma"),
-    "sd35": ("SD3", "SD3", "OpenAISignatureMMDITWrapper"),
-    "qwen": ("QwenImage", "QwenImage", "QwenImageTransformer2DModel"),
-    "wan": ("WAN21_T2V", "WAN21", "WanModel"),
-    "hunyuan_video": ("HunyuanVideo", "HunyuanVideo", "HunyuanVideo"),
-    "cogvideox": ("CogVideoX_T2V", "CogVideoX", "CogVideoXTransformer3DModel"),
-    "lumina2": ("Lumina2", "Lumina2", "NextDiT"),
-    "z_image": ("ZImage", "Lumina2", "NextDiT"),
-    "pixart": ("PixArtSigma", "PixArt", "PixArtMS"),
-    "ltx": ("LTXV", "LTXV", "LTXVModel"),
-    "flux2": ("Flux2", "Flux2", "Flux"),
-    "wan_vace": ("WAN21_Vace", "WAN21_Vace", "VaceWanModel"),
-    "qwen_edit": ("QwenImage", "QwenImage", "QwenImageTransformer2DModel"),
-}
-
-# The head reads no text: what the last block makes of it is for nobody.
-QWEN = "transformer_blocks.2."
-LAST_TEXT = {name: (f"{QWEN}txt_mlp", f"{QWEN}attn.add_q", f"{QWEN}attn.to_add") for name in ("qwen", "qwen_edit")}
-
-ALL = FAMILIES | RELATIVES
 every_family = pytest.mark.parametrize("family", ALL.values(), ids=ALL.keys())
 
 
 @every_family
 def test_it_is_loaded_as_what_it_is(family):
     base = family.load().model
-    found = tuple(type(part).__name__ for part in (base.model_config, base, base.diffusion_model))
-    assert found == CLASSES[family.name]
+    found = " ".join(type(part).__name__ for part in (base.model_config, base, base.diffusion_model))
+    assert found == family.core
     assert family.load() is family.load()
+
+
+@every_family
+def test_its_family_is_found(family):
+    model = family.load()
+    assert family_of(model) is family.answers
+    assert family_of(model.model) is family_of(model.model.diffusion_model) is family.answers
+    assert family_of(torch.compile(model.model.diffusion_model, backend="eager")) is family.answers
+
+
+def test_the_families_that_count_as_tested_are_those_with_a_tiny_model():
+    assert {family.of for family in ALL.values()} == {family.name for family in host.FAMILIES if family.tested}
+
+
+@pytest.mark.parametrize("relative", [LTXAVModel, CameraWanModel])
+def test_the_blocks_of_relatives_that_were_not_looked_into_are_unknown(relative):
+    assert not family_of(relative.__new__(relative)).kinds
+
+
+def test_any_other_model_answers_nothing():
+    other = family_of(torch.nn.Linear(1, 1))
+    assert other is host.OTHER
+    assert (other.grids, other.kinds, other.keys(None)) == (None, (), ())
 
 
 @every_family
@@ -84,4 +88,4 @@ def test_every_matrix_has_a_part_in_the_picture(family):
     model = family.load().clone()
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "silence", call)
     sample(family, model, 1)
-    assert {name for name in silent if not name.startswith(LAST_TEXT.get(family.name, "nothing"))} == set()
+    assert {name for name in silent if not name.startswith(family.silent)} == set()

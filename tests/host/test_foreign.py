@@ -12,7 +12,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 
-from dit_toolkit.host import attention, embedded, flux, offers
+from dit_toolkit.host import attention, embedded, offers
 from dit_toolkit.host.accelerate import re_ttention
 from dit_toolkit.host.accelerate.accelerate import QUALITIES, accelerated, family_name, is_embedded, preset, tune
 from dit_toolkit.host.accelerate.foreign_caches import foreign_cache, named
@@ -22,6 +22,7 @@ from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse
 from dit_toolkit.host.accelerate.step_cache_report import StepCacheReport
 from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, PredictionTap, blocks_of, tap_for
 from dit_toolkit.host.control import freecus, training
+from dit_toolkit.host.families import flux
 from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.host.transformer import class_of, pack_of, stranger
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate

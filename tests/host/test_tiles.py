@@ -12,10 +12,11 @@ pytestmark = pytest.mark.comfy
 
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key  # noqa: E402
 
-from dit_toolkit.host import embedded, flux  # noqa: E402
+from dit_toolkit.host import embedded  # noqa: E402
 from dit_toolkit.host.attention import EXTRA_KEYS  # noqa: E402
 from dit_toolkit.host.control import freecus  # noqa: E402
 from dit_toolkit.host.control.conditions_run import Encoder  # noqa: E402
+from dit_toolkit.host.families import flux  # noqa: E402
 from dit_toolkit.host.run import KEY, attach, chunk_of  # noqa: E402
 from dit_toolkit.host.tiles import Tile, find, tiles_of  # noqa: E402
 from dit_toolkit.models.accelerate.policies import Interval  # noqa: E402

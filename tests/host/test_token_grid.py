@@ -13,26 +13,9 @@ from dit_toolkit.host.accelerate.own_attention import OwnAttention, take_over  #
 from dit_toolkit.host.run import attach  # noqa: E402
 from dit_toolkit.host.token_grid import tokens  # noqa: E402
 from dit_toolkit.models.accelerate.sparse_attention import Grid  # noqa: E402
-from dit_toolkit.tests.host.families import FAMILIES, RELATIVES, Family  # noqa: E402
+from dit_toolkit.tests.host.families import ALL, FAMILIES, Family  # noqa: E402
 
-KNOWN = {name: family for name, family in (FAMILIES | RELATIVES).items() if name != "pixart"}
-PATCHES = {"flux2": (1, 1, 1), "ltx": (1, 1, 1)}
-GRIDS = {
-    "flux": Grid(4, 4, before=5),
-    "kontext": Grid(4, 4, before=5, after=6),
-    "chroma": Grid(4, 4, before=6),
-    "sd35": Grid(4, 4, before=6),
-    "qwen": Grid(4, 4, before=6),
-    "wan": Grid(3, 3, 3),
-    "hunyuan_video": Grid(3, 3, 3, before=6),
-    "cogvideox": Grid(3, 3, 3, before=6),
-    "lumina2": Grid(4, 4, before=6),
-    "z_image": Grid(4, 4, before=32, after=16),
-    "ltx": Grid(3, 3, 3),
-    "flux2": Grid(4, 4, before=512),
-    "wan_vace": Grid(3, 3, 3),
-    "qwen_edit": Grid(4, 4, before=6, after=6),
-}
+KNOWN = {name: family for name, family in ALL.items() if family.grid is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,16 +45,16 @@ def noise_for(family: Family, **sizes) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_patch_of_the_latent_is_the_token_that_the_grid_names(name):
-    family, patch = KNOWN[name], PATCHES.get(name, (1, 2, 2))
-    noise = noise_for(family)
+    family = KNOWN[name]
+    noise, patch = noise_for(family), family.latent_shape[-1] // family.grid.width
     frame, row, column = (1 if noise.ndim == 5 and noise.shape[2] > 1 else 0), 2, 1
     changed = noise.clone()
     area = changed if noise.ndim == 4 else changed[:, :, frame]
-    area[..., row * patch[1] : (row + 1) * patch[1], column * patch[2] : (column + 1) * patch[2]] += 5.0
+    area[..., row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] += 5.0
 
     before, after = calls_of(family, noise), calls_of(family, changed)
     grid = before[0].grid
-    assert grid == GRIDS[name]
+    assert grid == family.grid
     moved = (before[0].q - after[0].q).abs().sum((0, 1, 3))  # [L]
     assert int(moved.argmax()) == grid.before + (frame * grid.height + row) * grid.width + column
     outside = torch.ones(grid.length, dtype=torch.bool)
@@ -86,10 +69,9 @@ def test_every_block_is_seen_once_and_under_one_name(name):
     calls = calls_of(family, noise_for(family))
     layers = [call.layer for call in calls]
     assert len(set(layers)) == len(layers)
-    expected = {"sd35": 4, "wan_vace": 6, "flux": 4, "kontext": 4, "flux2": 4, "chroma": 4, "hunyuan_video": 4}
-    assert len(layers) == expected.get(name, 3)
-    if name in ("flux", "qwen", "wan"):
-        assert layers[0][:2] == ("double", 0)
+    assert len(layers) == family.attentions
+    if family.answers.kinds:
+        assert (layers[0][:2] == ("double", 0)) == family.answers.numbered
 
 
 def test_sd3s_second_attention_has_the_picture_alone():

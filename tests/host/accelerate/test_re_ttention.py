@@ -35,20 +35,8 @@ from dit_toolkit.tests.host.families import FAMILIES, RELATIVES, sample
 
 pytestmark = pytest.mark.comfy
 
-REACHED = (
-    "flux",
-    "kontext",
-    "chroma",
-    "sd35",
-    "qwen",
-    "wan",
-    "hunyuan_video",
-    "cogvideox",
-    "lumina2",
-    "z_image",
-    "ltx",
-)
-VIDEO = ("wan", "hunyuan_video", "cogvideox", "ltx")
+REACHED = [name for name, family in FAMILIES.items() if family.grid is not None]
+VIDEO = [name for name in REACHED if FAMILIES[name].grid.frames > 1]
 every_family = pytest.mark.parametrize("name", REACHED)
 
 

@@ -35,7 +35,7 @@ from dit_toolkit.models.accelerate.sparse_attention_tiles import tile  # noqa: E
 from dit_toolkit.tests.host import tiny  # noqa: E402
 from dit_toolkit.tests.host.families import FAMILIES, RELATIVES, sample  # noqa: E402
 
-KNOWN = [name for name in FAMILIES if name != "pixart"]
+KNOWN = [name for name, family in FAMILIES.items() if family.grid is not None]
 
 
 def sparse(model, pattern, **settings):

@@ -21,53 +21,55 @@ from dit_toolkit.models.accelerate.policies import Guard, Interval, Listed
 from dit_toolkit.models.accelerate.taylorseer import Forecaster
 from dit_toolkit.tests.host import tiny
 from dit_toolkit.tests.host.accelerate.caching import cached, calls, last_run, strip
-from dit_toolkit.tests.host.families import FAMILIES, sample
+from dit_toolkit.tests.host.families import ALL, FAMILIES, sample
 from dit_toolkit.tests.models.accelerate.test_taylorseer import forecast_by_recursion
 
 pytestmark = pytest.mark.comfy
 
-WITH_BLOCKS = ("flux", "kontext", "chroma", "sd35", "qwen", "wan", "hunyuan_video", "ltx")
-FLUX1 = ("flux", "kontext")
+WITH_BLOCKS = tuple(name for name, family in FAMILIES.items() if family.answers.kinds)
 BLOCK_TAPS = ("last block", "gated", "gated residual", "span")
 
-family_and_tap = pytest.mark.parametrize(
-    ("name", "tap"),
-    [(name, "prediction") for name in FAMILIES]
-    + [(name, tap) for name in WITH_BLOCKS for tap in BLOCK_TAPS]
-    + [(name, "every module") for name in FLUX1],
-)
+
+def names_and_taps(families) -> list[tuple[str, str]]:
+    """Every tap that a family offers, as the README's table has it."""
+    pairs = [(name, "prediction") for name in families]
+    pairs += [(name, tap) for name, family in families.items() if family.answers.kinds for tap in BLOCK_TAPS]
+    return pairs + [(name, "every module") for name, family in families.items() if family.of == "FLUX.1"]
+
+
+family_and_tap = pytest.mark.parametrize(("name", "tap"), names_and_taps(FAMILIES))
 family_with_blocks = pytest.mark.parametrize("name", WITH_BLOCKS)
 
 
 @cache
 def plain(name: str, steps=4, cfg=2.0) -> Tensor:
     """The picture without us."""
-    return sample(FAMILIES[name], steps=steps, cfg=cfg)
+    return sample(ALL[name], steps=steps, cfg=cfg)
 
 
-def test_the_families_with_block_hooks_are_these():
+def test_only_models_with_block_hooks_have_blocks():
     assert tuple(name for name, family in FAMILIES.items() if blocks_of(family.load())) == WITH_BLOCKS
 
 
 # neutral values, with the cache attached: the nodes themselves leave it out
 
 
-@family_and_tap
+@pytest.mark.parametrize(("name", "tap"), names_and_taps(ALL))
 def test_interval_1_is_the_model_without_the_cache(name, tap):
-    model = cached(FAMILIES[name].load(), Interval(1, 1), tap, order=1)
-    assert torch.equal(sample(FAMILIES[name], model, cfg=2.0), plain(name))
+    model = cached(ALL[name].load(), Interval(1, 1), tap, order=1)
+    assert torch.equal(sample(ALL[name], model, cfg=2.0), plain(name))
     assert strip(model) == "####"
     assert last_run(model).bytes_held > 0  # it was there, and stored
 
 
-@family_with_blocks
+@pytest.mark.parametrize("name", [name for name, family in ALL.items() if family.answers.kinds])
 @pytest.mark.parametrize(("threshold", "compare"), [(0.0, "output"), (1e-12, "output"), (1e-12, "residual")])
 def test_a_gate_that_never_opens_is_the_model_without_it(name, threshold, compare):
     """At threshold 0 nobody is asked; just above, block 0 is forecast and compared each time."""
     gate = FirstBlockGate(threshold, warm_up=1, compare=compare)
     tap = "gated residual" if compare == "residual" else "gated"
-    model = cached(FAMILIES[name].load(), gate, tap, order=1)
-    assert torch.equal(sample(FAMILIES[name], model, cfg=2.0), plain(name))
+    model = cached(ALL[name].load(), gate, tap, order=1)
+    assert torch.equal(sample(ALL[name], model, cfg=2.0), plain(name))
     assert strip(model) == "####"
     errors = [error for error in last_run(model).errors if error > 1e-12]
     assert len(errors) == (3 if threshold else 0)

@@ -15,9 +15,9 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from dit_toolkit.host import flux
 from dit_toolkit.host.control import easycontrol
 from dit_toolkit.host.control.conditions_run import Encoder, size_of_keys
+from dit_toolkit.host.families import flux
 from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.tests.host.tiny import (
     DOUBLE,

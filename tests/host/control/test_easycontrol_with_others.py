@@ -17,8 +17,8 @@ from comfy_extras.nodes_rope import ScaleROPE
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
-from dit_toolkit.host import flux
 from dit_toolkit.host.control import conditions_run
+from dit_toolkit.host.families import flux
 from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.tests.host.tiny import HIDDEN, close, controlled, flux_state, latent, load_flux, prompt, sample
 

@@ -18,7 +18,7 @@ from comfy_extras.nodes_perpneg import PerpNeg, PerpNegGuider
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
-from dit_toolkit.host import embedded, flux, token_grid
+from dit_toolkit.host import embedded, token_grid
 from dit_toolkit.host.accelerate.re_ttention import attach as attach_re_ttention
 from dit_toolkit.host.accelerate.re_ttention_settings import ReTtention
 from dit_toolkit.host.accelerate.sparse_attention import SparseAttention
@@ -27,6 +27,7 @@ from dit_toolkit.host.accelerate.step_cache_run import StepCacheRun
 from dit_toolkit.host.attention import TEXT_SCALES
 from dit_toolkit.host.control import freecus
 from dit_toolkit.host.control.freecus_run import ReferencePass, ReferenceRun
+from dit_toolkit.host.families import flux
 from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.host.run import Chunk, Condition, Run
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate

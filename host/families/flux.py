@@ -1,7 +1,12 @@
-"""FLUX.1 in ComfyUI: where its tokens, positions, blocks and modulation are.
+"""FLUX.1 with Kontext and Fill, and what runs its code: FLUX.2, LongCat and Ovis, told apart here. Chroma has a file.
 
-Everything goes through the live modules and core's own functions, so that fp8 and GGUF weights, offloading, weight
-patches and RoPE options apply. Flux2, Chroma, LongCat and Ovis share code with FLUX.1 and are told apart here.
+Tokens: text, picture, reference pictures. Double blocks: img, txt. Single blocks: img, which is text and picture
+joined, text first. Blocks write into their args. Between them: ControlNet. In float16 the model replaces infinities
+between double and single blocks, which `Family.joined` does not.
+
+Below the families: what EasyControl, FreeCus, try-on and the step caches ask of FLUX.1 alone, tokens, positions,
+modulation and the parts of a block. Everything goes through the live modules and core's own functions, so that fp8 and
+GGUF weights, offloading, weight patches and RoPE options apply.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,11 +26,45 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import Block, BlockKeys
-from .transformer import class_of, transformer_of
+from ...models.accelerate.sparse_attention import Grid
+from ..attention import Block, BlockKeys
+from ..transformer import class_of, core_name, transformer_of
+from .family import Family, Grids, cells, count, double_and_single_blocks
 
 apply_rope = apply_rope1  # (x, pe) to x rotated
 LARGEST = 1e4  # value of a latent: VAEs stay within some tens, and half precision ends at 65504
+
+
+def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
+    """Text, picture, reference pictures."""
+    patch = (transformer.patch_size, transformer.patch_size)
+    references = sum(count(ref.shape[-2:], patch) for ref in conds.get("ref_latents") or ())
+    return (Grid(*cells(x.shape[-2:], patch), before=text, after=references),)
+
+
+def like_flux1(transformer: Any) -> bool:
+    """Own modulation per block, pooled text, 2 x 2 patches."""
+    p = transformer.params
+    others = p.global_modulation or p.yak_mlp or p.txt_norm or p.mlp_silu_act
+    return not others and p.vec_in_dim is not None and p.patch_size == 2
+
+
+def like_flux2(transformer: Any) -> bool:
+    """One modulation for all blocks."""
+    return not like_flux1(transformer) and transformer.params.global_modulation
+
+
+FLUX1 = Family(
+    "FLUX.1",
+    (Flux,),
+    like_flux1,
+    listed="FLUX.1 (dev, Fill, Kontext)",
+    grids=grids,
+    kinds=double_and_single_blocks(),
+    in_place=True,
+)
+FLUX2 = replace(FLUX1, name="FLUX.2", among=like_flux2, listed="")
+LIKE_FLUX = replace(FLUX2, name="LongCat or Ovis", among=lambda transformer: True, tested=False)  # what is left
 
 
 def require_flux1(model: ModelPatcher, node: str) -> Flux:
@@ -34,8 +74,7 @@ def require_flux1(model: ModelPatcher, node: str) -> Flux:
         ValueError: `model` is of another family.
     """
     if not is_flux1(model):
-        family = type(model.model.model_config).__name__  # SDXL, Chroma: what users call them
-        raise ValueError(f"{node} needs a FLUX.1 model, got {family}. Connect one to 'model'.")
+        raise ValueError(f"{node} needs a FLUX.1 model, got {core_name(model)}. Connect one to 'model'.")
     return transformer_of(model)
 
 
@@ -45,11 +84,7 @@ def is_flux1(model: Any) -> bool:
     Args:
         model: a MODEL, or what runs: a BaseModel or its transformer.
     """
-    if not issubclass(class_of(model), Flux):
-        return False
-    p = transformer_of(model).params
-    others = p.global_modulation or p.yak_mlp or p.txt_norm or p.mlp_silu_act
-    return not others and p.vec_in_dim is not None and p.patch_size == 2
+    return issubclass(class_of(model), Flux) and like_flux1(transformer_of(model))
 
 
 def require_latent(latent: Tensor, what: str) -> None:

@@ -1,0 +1,146 @@
+"""What a model family answers. One file per family beside this one holds the answers.
+
+A feature never asks a model what it is. It asks `family_of(model)`:
+
+| question | answer |
+|---|---|
+| What do users call it? | `name` |
+| Where are the picture's tokens in a call, and where text and references? | `grids` |
+| Which blocks does it run, and in which order? | `keys`, `kinds` |
+| What flows from block to block, and do blocks write into it? | `streams`, `joined`, `in_place` |
+| Which rows of the last block does the head read? | `picture` |
+| Does attention know the block that it is in? | `numbered` |
+
+`kinds` is empty where ComfyUI calls no block replacement. `grids` is None where nobody has looked. `OTHER`, any other
+model, answers neither: only its output, the prediction, is within reach of a feature.
+
+What only one family has been asked so far stays a function in its file, as FLUX.1's positions and modulation do
+(`flux.py`); a feature that needs it says so with `require_flux1`. Once a second family answers the same question, the
+question moves here.
+
+To add a family: a file here, its line in `FAMILIES` (`__init__.py`), and a tiny random model in
+`tests/host/families.py`, over which the tests of all families then run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models.accelerate.sparse_attention import Grid
+from ..compiled import untraced
+
+Key = tuple[str, int]  # ("double_block", 3), as in patches_replace["dit"]
+BlockArgs = dict[str, Any]
+Grids = tuple[Grid, ...]
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """Blocks of one kind, which run one after the other."""
+
+    kind: str  # "double_block" or "single_block"
+    modules: str  # the transformer's list of them
+    streams: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models whose transformers are built and run alike.
+
+    transformers: their exact classes. A subclass may run its blocks in another way, as LTX with sound and most
+        relatives of Wan do.
+    among: whether a transformer of these classes is of this family, where several share a class.
+    listed: what lists of models call it, if not by its name.
+    tested: a tiny random model of it runs in the tests. The README lists no others.
+    grids: `(transformer, x, text, conds)` to the grid of every kind of attention in that call that has the picture's
+        tokens; to none where that is not known for sure. `x` is the latent, `[B, C, (frames,) h, w]`, `text` the number
+        of text tokens, `conds` the other arguments of the model.
+    kinds: of blocks that ComfyUI lets us wrap, in the order they run.
+    in_place: blocks write into the streams of their args.
+    numbered: transformer_options tell attention the type and number of its block.
+    """
+
+    name: str  # what users call it
+    transformers: tuple[type, ...]
+    among: Callable[[Any], bool] = lambda transformer: True
+    listed: str = ""
+    tested: bool = True
+    grids: Callable[[Any, Tensor, int, dict], Grids] | None = None
+    kinds: tuple[BlockKind, ...] = ()
+    in_place: bool = False
+    numbered: bool = True
+
+    def keys(self, transformer: Any) -> tuple[Key, ...]:
+        """All blocks that can be wrapped, in the order they run."""
+        return tuple((kind.kind, i) for kind in self.kinds for i in range(len(getattr(transformer, kind.modules))))
+
+    def streams(self, kind: str) -> tuple[str, ...]:
+        """The entries of a block's dict that change from block to block."""
+        return self._kind(kind).streams
+
+    def joined(self, streams: Mapping[str, Tensor], kind_from: str, kind_to: str) -> dict[str, Tensor]:
+        """The streams at the door of a `kind_to` block, from those at the door of a `kind_from` block before it.
+
+        Args:
+            streams: `img` and `txt` (where it is a stream), each `[B, T, D]`; taken as they are, never written.
+
+        Returns:
+            The same, unless the model joins its streams there: then `img` is `[B, T_txt + T_img, D]`, text first.
+        """
+        order = [self._kind(kind_from), self._kind(kind_to)]
+        if order[0] is order[1]:
+            return {name: streams[name] for name in order[0].streams}
+        if order != list(self.kinds):
+            raise ValueError(f"{self.name} runs no {kind_from} before a {kind_to}")
+        return {"img": torch.cat((streams["txt"], streams["img"]), 1)}
+
+    @untraced
+    def picture(self, args: BlockArgs, out: Mapping[str, Tensor]) -> slice:
+        """The rows of `out["img"]` `[B, T, D]` that the head reads after the last block.
+
+        Reference tokens are among them wherever the model keeps them until then.
+
+        Args:
+            args, out: what the last block was given and what came of it.
+        """
+        if "txt" in args:
+            return slice(0, out["img"].shape[1])
+        options = args.get("transformer_options", {})
+        if "img_slice" not in options:
+            raise ValueError(
+                "The model's blocks do not say which of their tokens are the picture's, because another node replaced "
+                "its forward pass. Remove that node, or the step cache."
+            )
+        return slice(*options["img_slice"])  # a single block, text in front
+
+    def _kind(self, name: str) -> BlockKind:
+        for kind in self.kinds:
+            if kind.kind == name:
+                return kind
+        raise ValueError(f"{self.name} has no {name}, but {', '.join(kind.kind for kind in self.kinds)}")
+
+
+def double_blocks(modules: str, *streams: str) -> tuple[BlockKind, ...]:
+    """Blocks of one kind only. `modules` is the transformer's list of them."""
+    return (BlockKind("double_block", modules, streams),)
+
+
+def double_and_single_blocks() -> tuple[BlockKind, ...]:
+    """FLUX's two kinds: img and txt apart, then joined in img, text first."""
+    return (*double_blocks("double_blocks", "img", "txt"), BlockKind("single_block", "single_blocks", ("img",)))
+
+
+def cells(size: tuple[int, ...] | Any, patch: tuple[int, ...] | Any) -> tuple[int, ...]:
+    """Patches along every axis; odd sizes are padded up, as all these models do."""
+    return tuple(-(-n // p) for n, p in zip(size, patch, strict=True))
+
+
+def count(size: tuple[int, ...] | Any, patch: tuple[int, ...] | Any) -> int:
+    """Patches in all, of a latent of this size."""
+    return math.prod(cells(size, patch))

@@ -1,0 +1,31 @@
+"""HunyuanVideo. HunyuanImage runs the same code, and was not run itself.
+
+Tokens: text with what is joined to it, reference picture, video. Blocks as in FLUX.1; they write into their args.
+Tokens of a reference stand before the picture's own, and are dropped before the head. Between blocks: ControlNet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy.ldm.hunyuan_video.model import HunyuanVideo
+from torch import Tensor
+
+from ...models.accelerate.sparse_attention import Grid
+from .family import Family, Grids, cells, count, double_and_single_blocks
+
+
+def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
+    patch = tuple(transformer.patch_size)
+    *frames, height, width = cells(x.shape[-len(patch) :], patch)
+    byt5, vision, reference = (conds.get(name) for name in ("txt_byt5", "clip_fea", "ref_latent"))
+    if byt5 is not None and transformer.byt5_in is not None:
+        text += byt5.shape[1]
+    if vision is not None:
+        text += vision.shape[1]
+    if reference is not None:
+        text += count(reference.shape[-len(patch) :], patch)
+    return (Grid(height, width, *frames, before=text),)
+
+
+HUNYUAN_VIDEO = Family("HunyuanVideo", (HunyuanVideo,), grids=grids, kinds=double_and_single_blocks(), in_place=True)

@@ -1,0 +1,35 @@
+"""LTX video, without sound.
+
+Tokens: video; text in an attention of its own. With keyframes, and where the text is as long as the video: unknown.
+Blocks: img; txt is the same for all of them. They write into their args. Attention is told no block. Nothing runs
+between blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy.ldm.lightricks.model import LTXVModel
+from torch import Tensor
+
+from ...models.accelerate.sparse_attention import Grid
+from .family import Family, Grids, double_blocks
+
+
+def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
+    keyframes = conds.get("keyframe_idxs")
+    if x.ndim != 5 or (keyframes is not None and keyframes.shape[2] > 0):
+        return ()
+    frames, height, width = x.shape[-3:]
+    grid = Grid(height, width, frames)
+    return () if grid.length == text else (grid,)
+
+
+LTX = Family(
+    "LTX video",
+    (LTXVModel,),
+    grids=grids,
+    kinds=double_blocks("transformer_blocks", "img"),
+    in_place=True,
+    numbered=False,
+)
