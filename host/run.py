@@ -16,6 +16,7 @@ inside of all features, watches whether blocks take what features hand to them: 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -29,6 +30,8 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from .offers import Offers
 from .tiles import Tile, tiles_of
+
+logger = logging.getLogger(__name__)
 
 KEY = "dit_toolkit"
 CHUNK = "dit_toolkit.chunk"  # in transformer_options: the Chunk that is being computed
@@ -84,6 +87,11 @@ class Condition:
     def positive(self) -> bool:
         return self.name == POSITIVE
 
+    def __str__(self) -> str:
+        """For the log: its name, and what sets it apart from others of that name."""
+        apart = {"pass": self.occurrence, "window": self.window, "tile": self.tile, "patched": self.patched}
+        return " ".join([self.name or "prompt", *(f"{word} {value}" for word, value in apart.items() if value)])
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -94,6 +102,9 @@ class Chunk:
 
     conditions: tuple[Condition, ...]
     rows: int
+
+    def __str__(self) -> str:
+        return f"{self.rows} pictures for each of {', '.join(map(str, self.conditions))}"
 
     def part(self, i: int) -> slice:
         """The batch rows of condition `i`."""
@@ -259,6 +270,7 @@ def sampler_run(executor, *args, **kwargs):
     def name_conditions(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         hooks = getattr(executor.class_obj.current_patcher, "current_hooks", None)
         chunk = run.open_chunk(x, transformer_options, hooks)
+        logger.debug("evaluation %d: %s", run.evaluation, chunk)
         transformer_options = {**transformer_options, CHUNK: chunk}
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 

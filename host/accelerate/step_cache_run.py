@@ -11,6 +11,7 @@ evaluations.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ from ..part_of_run import begun
 from ..run import KEY, VISIT, Chunk, Run, chunk_of
 from .step_cache_report import Entry, RunReport
 from .step_cache_settings import StepCache
+
+logger = logging.getLogger(__name__)
 
 Tensors = tuple[Tensor, ...]
 
@@ -165,6 +168,8 @@ class StepCacheRun:
             self.report.notes.append("The schedule does not fall evenly to its end, so the last steps are not guarded.")
         if self.short:
             self.report.notes.append("Too few steps for a forecast: everything is computed.")
+        logger.debug("%s: %s, tap %s, %s, %s, %s", settings.method, settings.policy, settings.tap.name,
+                     settings.forecaster, settings.guard, settings.part)  # fmt: skip
 
     def install(self, model_options: dict) -> None:
         self.settings.tap.install(self, model_options)
@@ -295,6 +300,11 @@ class StepCacheRun:
         threshold = threshold if threshold is not None and isfinite(threshold) else None
         entry = Entry(self.run.evaluation, self.sigma, full, reason, error, threshold, seconds)
         self.settings.report.add(self.report, entry)
+        logger.debug(
+            "%s: evaluation %d, sigma %.4g, %s because of %s%s; calls computed %d, forecast %d",
+            *(self.settings.method, entry.index, entry.sigma, "computed" if full else "forecast", reason),
+            *("" if error is None else f" (error {error:.3g})", self.computed, self.forecast),
+        )
 
     # calls of the model
 

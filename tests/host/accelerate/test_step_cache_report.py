@@ -262,3 +262,19 @@ def test_an_interrupt_is_said(tiny_flux, page):
     assert page.sent[-1][0] == "dit_toolkit.run_end"
     assert page.sent[-1][1]["interrupted"]
     assert last_run(model).summary.endswith(", interrupted")
+
+
+def test_a_debug_line_for_the_plan_and_for_each_evaluation(tiny_flux, caplog):
+    """So that a bug report can be made to speak: ComfyUI's --verbose DEBUG."""
+    model = cached(tiny_flux, Interval(2, 2))
+    with caplog.at_level("DEBUG", logger="dit_toolkit.host"):
+        sample(model, 6, cfg=2.0)
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "DEBUG"]
+    assert sum(line.startswith("Test: Interval(every=2, first=2") for line in lines) == 1
+    evaluations = [line for line in lines if line.startswith("Test: evaluation ")]
+    assert len(evaluations) == 6
+    assert evaluations[0] == "Test: evaluation 0, sigma 1, computed because of first; calls computed 1, forecast 0"
+    assert "forecast because of interval; calls computed 0, forecast 1" in evaluations[2]
+    assert [line for line in lines if line.startswith("evaluation 0: ")] == [
+        "evaluation 0: 1 pictures for each of negative, positive"
+    ]
