@@ -44,10 +44,12 @@ class Stack:
 
     @torch.inference_mode()
     def latents(
-        self, model, text, seed=1, cfg=CFG, steps=STEPS, size=(SIDE, SIDE), batch=1, sampler="euler", callback=None
-    ):
+        self, model, text, seed=1, cfg=CFG, steps=STEPS, size=(SIDE, SIDE), batch=1, sampler="euler", callback=None,
+        alike=False,
+    ):  # fmt: skip
+        """alike: all pictures of the batch start from the same noise."""
         empty = torch.zeros(batch, 16, size[0] // 8, size[1] // 8)
-        noise = comfy.sample.prepare_noise(empty, seed)
+        noise = comfy.sample.prepare_noise(empty, seed, [0] * batch if alike else None)
         return comfy.sample.sample(
             model, noise, steps, cfg, sampler, "simple", self.words(text), self.words(""), empty, seed=seed,
             callback=callback, disable_pbar=True,
@@ -215,9 +217,12 @@ def edges(stack, apply):
     captions = [shipped.prompt_for("edge", s) for s in scenes]
     images = {"with": [], "without": [], "other": []}
     for k, text in enumerate(captions):
-        images["with"].append(stack.picture(apply(maps[k]), text, seed=200 + k)[0])
+        both = apply([maps[k], maps[k - 1]])
+        for name, picture in zip(
+            ("with", "other"), stack.picture(both, text, seed=200 + k, batch=2, alike=True), strict=True
+        ):
+            images[name].append(picture)
         images["without"].append(stack.picture(stack.model, text, seed=200 + k)[0])
-        images["other"].append(stack.picture(apply(maps[k - 1]), text, seed=200 + k)[0])
     return scenes, truth, images
 
 
