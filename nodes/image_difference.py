@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from comfy.utils import common_upscale
@@ -14,7 +15,9 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..models.image_difference import Box, difference, draw_boxes, find_boxes, heat, psnr, ssim
-from .inputs import check
+from .inputs import check, choice, share
+
+Resize = Literal["off", "image to reference"]
 
 
 class ImageDifference(io.ComfyNode):
@@ -31,62 +34,29 @@ class ImageDifference(io.ComfyNode):
             search_aliases=["psnr", "ssim", "compare images", "image metric", "quality", "heat map", "diff"],
             inputs=[
                 io.Image.Input("reference", tooltip="The picture to measure against: say, the one without the node."),
-                io.Image.Input(
-                    "image",
-                    tooltip="The picture to judge. A batch is compared one by one; a single picture with every other.",
-                ),
-                io.Float.Input(
-                    "threshold",
-                    default=0.05,
-                    min=0.0,
-                    max=1.0,
-                    step=0.005,
-                    round=0.001,
-                    tooltip="A pixel counts as changed when a colour channel differs by more than this. "
-                    "1 is from black to white, 0 counts every difference. PSNR and SSIM do not depend on it.",
-                ),
-                io.Combo.Input(
-                    "resize",
-                    options=["off", "image to reference"],
-                    default="off",
-                    advanced=True,
-                    tooltip="What to do when the sizes differ. off refuses; 'image to reference' stretches 'image'.",
-                ),
-                io.Float.Input(
-                    "heat_range",
-                    default=0.25,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="The difference that gets the brightest colour. 0 takes the largest one that is found, "
-                    "which makes maps of different pictures hard to compare.",
-                ),
-                io.Int.Input(
-                    "merge_gap",
-                    default=8,
-                    min=0,
-                    max=512,
-                    advanced=True,
-                    tooltip="Changed spots with at most this many pixels between them share a box.",
-                ),
-                io.Int.Input(
-                    "min_pixels",
-                    default=16,
-                    min=1,
-                    max=1_000_000,
-                    advanced=True,
-                    tooltip="Spots with fewer changed pixels get no box. 1 boxes them all.",
-                ),
+                io.Image.Input("image",
+                               tooltip="The picture to judge. A batch is compared one by one; a single "
+                               "picture with every other."),
+                io.Float.Input("threshold", default=0.05, min=0.0, max=1.0, step=0.005, round=0.001,
+                               tooltip="A pixel counts as changed when a colour channel differs by more than this. 1 "
+                               "is from black to white, 0 counts every difference. PSNR and SSIM do not depend on it."),
+                choice("resize", Resize, "off", advanced=True,
+                       tooltip="What to do when the sizes differ. off refuses; 'image to "
+                       "reference' stretches 'image'."),
+                share("heat_range", 0.25, advanced=True,
+                      tooltip="The difference that gets the brightest colour. 0 takes the largest one that is found, "
+                      "which makes maps of different pictures hard to compare."),
+                io.Int.Input("merge_gap", default=8, min=0, max=512, advanced=True,
+                             tooltip="Changed spots with at most this many pixels between them share a box."),
+                io.Int.Input("min_pixels", default=16, min=1, max=1_000_000, advanced=True,
+                             tooltip="Spots with fewer changed pixels get no box. 1 boxes them all."),
             ],
             outputs=[
-                io.Image.Output(
-                    display_name="heat_map", tooltip="Black where nothing changed, pale yellow at 'heat_range'."
-                ),
+                io.Image.Output(display_name="heat_map",
+                                tooltip="Black where nothing changed, pale yellow at 'heat_range'."),
                 io.Image.Output(display_name="marked", tooltip="'image' with a frame around everything that changed."),
-                io.BoundingBox.Output(
-                    display_name="boxes", tooltip="The boxes of each picture, the one with most changed pixels first."
-                ),
+                io.BoundingBox.Output(display_name="boxes",
+                                      tooltip="The boxes of each picture, the one with most changed pixels first."),
                 io.String.Output(display_name="report", tooltip="One line with all of it, also shown on the node."),
                 io.Float.Output(display_name="psnr", tooltip="dB, over the whole batch. Infinite if it is identical."),
                 io.Float.Output(display_name="ssim", tooltip="The mean over the batch. 1 if it is identical."),
@@ -94,7 +64,7 @@ class ImageDifference(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             not_idempotent=True,  # or ComfyUI's cache takes two equal nodes for one, and shows the line on the first
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(
@@ -102,7 +72,7 @@ class ImageDifference(io.ComfyNode):
         reference: Tensor,
         image: Tensor,
         threshold: float,
-        resize: str,
+        resize: Resize,
         heat_range: float,
         merge_gap: int,
         min_pixels: int,
@@ -137,7 +107,7 @@ class Pair:
     boxes: tuple[Box, ...]
 
 
-def matched(reference: Tensor, image: Tensor, resize: str) -> tuple[Tensor, Tensor]:
+def matched(reference: Tensor, image: Tensor, resize: Resize) -> tuple[Tensor, Tensor]:
     """Both batches with the same shape `[B, H, W, C]` and colours in 0..1, or a sentence that says why not."""
     if reference.shape[1:3] != image.shape[1:3]:
         if resize == "off":
