@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..host import model_files
 from ..host.control.conditions_settings import Cache
+from ..models.control.pixels import any_background
 
 logger = logging.getLogger(__name__)
 
@@ -266,11 +267,5 @@ def warn_of_background(node: str, name: str, mask: Tensor) -> None:
 
     It stays a warning: a wreath or a frame looks the same.
     """
-    if any(around_something(each > 0.5) for each in (mask[None] if mask.ndim == 2 else mask)):
+    if any_background(mask):
         logger.warning("%s: '%s' covers all corners of its picture and not the middle. %s", node, name, INVERT_MASK)
-
-
-def around_something(mask: Tensor) -> bool:
-    """Whether a mask `[H, W]` bool has all four corners and not the middle, as that of a background does."""
-    corners = mask[:: mask.shape[0] - 1 or 1, :: mask.shape[1] - 1 or 1]
-    return bool(corners.all()) and not mask[mask.shape[0] // 2, mask.shape[1] // 2]

@@ -17,15 +17,7 @@ from ..host.control.try_on import attach, brought_to
 from ..host.control.try_on_files import FOLDER, load
 from ..host.part_of_run import PartOfRun
 from ..models.control.mc_vton_keys import Position
-from ..models.control.try_on_image import (
-    Fill,
-    composite,
-    fitted_masks,
-    garments_on_white,
-    masked_persons,
-    placed_masks,
-    plan,
-)
+from ..models.control.try_on_image import Fill, composite, placed_masks, prepare
 from .inputs import (
     ANY_FLUX1,
     check,
@@ -132,18 +124,20 @@ class TryOnPrepare(io.ComfyNode):
         if 1 not in counts and counts[0] != counts[1]:
             raise ValueError(f"Got {counts[0]} persons and {counts[1]} garments. Give one of either, or one for each.")
         warn_of_background("Try-On Prepare", "mask", mask)
-        paste = plan(
-            fitted_masks(mask, person, dilation),
-            None if crop == "whole picture" else margin,
-            (height, width) if size == "fixed" else megapixels * 1e6,
-            dilation,
+        made = prepare(
+            person,
+            mask,
+            garment,
+            garment_mask,
+            margin=None if crop == "whole picture" else margin,
+            size=(height, width) if size == "fixed" else megapixels * 1e6,
+            dilation=dilation,
+            fill=fill,
         )
-        if garment_mask is not None:
-            garment_mask = fitted_masks(garment_mask, garment, what="garment")
-            warn_of_background("Try-On Prepare", "garment_mask", garment_mask)
-        persons, masks = masked_persons(person, paste, fill)
-        garments = garments_on_white(garment, garment_mask, paste.working)
-        return io.NodeOutput(persons, garments, masks, paste.working[1], paste.working[0], max(counts), paste)
+        if made.garment_masks is not None:
+            warn_of_background("Try-On Prepare", "garment_mask", made.garment_masks)
+        height, width = made.paste.working
+        return io.NodeOutput(made.persons, made.garments, made.masks, width, height, max(counts), made.paste)
 
 
 class LoadTryOn(io.ComfyNode):
