@@ -70,6 +70,7 @@ class ApplyReTtention(io.ComfyNode):
                 "The model, with sparse attention on most evaluations.",
                 "What was computed in full, pairs kept and memory held.",
             ),
+            is_experimental=True,  # its kernels on a GPU are others, and nobody has measured them
         )  # fmt: skip
 
     @classmethod

@@ -41,6 +41,7 @@ Size = Literal["auto", "fixed"]
 CropOf = Literal["around the mask", "whole picture"]
 GarmentPosition = Literal["auto", Position]
 
+# Of nodes that are marked as experimental for it. Cutting out and pasting back are not: they serve any model.
 RECONSTRUCTION = "A reconstruction after the MC-VTON paper, whose code and weights are not public."
 
 
@@ -158,6 +159,7 @@ class LoadTryOn(io.ComfyNode):
                 io.String.Output(display_name="report",
                                  tooltip="One line: what each branch touches, and how the file was trained."),
             ],
+            is_experimental=True,
         )  # fmt: skip
 
     @classmethod
@@ -212,6 +214,7 @@ class ApplyTryOn(io.ComfyNode):
                 kv_cache("both pictures'"),
             ],
             outputs=[io.Model.Output(tooltip="The model, dressing the person.")],
+            is_experimental=True,
         )  # fmt: skip
 
     @classmethod
