@@ -43,6 +43,32 @@ class Box:
     pixels: int  # how many pixels in it changed
 
 
+@dataclass(frozen=True)
+class Pair:
+    """What was found in one picture."""
+
+    psnr: float  # dB
+    ssim: float
+    changed: float  # share of the pixels, 0..1
+    boxes: tuple[Box, ...]
+
+
+def compare(first: Tensor, second: Tensor, threshold: float, gap: int = 0, least: int = 1) -> list[Pair]:
+    """Two batches `[B, H, W, C]`, picture by picture. A pixel has changed that differs by more than `threshold`."""
+    return [compare_one(a, b, threshold, gap, least) for a, b in zip(first, second, strict=True)]
+
+
+def compare_one(first: Tensor, second: Tensor, threshold: float, gap: int, least: int) -> Pair:
+    """Two pictures `[H, W, C]`."""
+    changed = difference(first, second) > threshold
+    boxes = find_boxes(changed, gap, least)
+    return Pair(psnr(first, second), ssim(first, second), float(changed.double().mean()), boxes)
+
+
+def mean_ssim(pairs: list[Pair]) -> float:
+    return sum(pair.ssim for pair in pairs) / len(pairs)
+
+
 def psnr(first: Tensor, second: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of two tensors of one shape; infinite when they are equal."""
     from kornia.metrics import psnr  # ComfyUI has it loaded by the time a node runs; loading the pack must not wait
@@ -75,6 +101,12 @@ def heat(amount: Tensor, full: float) -> Tensor:
     return torch.lerp(stops[below], stops[below + 1], (place - below)[..., None])
 
 
+def heat_map(first: Tensor, second: Tensor, full: float = 0) -> Tensor:
+    """`[B, H, W, C]` twice -> colours `[B, H, W, 3]`. `full`: the brightest difference; 0 takes the largest found."""
+    amount = difference(first, second)
+    return heat(amount, full or float(amount.max()) or 1.0)
+
+
 def find_boxes(changed: Tensor, gap: int = 0, least: int = 1) -> tuple[Box, ...]:
     """Boxes around what changed, the one with the most changed pixels first.
 
@@ -97,6 +129,16 @@ def find_boxes(changed: Tensor, gap: int = 0, least: int = 1) -> tuple[Box, ...]
         if pixels >= least:
             boxes.append(Box(columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start, pixels))
     return tuple(sorted(boxes, key=lambda box: (-box.pixels, box.y, box.x)))
+
+
+def mark(pictures: Tensor, pairs: list[Pair]) -> Tensor:
+    """`[B, H, W, C]`, grey or with alpha, too -> `[B, H, W, 3]` with the boxes of each picture drawn on it."""
+    return torch.stack([draw_boxes(rgb(each), pair.boxes) for each, pair in zip(pictures, pairs, strict=True)])
+
+
+def rgb(picture: Tensor) -> Tensor:
+    """`[H, W, C]` with grey or alpha -> `[H, W, 3]` to draw on."""
+    return picture[..., :3].expand(-1, -1, 3)
 
 
 def draw_boxes(picture: Tensor, boxes: tuple[Box, ...]) -> Tensor:

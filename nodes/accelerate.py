@@ -5,7 +5,7 @@ Methods and their papers: `nodes/step_cache.py`. Presets and where they come fro
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import comfy.sample
 import comfy.samplers
@@ -14,11 +14,13 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..host.accelerate.accelerate import QUALITIES, Quality, accelerated, family_name, preset, tune
+from ..host.accelerate.accelerate import Quality, accelerated, family_name, preset, tune
 from ..host.accelerate.charts import trade_off
 from ..host.accelerate.step_cache_report import StepCacheReport
-from .inputs import check
-from .step_cache import CATEGORY, model_input, outputs
+from .inputs import check, choice, model_input, seed
+from .step_cache import ANY_MODEL, CATEGORY, outputs
+
+AskedQuality = Literal["off", Quality]
 
 
 class AccelerateDiT(io.ComfyNode):
@@ -31,14 +33,10 @@ class AccelerateDiT(io.ComfyNode):
             description="Makes a diffusion transformer faster: picks a step cache and its numbers for this model.",
             search_aliases=["speed up", "faster", "cache", "teacache", "easycache", "taylorseer", "accelerate"],
             inputs=[
-                model_input(),
-                io.Combo.Input(
-                    "quality",
-                    options=["off", *QUALITIES],
-                    default="balanced",
-                    tooltip="quality: hard to tell from the slow picture. balanced: small details may differ. fast: "
-                    "another picture of the same idea. off: the model as it is.",
-                ),
+                model_input(ANY_MODEL),
+                choice("quality", AskedQuality, "balanced",
+                       "quality: hard to tell from the slow picture. balanced: small details may differ. fast: "
+                       "another picture of the same idea. off: the model as it is."),
             ],
             outputs=[
                 *outputs(),
@@ -46,13 +44,13 @@ class AccelerateDiT(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             not_idempotent=True,  # the report belongs to this node, and ComfyUI leaves the id out of its cache
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, model: Any, quality: Quality) -> io.NodeOutput:
+    def execute(cls, model: Any, quality: AskedQuality) -> io.NodeOutput:
         check(cls, locals())
         report = StepCacheReport("Accelerate DiT", "", cls.hidden.unique_id, off=True)
-        if quality == "off":  # pyright: ignore[reportUnnecessaryComparison]
+        if quality == "off":
             return io.NodeOutput(model, report, "off")
         setting = preset(model, quality)
         picked = f"{setting.words}, for {family_name(model)}, {quality}. Source: {setting.source}."
@@ -74,42 +72,22 @@ class Autotune(io.ComfyNode):
             ),
             search_aliases=["autotune", "calibrate", "benchmark", "speed up", "trade-off"],
             inputs=[
-                model_input(),
+                model_input(ANY_MODEL),
                 io.Conditioning.Input("positive", tooltip="A prompt like those the model will be used for."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt; not read at cfg 1."),
                 io.Latent.Input("latent", tooltip="Sets the size. A small one makes the trials short."),
-                io.Vae.Input(
-                    "vae",
-                    optional=True,
-                    tooltip="Compares pictures. Without it, latents are compared, which is stricter.",
-                ),
-                io.Float.Input(
-                    "floor",
-                    default=30.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.5,
-                    tooltip="Quality to keep, as PSNR against the picture that is computed in full, in dB. 40: hard to "
-                    "tell apart. 30: small differences. 20: another picture of the same idea.",
-                ),
-                io.Int.Input(
-                    "trials", default=7, min=1, max=12, tooltip="How many settings to try, beside the full run."
-                ),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the noise, for all trials."),
+                io.Vae.Input("vae", optional=True,
+                             tooltip="Compares pictures. Without it, latents are compared, which is stricter."),
+                io.Float.Input("floor", default=30.0, min=0.0, max=100.0, step=0.5,
+                               tooltip="Quality to keep, as PSNR against the picture that is computed in full, in dB. "
+                               "40: hard to tell apart. 30: small differences. 20: another picture of the same idea."),
+                io.Int.Input("trials", default=7, min=1, max=12,
+                             tooltip="How many settings to try, beside the full run."),
+                seed("seed", "Of the noise, for all trials."),
                 io.Int.Input("steps", default=28, min=1, max=1000, tooltip="As you will sample later."),
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="As you will sample later."),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=list(comfy.samplers.KSampler.SAMPLERS),
-                    default="euler",
-                    tooltip="As you will sample later.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=list(comfy.samplers.KSampler.SCHEDULERS),
-                    default="simple",
-                    tooltip="As you will sample later.",
-                ),
+                choice("sampler_name", comfy.samplers.KSampler.SAMPLERS, "euler", "As you will sample later."),
+                choice("scheduler", comfy.samplers.KSampler.SCHEDULERS, "simple", "As you will sample later."),
             ],
             outputs=[
                 *outputs(),
@@ -118,7 +96,7 @@ class Autotune(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             not_idempotent=True,  # the report belongs to this node, and ComfyUI leaves the id out of its cache
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(

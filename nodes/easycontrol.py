@@ -12,17 +12,29 @@ from typing import Any, Literal
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..host import model_files
 from ..host.control.conditions_settings import PATCH, Cache, check_numbers
 from ..host.control.easycontrol import Padding, attach, prepare_image
 from ..host.control.easycontrol_files import FOLDER, load
 from ..host.part_of_run import PartOfRun
 from ..models.control.easycontrol_keys import Kind
-from .inputs import check, kv_cache, part_of_run, whole_tokens
+from .inputs import (
+    ANY_FLUX1,
+    check,
+    choice,
+    kv_cache,
+    model_input,
+    part_of_run,
+    share,
+    strength,
+    weights_file,
+    whole_tokens,
+)
 
 logger = logging.getLogger(__name__)
 
 EasyControlType = io.Custom("DIT_EASYCONTROL")
+
+AskedKind = Literal["auto", Kind]
 
 
 class LoadEasyControl(io.ComfyNode):
@@ -37,13 +49,7 @@ class LoadEasyControl(io.ComfyNode):
                 "It acts on condition images only; ordinary LoRA loaders cannot use it."
             ),
             search_aliases=["easycontrol", "control lora", "condition lora", "canny", "depth", "pose", "subject"],
-            inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=model_files.names(FOLDER),
-                    tooltip="A file in models/easycontrol or models/loras, or one that ships with the pack.",
-                ),
-            ],
+            inputs=[weights_file(FOLDER)],
             outputs=[
                 EasyControlType.Output(display_name="easycontrol", tooltip="The LoRA, for Apply EasyControl."),
                 io.String.Output(display_name="report", tooltip="One line: what the file holds and is for."),
@@ -71,85 +77,44 @@ class ApplyEasyControl(io.ComfyNode):
             ),
             search_aliases=["easycontrol", "controlnet", "canny", "depth", "pose", "subject reference", "kv cache"],
             inputs=[
-                io.Model.Input("model", tooltip="A FLUX.1 model: dev, schnell or a fine-tune, fp8 included."),
-                EasyControlType.Input(
-                    "easycontrol", optional=True, tooltip="The LoRA that was trained for this kind of condition."
-                ),
-                io.Image.Input(
-                    "image",
-                    optional=True,
-                    tooltip="The condition image. One for all pictures, or as many as the batch has. Needs 'vae'.",
-                ),
+                model_input(ANY_FLUX1),
+                EasyControlType.Input("easycontrol", optional=True,
+                                      tooltip="The LoRA that was trained for this kind of condition."),
+                io.Image.Input("image", optional=True,
+                               tooltip="The condition image. One for all pictures, or as many as "
+                               "the batch has. Needs 'vae'."),
                 io.Vae.Input("vae", optional=True, tooltip="The model's VAE, which encodes 'image'."),
-                io.Latent.Input(
-                    "latent",
-                    optional=True,
-                    tooltip="An encoded condition, used as it is. Instead of 'image', not with it.",
-                ),
-                io.Combo.Input(
-                    "kind",
-                    options=["auto", "spatial", "subject"],
-                    default="auto",
-                    tooltip="spatial: the image lies over the picture (edges, depth, pose, inpainting, style). "
-                    "subject: it shows something to put into the picture. auto: as the file or its name says.",
-                ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="Factor on the LoRA, 1 as published. 0 turns the condition off.",
-                ),
+                io.Latent.Input("latent", optional=True,
+                                tooltip="An encoded condition, used as it is. Instead of 'image', not with it."),
+                choice("kind", AskedKind, "auto",
+                       "spatial: the image lies over the picture (edges, depth, pose, inpainting, style). subject: it "
+                       "shows something to put into the picture. auto: as the file or its name says."),
+                strength("strength", "Factor on the LoRA, 1 as published. 0 turns the condition off."),
                 *part_of_run(
                     "Where in the run the condition begins to act. 0 is the start.",
                     "Where in the run it stops acting. 1 is the end.",
                 ),
-                io.Int.Input(
-                    "condition_size",
-                    default=512,
-                    min=PATCH,
-                    max=2048,
-                    step=PATCH,
-                    advanced=True,
-                    tooltip="Side in pixels that 'image' is brought to; published LoRAs are trained at 512. "
-                    "Smaller is faster and needs less memory. Not read for 'latent'.",
-                ),
-                io.Combo.Input(
-                    "pad_color",
-                    options=["grey", "black"],
-                    default="grey",
-                    advanced=True,
-                    tooltip="What fills up a subject image that is not square. Not read for spatial conditions.",
-                ),
-                io.Int.Input(
-                    "slot",
-                    default=0,
-                    min=0,
-                    max=15,
-                    advanced=True,
-                    tooltip="Which LoRA of a file that holds several. 0 is the first; nearly all files have one.",
-                ),
-                io.Float.Input(
-                    "influence",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="How much attention the condition gets: fades it out without a jump. "
-                    "1 is as trained and fastest, 0 turns it off.",
-                ),
+                io.Int.Input("condition_size", default=512, min=PATCH, max=2048, step=PATCH, advanced=True,
+                             tooltip="Side in pixels that 'image' is brought to; published LoRAs are trained at 512. "
+                             "Smaller is faster and needs less memory. Not read for 'latent'."),
+                choice("pad_color", Padding, "grey", advanced=True,
+                       tooltip="What fills up a subject image that is not square. Not read for spatial conditions."),
+                io.Int.Input("slot", default=0, min=0, max=15, advanced=True,
+                             tooltip="Which LoRA of a file that holds several. 0 is the first; "
+                             "nearly all files have one."),
+                share("influence", 1.0, advanced=True,
+                      tooltip="How much attention the condition gets: fades it out without a jump. 1 is as trained "
+                      "and fastest, 0 turns it off."),
                 kv_cache("the condition's"),
             ],
             outputs=[io.Model.Output(tooltip="The model, following the condition.")],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(
         cls,
         model: io.Model.Type,
-        kind: Kind | Literal["auto"],
+        kind: AskedKind,
         strength: float,
         start_percent: float,
         end_percent: float,

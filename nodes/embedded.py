@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host import embedded
-from .inputs import check
+from .inputs import UNSET, check, choice
 
 
 class LoadEmbedded(io.ComfyNode):
@@ -22,15 +22,13 @@ class LoadEmbedded(io.ComfyNode):
             search_aliases=["tiny flux", "toy model", "demo model", "embedded default", "cpu demo"],
             inputs=[],
             outputs=[
-                io.Model.Output(
-                    tooltip="Tiny FLUX.1 transformer, for FLUX.1 nodes and samplers. FLUX.1 LoRAs do not fit it."
-                ),
-                io.Clip.Output(
-                    tooltip="Its text encoder. Knows 43 words: colours, shapes, dolls, garments, poses, places."
-                ),
+                io.Model.Output(tooltip="Tiny FLUX.1 transformer, for FLUX.1 nodes and samplers. FLUX.1 LoRAs do not "
+                                "fit it."),
+                io.Clip.Output(tooltip="Its text encoder. Knows 43 words: colours, shapes, dolls, garments, poses, "
+                               "places."),
                 io.Vae.Output(tooltip="Its autoencoder, with FLUX.1's 16 latent channels."),
             ],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
@@ -47,17 +45,12 @@ class ExamplePicture(io.ComfyNode):
             description="A picture that ships with DiT Toolkit, for its examples. Put Load Image here for your own.",
             search_aliases=["example image", "sample picture", "demo image", "test image"],
             inputs=[
-                io.Combo.Input(
-                    "picture",
-                    options=embedded.example_names(),
-                    tooltip="drawn_*: outlines drawn by hand. garment_*: shirts laid flat. mask_*: where a doll or a "
-                    "shirt is, for Convert Image to Mask. painted_*: dolls. photo_*: a photograph.",
-                ),
+                choice("picture", embedded.example_names(), UNSET,
+                       "drawn_*: outlines drawn by hand. garment_*: shirts laid flat. mask_*: where a doll or a shirt "
+                       "is, for Convert Image to Mask. painted_*: dolls. photo_*: a photograph."),
             ],
-            outputs=[
-                io.Image.Output(tooltip="The picture, [1, H, W, 3]."),
-            ],
-        )
+            outputs=[io.Image.Output(tooltip="The picture, [1, H, W, 3].")],
+        )  # fmt: skip
 
     @classmethod
     def execute(cls, picture: str) -> io.NodeOutput:

@@ -6,7 +6,7 @@ Paper: FreeCus, arXiv:2507.15249. The method is in `models/control/freecus.py`, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from comfy_api.latest import io
 
@@ -20,9 +20,10 @@ from ..models.control.subject_description import (
     instruction_to_keep,
     prompt_with_description,
 )
-from .inputs import check, part_of_run, warn_of_background
+from .inputs import check, choice, cut_out_mask, model_input, part_of_run, seed, warn_of_background
 
-SAME_NOISE, OWN_NOISE = "same as the picture", "own seed"
+Noise = Literal["same as the picture", "own seed"]
+SAME_NOISE, OWN_NOISE = get_args(Noise)
 
 
 class ApplyFreeCus(io.ComfyNode):
@@ -39,100 +40,45 @@ class ApplyFreeCus(io.ComfyNode):
             search_aliases=["freecus", "subject reference", "subject driven", "personalization", "customization",
                             "consistent character", "attention sharing"],
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="A FLUX.1 model: dev, or a fine-tune or LoRA of it; not Fill, Canny or Depth."
-                ),
+                model_input("A FLUX.1 model: dev, or a fine-tune or LoRA of it; not Fill, Canny or Depth."),
                 io.Vae.Input("vae", tooltip="The model's VAE, which encodes the reference at the picture's size."),
                 io.Image.Input("reference", tooltip="One picture of the subject."),
-                io.Mask.Input(
-                    "subject",
-                    optional=True,
-                    tooltip="Where the subject is on the reference. A token of 16 x 16 pixels counts in full where its "
-                    "middle is inside; of parts too thin for that, the tokens they lie in. Draw it tight. Without a "
-                    "mask the whole picture is the subject, its background too. From Load Image, put Invert Mask "
-                    "between: its mask is 1 where the picture is transparent.",
-                ),
-                io.Float.Input(
-                    "key_scale",
-                    default=KEY_SCALE,
-                    min=0.5,
-                    max=2.0,
-                    step=0.01,
-                    tooltip="How strongly the subject's tokens draw attention. 1.1 as published; lower follows the "
-                    "prompt more, higher the reference. There is no neutral value: 1 leaves them as they are.",
-                ),
+                cut_out_mask("subject",
+                             "Where the subject is on the reference. A token of 16 x 16 pixels counts in full where "
+                             "its middle is inside; of parts too thin for that, the tokens they lie in. Draw it "
+                             "tight. Without a mask the whole picture is the subject, its background too."),
+                io.Float.Input("key_scale", default=KEY_SCALE, min=0.5, max=2.0, step=0.01,
+                               tooltip="How strongly the subject's tokens draw attention. 1.1 as published; "
+                               "lower follows the prompt more, higher the reference. There is no neutral value: "
+                               "1 leaves them as they are."),
                 *part_of_run(
                     "Where in the run the subject begins to act. 0 is the start.",
                     "Where in the run it stops acting. 1 is the end. Steps outside cost nothing extra.",
                 ),
-                io.Float.Input(
-                    "text_key_scale",
-                    default=KEY_SCALE,
-                    min=0.5,
-                    max=2.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="The same factor for the prompt's own tokens, so that it is not drowned. 1.1 as "
-                    "published, 1 leaves them as they are. Of several nodes the largest holds.",
-                ),
-                io.String.Input(
-                    "layers",
-                    default="published",
-                    advanced=True,
-                    tooltip="Layers in which the picture sees the subject. 'published': the ten vital ones of "
-                    "FLUX.1-dev; all layers in a model of another depth. 'all', or numbers such as '0-2, 17, 25', "
-                    "double blocks first.",
-                ),
-                io.Combo.Input(
-                    "shift_mode",
-                    options=["reversed", "half", "twice", "linear", "normal"],
-                    default="reversed",
-                    advanced=True,
-                    tooltip="How much cleaner the reference is than the picture at the same step. 'reversed' as "
-                    "published, 'twice' is cleaner, 'half' and 'linear' less so, 'normal' hardly.",
-                ),
-                io.Float.Input(
-                    "reference_shift",
-                    default=REFERENCE_SHIFT,
-                    min=0.0,
-                    max=4.0,
-                    step=0.000001,
-                    advanced=True,
-                    tooltip="The shift of the reference's schedule that shift_mode reverses. 0.459375 as published, "
-                    "at every size.",
-                ),
-                io.Combo.Input(
-                    "prompts",
-                    options=["positive only", "positive and negative"],
-                    default="positive only",
-                    advanced=True,
-                    tooltip="Which prompts see the subject. Without CFG there is only the positive one, as published. "
-                    "'positive only' follows the reference more closely.",
-                ),
-                io.Combo.Input(
-                    "noise",
-                    options=[SAME_NOISE, OWN_NOISE],
-                    default=SAME_NOISE,
-                    advanced=True,
-                    tooltip="Noise on the reference: that which the picture starts from, as published, or noise drawn "
-                    "from noise_seed. A second stage, which starts without noise, has that of seed 0.",
-                ),
-                io.Int.Input(
-                    "noise_seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    advanced=True,
-                    tooltip="Seed of the reference's noise. Read with 'own seed' only.",
-                ),
-                io.Combo.Input(
-                    "fit",
-                    options=["crop", "pad", "stretch"],
-                    default="crop",
-                    advanced=True,
-                    tooltip="How reference and mask are brought to the picture's format. 'crop' keeps the middle, "
-                    "'pad' keeps all of it.",
-                ),
+                io.Float.Input("text_key_scale", default=KEY_SCALE, min=0.5, max=2.0, step=0.01, advanced=True,
+                               tooltip="The same factor for the prompt's own tokens, so that it is not drowned. 1.1 "
+                               "as published, 1 leaves them as they are. Of several nodes the largest holds."),
+                io.String.Input("layers", default="published", advanced=True,
+                                tooltip="Layers in which the picture sees the subject. 'published': the ten vital "
+                                "ones of FLUX.1-dev; all layers in a model of another depth. 'all', or numbers such "
+                                "as '0-2, 17, 25', double blocks first."),
+                choice("shift_mode", ShiftMode, "reversed", advanced=True,
+                       tooltip="How much cleaner the reference is than the picture at the same step. 'reversed' as "
+                       "published, 'twice' is cleaner, 'half' and 'linear' less so, 'normal' hardly."),
+                io.Float.Input("reference_shift", default=REFERENCE_SHIFT, min=0.0, max=4.0, step=0.000001,
+                               advanced=True,
+                               tooltip="The shift of the reference's schedule that shift_mode reverses. 0.459375 as "
+                               "published, at every size."),
+                choice("prompts", Prompts, "positive only", advanced=True,
+                       tooltip="Which prompts see the subject. Without CFG there is only the positive one, as "
+                       "published. 'positive only' follows the reference more closely."),
+                choice("noise", Noise, SAME_NOISE, advanced=True,
+                       tooltip="Noise on the reference: that which the picture starts from, as published, or noise "
+                       "drawn from noise_seed. A second stage, which starts without noise, has that of seed 0."),
+                seed("noise_seed", advanced=True, tooltip="Seed of the reference's noise. Read with 'own seed' only."),
+                choice("fit", Fit, "crop", advanced=True,
+                       tooltip="How reference and mask are brought to the picture's format. 'crop' keeps the "
+                       "middle, 'pad' keeps all of it."),
             ],
             outputs=[io.Model.Output(tooltip="The model, carrying the subject into what it draws.")],
         )  # fmt: skip
@@ -151,7 +97,7 @@ class ApplyFreeCus(io.ComfyNode):
         shift_mode: ShiftMode,
         reference_shift: float,
         prompts: Prompts,
-        noise: str,
+        noise: Noise,
         noise_seed: int,
         fit: Fit,
         subject: io.Mask.Type | None = None,
@@ -190,38 +136,26 @@ class SubjectDescription(io.ComfyNode):
             ),
             search_aliases=["freecus", "caption", "describe", "llm", "vlm", "prompt", "subject"],
             inputs=[
-                io.String.Input(
-                    "subject", default="", tooltip="What the reference shows, in a word or two: 'teapot', 'grey cat'."
-                ),
-                io.String.Input(
-                    "prompt", multiline=True, default="", tooltip="The picture you want, with the subject in it."
-                ),
-                io.String.Input(
-                    "text",
-                    multiline=True,
-                    default="",
-                    tooltip="A description of the subject: your own, or the answer of a language model.",
-                ),
-                io.Combo.Input(
-                    "aspect",
-                    options=["subject", "style"],
-                    default="subject",
-                    advanced=True,
-                    tooltip="What the instructions ask about: the thing itself, or the artistic style it is shown in.",
-                ),
+                io.String.Input("subject", default="",
+                                tooltip="What the reference shows, in a word or two: 'teapot', 'grey cat'."),
+                io.String.Input("prompt", multiline=True, default="",
+                                tooltip="The picture you want, with the subject in it."),
+                io.String.Input("text", multiline=True, default="",
+                                tooltip="A description of the subject: your own, or the answer of a language model."),
+                choice("aspect", Aspect, "subject", advanced=True,
+                       tooltip="What the instructions ask about: the thing itself, or the "
+                       "artistic style it is shown in."),
             ],
             outputs=[
                 io.String.Output(display_name="prompt", tooltip="'prompt. text', for the text encoder."),
-                io.String.Output(
-                    display_name="ask_describe",
-                    tooltip="What to ask a model that sees the reference, such as Generate Text with the image.",
-                ),
-                io.String.Output(
-                    display_name="ask_keep",
-                    tooltip="What to ask a model that reads 'text', so that pose, place and other things go.",
-                ),
+                io.String.Output(display_name="ask_describe",
+                                 tooltip="What to ask a model that sees the reference, such as "
+                                 "Generate Text with the image."),
+                io.String.Output(display_name="ask_keep",
+                                 tooltip="What to ask a model that reads 'text', so that pose, "
+                                 "place and other things go."),
             ],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(cls, subject: str, prompt: str, text: str, aspect: Aspect) -> io.NodeOutput:

@@ -7,7 +7,7 @@ loads the LoRAs, samples and trains; the model is never touched.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from comfy.model_management import intermediate_device
@@ -19,6 +19,7 @@ from ..host.control.in_context_lora import fingerprint, folders, read_sets
 from ..models.control.panel_layout import LIMIT, PRESETS, TOKEN, Layout, Tags, panel_layout
 from ..models.control.panel_pictures import (
     Fit,
+    Start,
     compose,
     encode_panels,
     finished,
@@ -29,13 +30,29 @@ from ..models.control.panel_pictures import (
     unknown_mask,
 )
 from ..models.control.panel_prompt import joint_prompt, panel_texts
-from .inputs import check
+from .inputs import UNSET, check, choice, model_input
 
 PanelsType = io.Custom("DIT_PANELS")
 
+Encode = Literal["per panel", "whole canvas"]
+
 LARGEST = 4096  # pixels of a panel's side
-FIT = ["crop", "pad", "stretch"]
-FIT_TOOLTIP = "crop fills the panel and cuts what stands over, pad keeps all with grey around it, stretch distorts."
+
+
+def panel_side(name: str, side: str) -> io.Input:
+    tooltip = f"{side} of one panel in pixels, a multiple of 16. Read with custom only."
+    return io.Int.Input(name, default=512, min=TOKEN, max=LARGEST, step=TOKEN, tooltip=tooltip)
+
+
+def fit_input() -> io.Input:
+    """How a picture of other proportions is brought into a panel."""
+    return choice(
+        "fit",
+        Fit,
+        "crop",
+        "For other proportions: crop fills the panel and cuts what stands over, pad keeps all with grey around it, "
+        "stretch distorts.",
+    )
 
 
 class PanelLayout(io.ComfyNode):
@@ -51,66 +68,29 @@ class PanelLayout(io.ComfyNode):
             ),
             search_aliases=["in-context lora", "ic-lora", "storyboard", "panels", "grid", "diptych", "character sheet"],
             inputs=[
-                io.Combo.Input(
-                    "preset",
-                    options=["custom", *PRESETS],
-                    default="custom",
-                    tooltip="Canvas, grid, tags and prefix of a published In-Context LoRA, by its file name. "
-                    "custom reads the four numbers below.",
-                ),
+                choice("preset", ["custom", *PRESETS], "custom",
+                       "Canvas, grid, tags and prefix of a published In-Context LoRA, by its file name. custom "
+                       "reads the four numbers below."),
                 io.Int.Input("rows", default=1, min=1, max=LIMIT, tooltip="Rows of panels. Read with custom only."),
-                io.Int.Input(
-                    "columns", default=2, min=1, max=LIMIT, tooltip="Columns of panels. Read with custom only."
-                ),
-                io.Int.Input(
-                    "panel_width",
-                    default=512,
-                    min=TOKEN,
-                    max=LARGEST,
-                    step=TOKEN,
-                    tooltip="Width of one panel in pixels, a multiple of 16. Read with custom only.",
-                ),
-                io.Int.Input(
-                    "panel_height",
-                    default=512,
-                    min=TOKEN,
-                    max=LARGEST,
-                    step=TOKEN,
-                    tooltip="Height of one panel in pixels, a multiple of 16. Read with custom only.",
-                ),
-                io.Combo.Input(
-                    "tags",
-                    options=["auto", "position", "scene", "image"],
-                    default="auto",
-                    tooltip="How the prompt introduces each panel: [LEFT], [SCENE-1] or [IMAGE1]. auto is what the "
-                    "preset was trained with; for custom, positions if they have names, scenes for one column.",
-                ),
-                io.String.Input(
-                    "prefix",
-                    default="",
-                    tooltip="What the prompt begins with, such as [MOVIE-SHOTS]. Empty: the preset's own, if it has "
-                    "one. Where the summary has it, as a word of its own, it is not repeated.",
-                ),
-                io.String.Input(
-                    "summary",
-                    default="",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    tooltip="One sentence on the whole set: what it shows and what its panels have in common.",
-                ),
-                io.String.Input(
-                    "panel_prompts",
-                    default="",
-                    multiline=True,
-                    dynamic_prompts=True,
-                    tooltip="One line per panel, row by row. Tags are put in front; write a tag yourself to have it "
-                    "elsewhere. Name people in < > and use the same name in every panel.",
-                ),
-                io.String.Input(
-                    "given",
-                    default="",
-                    tooltip="Numbers of the panels you have pictures for, like 1, 3. Empty: all are generated.",
-                ),
+                io.Int.Input("columns", default=2, min=1, max=LIMIT,
+                             tooltip="Columns of panels. Read with custom only."),
+                panel_side("panel_width", "Width"),
+                panel_side("panel_height", "Height"),
+                choice("tags", Tags, "auto",
+                       "How the prompt introduces each panel: [LEFT], [SCENE-1] or [IMAGE1]. auto is what the preset "
+                       "was trained with; for custom, positions if they have names, scenes for one column."),
+                io.String.Input("prefix", default="",
+                                tooltip="What the prompt begins with, such as [MOVIE-SHOTS]. Empty: the preset's own, "
+                                "if it has one. Where the summary has it, as a word of its own, it is not repeated."),
+                io.String.Input("summary", default="", multiline=True, dynamic_prompts=True,
+                                tooltip="One sentence on the whole set: what it shows and what "
+                                "its panels have in common."),
+                io.String.Input("panel_prompts", default="", multiline=True, dynamic_prompts=True,
+                                tooltip="One line per panel, row by row. Tags are put in front; write a tag yourself "
+                                "to have it elsewhere. Name people in < > and use the same name in every panel."),
+                io.String.Input("given", default="",
+                                tooltip="Numbers of the panels you have pictures for, like 1, 3. "
+                                "Empty: all are generated."),
             ],
             outputs=[
                 PanelsType.Output(display_name="panels", tooltip="The layout, for the other panel nodes."),
@@ -118,7 +98,7 @@ class PanelLayout(io.ComfyNode):
                 io.Int.Output(display_name="width", tooltip="Width of the canvas, for ModelSamplingFlux and latents."),
                 io.Int.Output(display_name="height", tooltip="Height of the canvas."),
             ],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(
@@ -153,9 +133,8 @@ class PanelLatent(io.ComfyNode):
             ),
             search_aliases=["in-context lora", "ic-lora", "inpaint panel", "image to set", "compose", "diptych"],
             inputs=[
-                PanelsType.Input(
-                    "panels", optional=True, tooltip="From Panel Layout, which says what panels are given."
-                ),
+                PanelsType.Input("panels", optional=True,
+                                 tooltip="From Panel Layout, which says what panels are given."),
                 io.Vae.Input("vae", tooltip="The model's VAE, which encodes the pictures."),
                 io.Autogrow.Input(
                     "images",
@@ -171,43 +150,32 @@ class PanelLatent(io.ComfyNode):
                     ),
                     tooltip="The pictures, in the order of the given panels: image_1 is for the first of them.",
                 ),
-                io.Combo.Input("fit", options=FIT, default="crop", tooltip=f"For other proportions: {FIT_TOOLTIP}"),
-                io.Combo.Input(
-                    "encode",
-                    options=["per panel", "whole canvas"],
-                    default="per panel",
-                    tooltip="per panel: each is encoded by itself, so that no colour reaches over a border. "
-                    "whole canvas: in one go, as a finished picture would be.",
-                ),
-                io.Combo.Input(
-                    "start",
-                    options=["neutral", "first given panel"],
-                    default="neutral",
-                    tooltip="What the other panels begin as, for a sampler with denoise below 1. At denoise 1 it has "
-                    "no effect on flow models such as FLUX, and a slight one on others. neutral is grey.",
-                ),
+                fit_input(),
+                choice("encode", Encode, "per panel",
+                       "per panel: each is encoded by itself, so that no colour reaches over a border. whole canvas: "
+                       "in one go, as a finished picture would be."),
+                choice("start", Start, "neutral",
+                       "What the other panels begin as, for a sampler with denoise below 1. At denoise 1 it has no "
+                       "effect on flow models such as FLUX, and a slight one on others. neutral is grey."),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many canvases to sample at once."),
             ],
             outputs=[
                 io.Latent.Output(tooltip="The canvas, with a mask that keeps the given panels. For any sampler."),
-                io.Image.Output(
-                    display_name="canvas", tooltip="What was encoded: given panels in their places, the rest grey."
-                ),
-                io.Mask.Output(
-                    display_name="mask",
-                    tooltip="1 on the panels to be generated, at the canvas's size. With 'canvas' into "
-                    "InpaintModelConditioning for models that are made to inpaint, such as FLUX.1-Fill.",
-                ),
+                io.Image.Output(display_name="canvas",
+                                tooltip="What was encoded: given panels in their places, the rest grey."),
+                io.Mask.Output(display_name="mask",
+                               tooltip="1 on the panels to be generated, at the canvas's size. With 'canvas' into "
+                               "InpaintModelConditioning for models that are made to inpaint, such as FLUX.1-Fill."),
             ],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(
         cls,
         vae: Any,
         fit: Fit,
-        encode: str,
-        start: str,
+        encode: Encode,
+        start: Start,
         batch_size: int,
         panels: Any = None,
         images: io.Autogrow.Type | None = None,
@@ -241,35 +209,22 @@ class SplitPanels(io.ComfyNode):
             ),
             search_aliases=["in-context lora", "ic-lora", "cut panels", "grid to images", "uncombine", "crop"],
             inputs=[
-                io.Image.Input(
-                    "image", optional=True, tooltip="The decoded canvas, or several. May have been upscaled."
-                ),
+                io.Image.Input("image", optional=True,
+                               tooltip="The decoded canvas, or several. May have been upscaled."),
                 PanelsType.Input("panels", optional=True, tooltip="The layout that it was sampled with."),
-                io.Int.Input(
-                    "inset",
-                    default=0,
-                    min=0,
-                    max=256,
-                    tooltip="Pixels to cut off all four sides of each panel, where the neighbour's colours bleed over "
-                    "the border. 0 keeps everything.",
-                ),
-                io.Image.Input(
-                    "canvas",
-                    optional=True,
-                    tooltip="From Panel Latent. Given panels are then taken from here, untouched by the VAE.",
-                ),
-                io.Latent.Input(
-                    "latent",
-                    optional=True,
-                    tooltip="The sampled canvas, instead of 'image': each panel is decoded by itself, without its "
-                    "neighbours. Of a video, each frame counts as a canvas. Needs 'vae'.",
-                ),
+                io.Int.Input("inset", default=0, min=0, max=256,
+                             tooltip="Pixels to cut off all four sides of each panel, where the neighbour's colours "
+                             "bleed over the border. 0 keeps everything."),
+                io.Image.Input("canvas", optional=True,
+                               tooltip="From Panel Latent. Given panels are then taken from "
+                               "here, untouched by the VAE."),
+                io.Latent.Input("latent", optional=True,
+                                tooltip="The sampled canvas, instead of 'image': each panel is decoded by itself, "
+                                "without its neighbours. Of a video, each frame counts as a canvas. Needs 'vae'."),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes 'latent'. Not read for 'image'."),
             ],
-            outputs=[
-                io.Image.Output(tooltip="The panels, row by row; of several canvases one after the other."),
-            ],
-        )
+            outputs=[io.Image.Output(tooltip="The panels, row by row; of several canvases one after the other.")],
+        )  # fmt: skip
 
     @classmethod
     def execute(
@@ -307,25 +262,19 @@ class PanelSets(io.ComfyNode):
             ),
             search_aliases=["in-context lora", "ic-lora", "train lora", "dataset", "training sets", "captions"],
             inputs=[
-                io.Combo.Input(
-                    "folder",
-                    options=folders(),
-                    tooltip="A folder in ComfyUI's input folder. Each folder in it is a set: one picture per panel in "
-                    "the order of their names, and caption.txt, or one .txt per picture. The example ships with the "
-                    "pack: 20 sets for 1 x 2 panels of 96 x 96.",
-                ),
-                PanelsType.Input(
-                    "panels",
-                    optional=True,
-                    tooltip="From Panel Layout: sizes, tags and prefix. Its prompts are not read here.",
-                ),
-                io.Combo.Input("fit", options=FIT, default="crop", tooltip=f"For other proportions: {FIT_TOOLTIP}"),
+                choice("folder", folders(), UNSET,
+                       "A folder in ComfyUI's input folder. Each folder in it is a set: one picture per panel in the "
+                       "order of their names, and caption.txt, or one .txt per picture. The example ships with the "
+                       "pack: 20 sets for 1 x 2 panels of 96 x 96."),
+                PanelsType.Input("panels", optional=True,
+                                 tooltip="From Panel Layout: sizes, tags and prefix. Its prompts are not read here."),
+                fit_input(),
             ],
             outputs=[
                 io.Image.Output(display_name="images", is_output_list=True, tooltip="One canvas per set."),
                 io.String.Output(display_name="texts", is_output_list=True, tooltip="One caption per canvas."),
             ],
-        )
+        )  # fmt: skip
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, **others: Any) -> str:
@@ -350,7 +299,7 @@ class PrepareTraining(io.ComfyNode):
                 "picture of a batch on its own caption. Pictures that are sampled with it do not change."
             ),
             search_aliases=["in-context lora", "ic-lora", "train lora", "gradient checkpointing", "batch size"],
-            inputs=[io.Model.Input("model", tooltip="A FLUX.1 model, to be trained by ComfyUI's Train LoRA.")],
+            inputs=[model_input("A FLUX.1 model, to be trained by ComfyUI's Train LoRA.")],
             outputs=[io.Model.Output(tooltip="The model for Train LoRA. Sampled, it is what was connected.")],
         )
 

@@ -1,4 +1,4 @@
-"""Inputs that several nodes have, said once: same name, same range, same step; and one check of what comes in.
+"""What several nodes ask for, said once: same name, same range, same step; and the check of what comes in.
 
 ComfyUI checks what is set in a widget. Over a link comes whatever another node made, and NaN passes everywhere. So the
 first line of every `execute` is `check(cls, locals())`: values are held to what the node's own schema says of them.
@@ -9,14 +9,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..host import model_files
+from ..host.control.conditions_settings import Cache
+from ..models.control.pixels import any_background
+
 logger = logging.getLogger(__name__)
+
+UNSET: Any = None  # what core's inputs take for an argument that is left out, though they declare bool, int or str
+
+ReportType = io.Custom("DIT_REPORT")
 
 MANY = 8  # choices; more are not repeated in a sentence
 
@@ -29,9 +37,59 @@ GIVERS = {
     "DIT_CROP": "Try-On Prepare",
 }
 
+ANY_FLUX1 = "A FLUX.1 model: dev, schnell or a fine-tune, fp8 included."
+INVERT_MASK = "From Load Image, put Invert Mask between: its mask is 1 where the picture is transparent."
 
-def part_of_run(begins: str, stops: str, advanced: bool | None = None) -> list[io.Input]:
-    """`start_percent` and `end_percent`: the part of the run that a node acts in. The texts are their tooltips."""
+
+# Inputs. Every text is a tooltip; `advanced` ones are folded away.
+
+
+def model_input(tooltip: str) -> io.Input:
+    return io.Model.Input("model", tooltip=tooltip)
+
+
+def choice(
+    name: str, options: Any, default: str, tooltip: str, *, advanced: bool = UNSET, optional: bool = False
+) -> io.Input:
+    """One of several words; without a default, the first of them.
+
+    Args:
+        options: the Literal that `execute` takes, a table whose keys are the words, or a list of them.
+    """
+    words = list(get_args(options) or options)
+    return io.Combo.Input(name, options=words, default=default, advanced=advanced, optional=optional, tooltip=tooltip)
+
+
+def weights_file(folder: str) -> io.Input:
+    return choice(
+        "file",
+        model_files.names(folder),
+        UNSET,
+        f"A file in models/{folder} or models/loras, or one that ships with the pack.",
+    )
+
+
+def strength(name: str, tooltip: str) -> io.Input:
+    """A factor on a LoRA."""
+    return io.Float.Input(name, default=1.0, min=0.0, max=4.0, step=0.05, tooltip=tooltip)
+
+
+def share(name: str, default: float, tooltip: str, *, advanced: bool = UNSET) -> io.Input:
+    """From nothing to all of something."""
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, advanced=advanced, tooltip=tooltip)
+
+
+def interval(default: int, longest: int, full: str = "full computation") -> io.Input:
+    tooltip = f"Evaluations from one {full} to the next. 1 turns the node off."
+    return io.Int.Input("interval", default=default, min=1, max=longest, tooltip=tooltip)
+
+
+def seed(name: str, tooltip: str, *, advanced: bool = UNSET) -> io.Input:
+    return io.Int.Input(name, default=0, min=0, max=0xFFFFFFFFFFFFFFFF, advanced=advanced, tooltip=tooltip)
+
+
+def part_of_run(begins: str, stops: str, *, advanced: bool = UNSET) -> list[io.Input]:
+    """`start_percent` and `end_percent`: the part of the run that a node acts in."""
     bounds = {"min": 0.0, "max": 1.0, "step": 0.001, "advanced": advanced}
     return [
         io.Float.Input("start_percent", default=0.0, tooltip=begins, **bounds),
@@ -39,16 +97,44 @@ def part_of_run(begins: str, stops: str, advanced: bool | None = None) -> list[i
     ]
 
 
+def min_tokens(tooltip: str, step: int = UNSET) -> io.Input:
+    """Below which attention stays as it is."""
+    return io.Int.Input("min_tokens", default=4096, min=0, max=1 << 20, step=step, advanced=True, tooltip=tooltip)
+
+
+def max_memory(tooltip: str) -> io.Input:
+    """In GiB; 0 leaves it to the node. `bytes_of` turns it into bytes."""
+    return io.Float.Input("max_memory", default=0.0, min=0.0, max=1024.0, step=0.5, advanced=True, tooltip=tooltip)
+
+
+def bytes_of(gib: float) -> int | None:
+    """What `max_memory` says, in bytes; None where it is left to the node."""
+    return int(gib * 2**30) or None
+
+
 def kv_cache(whose: str) -> io.Input:
     """Where the keys and values of conditions are kept. `whose`: as the tooltip names them."""
-    return io.Combo.Input(
+    return choice(
         "kv_cache",
-        options=["on GPU", "offload to CPU", "off"],
-        default="on GPU",
-        advanced=True,
-        tooltip=f"Where {whose} keys and values are kept during a run; the picture is the same. "
+        Cache,
+        "on GPU",
+        f"Where {whose} keys and values are kept during a run; the picture is the same. "
         "'offload to CPU' saves memory, 'off' computes them anew in each step and is slow.",
+        advanced=True,
     )
+
+
+def cut_out_mask(name: str, tooltip: str) -> io.Input:
+    """Where something is in its picture. `warn_of_background` reads it."""
+    return io.Mask.Input(name, optional=True, tooltip=f"{tooltip} {INVERT_MASK}")
+
+
+def report_outputs(model: str, report: str) -> list[io.Output]:
+    """The model, and what was done with it: two outputs of every node that accelerates."""
+    return [
+        io.Model.Output(display_name="model", tooltip=model),
+        ReportType.Output(display_name="report", tooltip=f"{report} For Acceleration Report."),
+    ]
 
 
 # The check of what comes in
@@ -181,16 +267,5 @@ def warn_of_background(node: str, name: str, mask: Tensor) -> None:
 
     It stays a warning: a wreath or a frame looks the same.
     """
-    if any(around_something(each > 0.5) for each in (mask[None] if mask.ndim == 2 else mask)):
-        logger.warning(
-            "%s: '%s' covers all corners of its picture and not the middle. From Load Image, put Invert Mask between: "
-            "its mask is 1 where the picture is transparent.",
-            node,
-            name,
-        )
-
-
-def around_something(mask: Tensor) -> bool:
-    """Whether a mask `[H, W]` bool has all four corners and not the middle, as that of a background does."""
-    corners = mask[:: mask.shape[0] - 1 or 1, :: mask.shape[1] - 1 or 1]
-    return bool(corners.all()) and not mask[mask.shape[0] // 2, mask.shape[1] // 2]
+    if any_background(mask):
+        logger.warning("%s: '%s' covers all corners of its picture and not the middle. %s", node, name, INVERT_MASK)

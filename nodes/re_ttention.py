@@ -14,9 +14,7 @@ from ..host.accelerate.re_ttention import attach
 from ..host.accelerate.re_ttention_report import ReTtentionReport
 from ..host.accelerate.re_ttention_settings import STORAGE, ReTtention
 from ..models.accelerate.re_ttention import DRIFT, Schedule, Window
-from .inputs import check
-
-ReportType = io.Custom("DIT_REPORT")
+from .inputs import bytes_of, check, choice, interval, max_memory, min_tokens, model_input, report_outputs
 
 
 class ApplyReTtention(io.ComfyNode):
@@ -30,111 +28,43 @@ class ApplyReTtention(io.ComfyNode):
                 "On most evaluations each token attends to a few percent of the others, and keeps what the rest "
                 "contributed at the last full one. For video and large pictures. No training, no extra weights."
             ),
-            search_aliases=[
-                "re-ttention",
-                "rettention",
-                "sparse attention",
-                "speed up",
-                "accelerate",
-                "faster",
-                "video",
-            ],
+            search_aliases=["re-ttention", "rettention", "sparse attention", "speed up", "accelerate", "faster",
+                            "video"],
             inputs=[
-                io.Model.Input("model", tooltip="FLUX, SD3, Qwen-Image, Wan, HunyuanVideo, CogVideoX and their kin."),
-                io.Float.Input(
-                    "keep",
-                    default=0.0625,
-                    min=0.002,
-                    max=1.0,
-                    step=0.001,
-                    round=0.00001,
-                    tooltip="Share of the picture's tokens that each token attends to. Published: 0.03125 for video, "
-                    "and 0.0625 for images. 1 turns the node off.",
-                ),
-                io.Int.Input(
-                    "interval",
-                    default=5,
-                    min=1,
-                    max=50,
-                    tooltip="Evaluations from one full attention to the next. 1 turns the node off.",
-                ),
-                io.Int.Input(
-                    "first_full",
-                    default=8,
-                    min=0,
-                    max=100,
-                    tooltip="Evaluations at the start with full attention. Published: 20 to 30 percent of the steps.",
-                ),
-                io.Combo.Input(
-                    "pattern",
-                    options=["auto", "band", "tube", "disc"],
-                    default="auto",
-                    advanced=True,
-                    tooltip="Which tokens are kept. band: the nearest in reading order. tube: the same, at the same "
-                    "place in all frames. disc: the nearest in the plane. auto: tube for video, band for images.",
-                ),
-                io.Float.Input(
-                    "drift",
-                    default=DRIFT,
-                    min=0.0,
-                    max=0.5,
-                    step=0.005,
-                    advanced=True,
-                    tooltip="Added after each sparse evaluation to the weight of what is kept. 0.04 is published, 0 "
-                    "adds nothing.",
-                ),
-                io.Boolean.Input(
-                    "as_published",
-                    default=False,
-                    advanced=True,
-                    tooltip="Lets that weight grow beyond 1, as the authors' code does. Text is then overscaled by up "
-                    "to 12 percent.",
-                ),
-                io.Float.Input(
-                    "sigma_ratio",
-                    default=0.0,
-                    min=0.0,
-                    max=0.99,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="Full attention, too, when the noise level has fallen below this part of what it was at "
-                    "the last one. 0 goes by interval alone.",
-                ),
-                io.Combo.Input(
-                    "storage",
-                    options=list(STORAGE),
-                    default="full precision",
-                    advanced=True,
-                    tooltip="How the contribution of the other tokens is kept. 'share only' does not keep it: little "
-                    "memory, worse pictures.",
-                ),
-                io.Int.Input(
-                    "min_tokens",
-                    default=4096,
-                    min=0,
-                    max=1 << 20,
-                    advanced=True,
-                    tooltip="Attention over fewer tokens stays full: there is little to gain. 1024 x 1024 pixels are "
-                    "4096 in most models.",
-                ),
-                io.Float.Input(
-                    "max_memory",
-                    default=0.0,
-                    min=0.0,
-                    max=1024.0,
-                    step=0.5,
-                    advanced=True,
-                    tooltip="Most GiB that may be kept. 0: a quarter of what is free when sampling starts.",
-                ),
+                model_input("FLUX, SD3, Qwen-Image, Wan, HunyuanVideo, CogVideoX and their kin."),
+                io.Float.Input("keep", default=0.0625, min=0.002, max=1.0, step=0.001, round=0.00001,
+                               tooltip="Share of the picture's tokens that each token attends to. Published: 0.03125 "
+                               "for video, and 0.0625 for images. 1 turns the node off."),
+                interval(5, 50, "full attention"),
+                io.Int.Input("first_full", default=8, min=0, max=100,
+                             tooltip="Evaluations at the start with full attention. Published: 20 "
+                             "to 30 percent of the steps."),
+                choice("pattern", Window, "auto", advanced=True,
+                       tooltip="Which tokens are kept. band: the nearest in reading order. tube: the "
+                       "same, at the same place in all frames. disc: the nearest in the plane. auto: tube "
+                       "for video, band for images."),
+                io.Float.Input("drift", default=DRIFT, min=0.0, max=0.5, step=0.005, advanced=True,
+                               tooltip="Added after each sparse evaluation to the weight of what is kept. 0.04 is "
+                               "published, 0 adds nothing."),
+                io.Boolean.Input("as_published", default=False, advanced=True,
+                                 tooltip="Lets that weight grow beyond 1, as the authors' code does. Text is then "
+                                 "overscaled by up to 12 percent."),
+                io.Float.Input("sigma_ratio", default=0.0, min=0.0, max=0.99, step=0.01, advanced=True,
+                               tooltip="Full attention, too, when the noise level has fallen below this part of what "
+                               "it was at the last one. 0 goes by interval alone."),
+                choice("storage", STORAGE, "full precision", advanced=True,
+                       tooltip="How the contribution of the other tokens is kept. 'share only' does not keep it: "
+                       "little memory, worse pictures."),
+                min_tokens("Attention over fewer tokens stays full: there is little to gain. 1024 x 1024 pixels are "
+                           "4096 in most models."),
+                max_memory("Most GiB that may be kept. 0: a quarter of what is free when sampling starts."),
             ],
-            outputs=[
-                io.Model.Output(display_name="model", tooltip="The model, with sparse attention on most evaluations."),
-                ReportType.Output(
-                    display_name="report",
-                    tooltip="What was computed in full, pairs kept and memory held. For Acceleration Report.",
-                ),
-            ],
-        )
+            outputs=report_outputs(
+                "The model, with sparse attention on most evaluations.",
+                "What was computed in full, pairs kept and memory held.",
+            ),
+            is_experimental=True,  # its kernels on a GPU are others, and nobody has measured them
+        )  # fmt: skip
 
     @classmethod
     def execute(
@@ -167,7 +97,7 @@ class ApplyReTtention(io.ComfyNode):
             clamp=not as_published,
             storage=STORAGE[storage],
             min_tokens=min_tokens,
-            max_bytes=int(max_memory * 2**30) or None,
+            max_bytes=bytes_of(max_memory),
             report=report,
         )
         return io.NodeOutput(attach(model, settings), report)

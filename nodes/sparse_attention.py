@@ -7,7 +7,7 @@ are in `sparse_attention.py` of `host/accelerate/`, its files in `clear_files.py
 from __future__ import annotations
 
 import logging
-from typing import Literal, get_args
+from typing import Literal
 
 from comfy_api.latest import io
 
@@ -17,7 +17,7 @@ from ..host.accelerate.own_attention import require_known_tokens
 from ..host.accelerate.sparse_attention import Scale, SparseAttention, attach, report
 from ..host.part_of_run import PartOfRun
 from ..models.accelerate.clear import Variant
-from .inputs import check, part_of_run
+from .inputs import check, choice, min_tokens, model_input, part_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -42,73 +42,38 @@ class ApplyClear(io.ComfyNode):
             ),
             search_aliases=["clear", "sparse attention", "local attention", "linear attention", "4k", "8k", "speed up"],
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="FLUX.1-dev or a fine-tune for a file; most diffusion transformers without one.",
-                ),
-                io.Combo.Input(
-                    "file",
-                    options=[MASK_ONLY, *model_files.names(FOLDER)],
-                    default=MASK_ONLY,
-                    tooltip="A CLEAR file in models/clear or models/loras. Without one the model is not adapted.",
-                ),
-                io.Int.Input(
-                    "radius",
-                    default=0,
-                    min=0,
-                    max=1024,
-                    tooltip="How far a token sees, in tokens of 16 pixels. 0: as the file's name says, 32 without one. "
-                    "Beyond the picture's diagonal the node is off.",
-                ),
-                io.Int.Input(
-                    "pooling",
-                    default=0,
-                    min=0,
-                    max=16,
-                    tooltip="Side of the cells over which the whole picture is also seen, averaged. "
-                    "0: as the file was trained, none without one.",
-                ),
-                io.Combo.Input(
-                    "scale",
-                    options=["as trained", "log-proportional"],
-                    default="as trained",
-                    advanced=True,
-                    tooltip="log-proportional sharpens attention in pictures above the 1024 pixels of the training; "
-                    "the authors use it there, with an upscaled picture to start from.",
-                ),
-                io.Int.Input(
-                    "min_tokens",
-                    default=4096,
-                    min=0,
-                    max=1 << 20,
-                    step=256,
-                    advanced=True,
-                    tooltip="Attention over fewer tokens than this, text included, follows 'below_min_tokens'. "
-                    "0: there is no such size.",
-                ),
+                model_input("FLUX.1-dev or a fine-tune for a file; most diffusion transformers without one."),
+                choice("file", [MASK_ONLY, *model_files.names(FOLDER)], MASK_ONLY,
+                       "A CLEAR file in models/clear or models/loras. Without one the model is not adapted."),
+                io.Int.Input("radius", default=0, min=0, max=1024,
+                             tooltip="How far a token sees, in tokens of 16 pixels. 0: as the file's name says, 32 "
+                             "without one. Beyond the picture's diagonal the node is off."),
+                io.Int.Input("pooling", default=0, min=0, max=16,
+                             tooltip="Side of the cells over which the whole picture is also seen, averaged. 0: as "
+                             "the file was trained, none without one."),
+                choice("scale", Scale, "as trained", advanced=True,
+                       tooltip="log-proportional sharpens attention in pictures above the 1024 pixels of the "
+                       "training; the authors use it there, with an upscaled picture to start from."),
+                min_tokens(step=256,
+                           tooltip="Attention over fewer tokens than this, text included, follows 'below_min_tokens'. "
+                           "0: there is no such size."),
                 *part_of_run(
                     "Where in the run attention becomes sparse. 0 is the start.",
                     "Where in the run it becomes dense again. 1 is the end.",
                     advanced=True,
                 ),
-                io.Combo.Input(
-                    "below_min_tokens",
-                    options=list(get_args(Below)),
-                    default="auto",
-                    optional=True,  # prompts saved before it was there have none
-                    advanced=True,
-                    tooltip="What attention is in pictures smaller than min_tokens. auto: local with a file, as its "
-                    "weights were trained; dense without one, since there is little to gain.",
-                ),
+                # Optional: prompts saved before it was there have none.
+                choice("below_min_tokens", Below, "auto", optional=True, advanced=True,
+                       tooltip="What attention is in pictures smaller than min_tokens. auto: local with a file, as "
+                       "its weights were trained; dense without one, since there is little to gain."),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model, with local attention."),
-                io.String.Output(
-                    display_name="report",
-                    tooltip="What the file holds, the share of attention that is kept, and the most it can save.",
-                ),
+                io.String.Output(display_name="report",
+                                 tooltip="What the file holds, the share of attention that is kept, "
+                                 "and the most it can save."),
             ],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(

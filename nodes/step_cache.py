@@ -7,7 +7,7 @@ Papers: TaylorSeer, arXiv:2503.06923; CG-Taylor, arXiv:2508.02240; Delta-DiT, ar
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from comfy_api.latest import io
 
@@ -18,30 +18,34 @@ from ..host.accelerate.step_cache_settings import StepCache, Tap
 from ..host.accelerate.step_cache_taps import LastBlockTap, PredictionTap, SpanTap, TapName, require_blocks, tap_for
 from ..host.execution import running, runs_before
 from ..host.part_of_run import PartOfRun
-from ..models.accelerate.cg_taylor import FirstBlockGate, Reduce
+from ..models.accelerate.cg_taylor import Compared, FirstBlockGate, Reduce
 from ..models.accelerate.delta_dit import Stages
 from ..models.accelerate.input_change import InputChange
 from ..models.accelerate.policies import Guard, Interval, Listed, Policy
 from ..models.accelerate.taylorseer import FORECASTS, Forecaster
-from .inputs import check, part_of_run
+from .inputs import (
+    UNSET,
+    ReportType,
+    bytes_of,
+    check,
+    choice,
+    interval,
+    max_memory,
+    model_input,
+    part_of_run,
+    report_outputs,
+    share,
+)
 
-ReportType = io.Custom("DIT_REPORT")
 CATEGORY = "DiT Toolkit/model/patch"
+ANY_MODEL = "Any diffusion model, with whatever LoRAs and patches it has."
 NO_REPORT = "There is no report: the node that accelerates the model is bypassed, muted or not connected."
 SPACINGS = {"to the last step": True, "as published": False}  # Interval.to_end
-
-
-def model_input() -> io.Input:
-    return io.Model.Input("model", tooltip="Any diffusion model, with whatever LoRAs and patches it has.")
+Compare = Literal[Compared, "input change"]
 
 
 def outputs() -> list[io.Output]:
-    return [
-        io.Model.Output(display_name="model", tooltip="The model, forecasting what it skips."),
-        ReportType.Output(
-            display_name="report", tooltip="What was computed and what was forecast. For Acceleration Report."
-        ),
-    ]
+    return report_outputs("The model, forecasting what it skips.", "What was computed and what was forecast.")
 
 
 def range_inputs() -> list[io.Input]:
@@ -49,6 +53,11 @@ def range_inputs() -> list[io.Input]:
     return part_of_run(
         "Before this part of the run all is computed.", "From this part of the run on all is computed.", advanced=True
     )
+
+
+def order_input(name: str, tooltip: str, *, advanced: bool = UNSET) -> io.Input:
+    """Of a forecast."""
+    return io.Int.Input(name, default=1, min=0, max=4, advanced=advanced, tooltip=tooltip)
 
 
 def last_full_input(default: int) -> io.Input:
@@ -81,76 +90,34 @@ class TaylorSeer(io.ComfyNode):
             description="Computes one evaluation in every few and forecasts the others. No training, no extra weights.",
             search_aliases=["taylor", "cache", "speed up", "accelerate", "faster", "step cache", "newton"],
             inputs=[
-                model_input(),
-                io.Int.Input(
-                    "interval",
-                    default=3,
-                    min=1,
-                    max=20,
-                    tooltip="Evaluations from one full computation to the next. 1 turns the node off.",
-                ),
-                io.Int.Input(
-                    "order",
-                    default=1,
-                    min=0,
-                    max=4,
-                    tooltip="0 repeats the last result, 1 follows its slope, 2 its bend. Higher ones want small steps.",
-                ),
-                io.Int.Input(
-                    "first_full",
-                    default=3,
-                    min=1,
-                    max=50,
-                    tooltip="Evaluations always computed at the start, where the layout is decided.",
-                ),
+                model_input(ANY_MODEL),
+                interval(3, 20),
+                order_input("order",
+                            "0 repeats the last result, 1 follows its slope, 2 its bend. "
+                            "Higher ones want small steps."),
+                io.Int.Input("first_full", default=3, min=1, max=50,
+                             tooltip="Evaluations always computed at the start, where the layout is decided."),
                 last_full_input(0),
-                io.Combo.Input(
-                    "spacing",
-                    options=list(SPACINGS),
-                    default="to the last step",
-                    advanced=True,
-                    tooltip="to the last step: stretch the interval a little so that the last evaluation is computed, "
-                    "which gives finer details. as published: count from the start.",
-                ),
-                io.Combo.Input(
-                    "tap",
-                    options=["auto", "last block", "prediction", "every module"],
-                    default="auto",
-                    advanced=True,
-                    tooltip="What is forecast. auto: the last block's result where the model allows it, else the "
-                    "prediction. every module: as the authors do it, FLUX.1 only; needs gigabytes.",
-                ),
-                io.Combo.Input(
-                    "forecast",
-                    options=list(FORECASTS),
-                    default="Taylor (paper)",
-                    advanced=True,
-                    tooltip="Taylor counts evaluations, as in the paper. Newton is exact at uneven steps, and may "
-                    "follow the noise level (sigma) instead.",
-                ),
-                io.String.Input(
-                    "schedule",
-                    default="",
-                    advanced=True,
-                    tooltip="Instead of interval and first_full: the evaluations to compute, such as 0-3, 6, 9, 12, "
-                    "or a mask such as 1110010. Empty: the interval.",
-                ),
+                choice("spacing", SPACINGS, "to the last step", advanced=True,
+                       tooltip="to the last step: stretch the interval a little so that the last evaluation is "
+                       "computed, which gives finer details. as published: count from the start."),
+                choice("tap", TapName, "auto", advanced=True,
+                       tooltip="What is forecast. auto: the last block's result where the model allows it, else the "
+                       "prediction. every module: as the authors do it, FLUX.1 only; needs gigabytes."),
+                choice("forecast", FORECASTS, "Taylor (paper)", advanced=True,
+                       tooltip="Taylor counts evaluations, as in the paper. Newton is exact at uneven steps, and may "
+                       "follow the noise level (sigma) instead."),
+                io.String.Input("schedule", default="", advanced=True,
+                                tooltip="Instead of interval and first_full: the evaluations to compute, such as 0-3, "
+                                "6, 9, 12, or a mask such as 1110010. Empty: the interval."),
                 *range_inputs(),
                 offload_input(),
-                io.Float.Input(
-                    "max_memory",
-                    default=0.0,
-                    min=0.0,
-                    max=1024.0,
-                    step=0.5,
-                    advanced=True,
-                    tooltip="Most GiB that 'every module' may hold. 0: a quarter of what is free.",
-                ),
+                max_memory("Most GiB that 'every module' may hold. 0: a quarter of what is free."),
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],
             not_idempotent=True,  # the report belongs to this node, and ComfyUI leaves the id out of its cache
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(
@@ -173,7 +140,7 @@ class TaylorSeer(io.ComfyNode):
         listed = bool(schedule.strip())
         policy = Listed.parse(schedule) if listed else Interval(interval, first_full, SPACINGS[spacing])
         form, coordinate = FORECASTS[forecast]
-        chosen = tap_for(model, tap, "Apply TaylorSeer", int(max_memory * 2**30) or None)
+        chosen = tap_for(model, tap, "Apply TaylorSeer", bytes_of(max_memory))
         report = StepCacheReport(
             "TaylorSeer", f"TaylorSeer at the {chosen.name}, order {order}, {forecast}", cls.hidden.unique_id
         )
@@ -205,75 +172,37 @@ class ConfidenceGatedTaylor(io.ComfyNode):
             ),
             search_aliases=["cg-taylor", "confidence", "gate", "first block cache", "fbcache", "teacache", "speed up"],
             inputs=[
-                model_input(),
-                io.Float.Input(
-                    "threshold",
-                    default=0.08,
-                    min=0.0,
-                    max=2.0,
-                    step=0.005,
-                    tooltip="Error of the first block's forecast up to which the others are forecast. Higher is "
-                    "faster, 0 turns the node off. Each model and number of steps has its own scale: the report "
-                    "shows the errors.",
-                ),
+                model_input(ANY_MODEL),
+                io.Float.Input("threshold", default=0.08, min=0.0, max=2.0, step=0.005,
+                               tooltip="Error of the first block's forecast up to which the others are forecast. "
+                               "Higher is faster, 0 turns the node off. Each model and number of steps has its own "
+                               "scale: the report shows the errors."),
                 io.Int.Input("warm_up", default=5, min=1, max=50, tooltip="Evaluations always computed at the start."),
-                io.Int.Input(
-                    "max_consecutive",
-                    default=0,
-                    min=0,
-                    max=50,
-                    tooltip="Most forecasts in a row. 0 sets no limit, as in the paper.",
-                ),
+                io.Int.Input("max_consecutive", default=0, min=0, max=50,
+                             tooltip="Most forecasts in a row. 0 sets no limit, as in the paper."),
                 last_full_input(1),
-                io.Int.Input(
-                    "first_order",
-                    default=1,
-                    min=0,
-                    max=4,
-                    advanced=True,
-                    tooltip="Order of the first block's forecast. The paper takes 1 on FLUX.1 and 3 on Wan.",
-                ),
-                io.Int.Input(
-                    "last_order",
-                    default=1,
-                    min=0,
-                    max=4,
-                    advanced=True,
-                    tooltip="Order of the last block's forecast. 0 repeats its last result.",
-                ),
-                io.Combo.Input(
-                    "forecast",
-                    options=list(FORECASTS),
-                    default="Taylor (paper)",
-                    advanced=True,
-                    tooltip="How the last block is forecast. Newton is exact at uneven steps.",
-                ),
-                io.Combo.Input(
-                    "compare",
-                    options=["output", "residual", "input change"],
-                    default="output",
-                    advanced=True,
-                    tooltip="output: the paper. residual: as First Block Cache and DBCache do, the first block's "
-                    "change against its last one; the other blocks' change is what is forecast. input change: as "
-                    "EasyCache does, how far the latent has moved; works on every model.",
-                ),
-                io.Combo.Input(
-                    "gate_rows",
-                    options=["max", "cond", "mean", "published"],
-                    default="max",
-                    advanced=True,
-                    tooltip="How the pictures of a batch decide together. max: the worst of them. mean: all on "
-                    "average; cond is the same, for older workflows. published: the paper's ratio over the whole "
-                    "batch. With CFG the prompt that ComfyUI computes first decides for both, mostly the negative "
-                    "one. Not read with 'input change'.",
-                ),
+                order_input("first_order", advanced=True,
+                            tooltip="Order of the first block's forecast. The paper takes 1 on FLUX.1 and 3 on Wan."),
+                order_input("last_order", advanced=True,
+                            tooltip="Order of the last block's forecast. 0 repeats its last result."),
+                choice("forecast", FORECASTS, "Taylor (paper)", advanced=True,
+                       tooltip="How the last block is forecast. Newton is exact at uneven steps."),
+                choice("compare", Compare, "output", advanced=True,
+                       tooltip="output: the paper. residual: as First Block Cache and DBCache do, the first block's "
+                       "change against its last one; the other blocks' change is what is forecast. input change: as "
+                       "EasyCache does, how far the latent has moved; works on every model."),
+                choice("gate_rows", Reduce, "max", advanced=True,
+                       tooltip="How the pictures of a batch decide together. max: the worst of them. mean: all on "
+                       "average; cond is the same, for older workflows. published: the paper's ratio over the whole "
+                       "batch. With CFG the prompt that ComfyUI computes first decides for both, mostly the negative "
+                       "one. Not read with 'input change'."),
                 *range_inputs(),
                 offload_input(),
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],
             not_idempotent=True,  # the report belongs to this node, and ComfyUI leaves the id out of its cache
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(
@@ -286,7 +215,7 @@ class ConfidenceGatedTaylor(io.ComfyNode):
         first_order: int,
         last_order: int,
         forecast: str,
-        compare: Any,
+        compare: Compare,
         gate_rows: Reduce,
         start_percent: float,
         end_percent: float,
@@ -335,47 +264,22 @@ class DeltaDiT(io.ComfyNode):
             ),
             search_aliases=["delta", "delta-dit", "cache", "few steps", "lcm", "skip blocks", "speed up"],
             inputs=[
-                model_input(),
-                io.Int.Input(
-                    "interval",
-                    default=2,
-                    min=1,
-                    max=12,
-                    tooltip="Evaluations from one full computation to the next. 1 turns the node off.",
-                ),
-                io.Float.Input(
-                    "share",
-                    default=0.75,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of the blocks that is skipped. 0 turns the node off.",
-                ),
-                io.Float.Input(
-                    "boundary",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of the run after which the front blocks are skipped instead of the rear ones.",
-                ),
+                model_input(ANY_MODEL),
+                interval(2, 12),
+                share("share", 0.75, "Part of the blocks that is skipped. 0 turns the node off."),
+                share("boundary", 0.5,
+                      "Part of the run after which the front blocks are skipped instead of the rear ones."),
                 io.Int.Input("first_full", default=1, min=1, max=50, tooltip="Evaluations computed at the start."),
                 last_full_input(0),
-                io.Int.Input(
-                    "order",
-                    default=0,
-                    min=0,
-                    max=3,
-                    advanced=True,
-                    tooltip="0 adds the last change, as in the paper; 1 follows how it moves.",
-                ),
+                io.Int.Input("order", default=0, min=0, max=3, advanced=True,
+                             tooltip="0 adds the last change, as in the paper; 1 follows how it moves."),
                 *range_inputs(),
                 offload_input(),
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],
             not_idempotent=True,  # the report belongs to this node, and ComfyUI leaves the id out of its cache
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(
@@ -424,15 +328,12 @@ class AccelerationReport(io.ComfyNode):
             description="Reads what an accelerated model did in the sampler that is connected, as text.",
             search_aliases=["report", "statistics", "cache statistics", "speed", "gate error"],
             inputs=[
-                ReportType.Input(
-                    "report",
-                    optional=True,
-                    tooltip="From the node that accelerates the model. While that one is bypassed, the text says so.",
-                ),
-                io.AnyType.Input(
-                    "after",
-                    tooltip="What the sampler made, or what was made of it: this node reads that sampler's run.",
-                ),
+                ReportType.Input("report", optional=True,
+                                 tooltip="From the node that accelerates the model. While that one is "
+                                 "bypassed, the text says so."),
+                io.AnyType.Input("after",
+                                 tooltip="What the sampler made, or what was made of it: this node "
+                                 "reads that sampler's run."),
             ],
             outputs=[
                 io.String.Output(display_name="text", tooltip="Several lines, for Preview as Text."),
@@ -440,7 +341,7 @@ class AccelerationReport(io.ComfyNode):
                 io.AnyType.Output(display_name="after", tooltip="What came in at 'after', unchanged."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(cls, report: NodeReport | None = None, after: Any = None) -> io.NodeOutput:

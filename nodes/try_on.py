@@ -12,28 +12,42 @@ from typing import Any, Literal
 
 from comfy_api.latest import io
 
-from ..host import model_files
 from ..host.control.conditions_settings import PATCH, Cache
 from ..host.control.try_on import attach, brought_to
 from ..host.control.try_on_files import FOLDER, load
 from ..host.part_of_run import PartOfRun
-from ..models.control.try_on_image import (
-    Fill,
-    composite,
-    fitted_masks,
-    garments_on_white,
-    masked_persons,
-    placed_masks,
-    plan,
+from ..models.control.mc_vton_keys import Position
+from ..models.control.try_on_image import Fill, composite, placed_masks, prepare
+from .inputs import (
+    ANY_FLUX1,
+    check,
+    choice,
+    cut_out_mask,
+    kv_cache,
+    model_input,
+    part_of_run,
+    strength,
+    warn_of_background,
+    weights_file,
+    whole_tokens,
 )
-from .inputs import check, kv_cache, part_of_run, warn_of_background, whole_tokens
 
 logger = logging.getLogger(__name__)
 
 CropType = io.Custom("DIT_CROP")
 TryOnType = io.Custom("DIT_TRY_ON")
 
+Size = Literal["auto", "fixed"]
+CropOf = Literal["around the mask", "whole picture"]
+GarmentPosition = Literal["auto", Position]
+
+# Of nodes that are marked as experimental for it. Cutting out and pasting back are not: they serve any model.
 RECONSTRUCTION = "A reconstruction after the MC-VTON paper, whose code and weights are not public."
+
+
+def longer_side(name: str, tooltip: str) -> io.Input:
+    """In pixels; 0 leaves a picture as it is."""
+    return io.Int.Input(name, default=0, min=0, max=4096, step=PATCH, advanced=True, tooltip=tooltip)
 
 
 class TryOnPrepare(io.ComfyNode):
@@ -50,71 +64,32 @@ class TryOnPrepare(io.ComfyNode):
             search_aliases=["try on", "vton", "garment", "clothes", "outfit", "crop and stitch", "agnostic mask"],
             inputs=[
                 io.Image.Input("person", tooltip="Who is to wear the garment. Several pictures of one size are fine."),
-                io.Mask.Input(
-                    "mask",
-                    tooltip="Where the new garment may go: drawn, or from a segmentation node. Generous is better: "
-                    "what shows of the old garment decides the shape of the new one.",
-                ),
-                io.Image.Input(
-                    "garment", tooltip="The garment alone, best laid flat. A batch tries them on one after the other."
-                ),
-                io.Mask.Input(
-                    "garment_mask",
-                    optional=True,
-                    tooltip="Where the garment is in its picture, if there is more to see; the rest becomes white. "
-                    "From Load Image, put Invert Mask between: its mask is 1 where the picture is transparent.",
-                ),
-                io.Combo.Input(
-                    "size",
-                    options=["auto", "fixed"],
-                    default="auto",
-                    tooltip="auto: proportions of the crop, about 'megapixels' large. fixed: 'width' and 'height'.",
-                ),
-                io.Float.Input(
-                    "megapixels",
-                    default=0.8,
-                    min=0.001,
-                    max=16.0,
-                    step=0.05,
-                    round=0.001,
-                    tooltip="Million pixels of the working picture. The paper's pictures have 0.8. Read for 'auto'.",
-                ),
-                io.Int.Input(
-                    "width", default=768, min=PATCH, max=8192, step=PATCH, tooltip="In pixels. Read for 'fixed'."
-                ),
-                io.Int.Input(
-                    "height", default=1024, min=PATCH, max=8192, step=PATCH, tooltip="In pixels. Read for 'fixed'."
-                ),
-                io.Combo.Input(
-                    "crop",
-                    options=["around the mask", "whole picture"],
-                    default="around the mask",
-                    tooltip="What the model sees of the person. A crop has more pixels where it matters.",
-                ),
-                io.Int.Input(
-                    "dilation",
-                    default=8,
-                    min=0,
-                    max=512,
-                    tooltip="Pixels by which the mask grows first. Loose garments need more. Try-On Composite fades "
-                    "the result in over these pixels at most. 0 leaves the mask as it is, with a hard edge.",
-                ),
-                io.Float.Input(
-                    "margin",
-                    default=0.5,
-                    min=0.0,
-                    max=4.0,
-                    step=0.05,
-                    advanced=True,
-                    tooltip="How much around the mask is cropped with it, as a part of its longer side.",
-                ),
-                io.Combo.Input(
-                    "fill",
-                    options=["grey", "black"],
-                    default="grey",
-                    advanced=True,
-                    tooltip="What hides the garment. Use the LoRA's; Load Try-On LoRA reports it.",
-                ),
+                io.Mask.Input("mask",
+                              tooltip="Where the new garment may go: drawn, or from a segmentation node. Generous is "
+                              "better: what shows of the old garment decides the shape of the new one."),
+                io.Image.Input("garment",
+                               tooltip="The garment alone, best laid flat. A batch tries them on one after the other."),
+                cut_out_mask("garment_mask",
+                             "Where the garment is in its picture, if there is more to see; the rest becomes white."),
+                choice("size", Size, "auto",
+                       "auto: proportions of the crop, about 'megapixels' large. fixed: 'width' and 'height'."),
+                io.Float.Input("megapixels", default=0.8, min=0.001, max=16.0, step=0.05, round=0.001,
+                               tooltip="Million pixels of the working picture. The paper's pictures "
+                               "have 0.8. Read for 'auto'."),
+                io.Int.Input("width", default=768, min=PATCH, max=8192, step=PATCH,
+                             tooltip="In pixels. Read for 'fixed'."),
+                io.Int.Input("height", default=1024, min=PATCH, max=8192, step=PATCH,
+                             tooltip="In pixels. Read for 'fixed'."),
+                choice("crop", CropOf, "around the mask",
+                       "What the model sees of the person. A crop has more pixels where it matters."),
+                io.Int.Input("dilation", default=8, min=0, max=512,
+                             tooltip="Pixels by which the mask grows first. Loose garments need more. "
+                             "Try-On Composite fades the result in over these pixels at most. 0 leaves the "
+                             "mask as it is, with a hard edge."),
+                io.Float.Input("margin", default=0.5, min=0.0, max=4.0, step=0.05, advanced=True,
+                               tooltip="How much around the mask is cropped with it, as a part of its longer side."),
+                choice("fill", Fill, "grey", advanced=True,
+                       tooltip="What hides the garment. Use the LoRA's; Load Try-On LoRA reports it."),
             ],
             outputs=[
                 io.Image.Output(display_name="person", tooltip="The masked persons at working size."),
@@ -125,7 +100,7 @@ class TryOnPrepare(io.ComfyNode):
                 io.Int.Output(display_name="batch_size", tooltip="Pictures to make, for the empty latent."),
                 CropType.Output(display_name="crop", tooltip="What Try-On Composite needs to put results back."),
             ],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(
@@ -133,11 +108,11 @@ class TryOnPrepare(io.ComfyNode):
         person: Any,
         mask: Any,
         garment: Any,
-        size: Literal["auto", "fixed"],
+        size: Size,
         megapixels: float,
         width: int,
         height: int,
-        crop: Literal["around the mask", "whole picture"],
+        crop: CropOf,
         dilation: int,
         margin: float,
         fill: Fill,
@@ -150,18 +125,20 @@ class TryOnPrepare(io.ComfyNode):
         if 1 not in counts and counts[0] != counts[1]:
             raise ValueError(f"Got {counts[0]} persons and {counts[1]} garments. Give one of either, or one for each.")
         warn_of_background("Try-On Prepare", "mask", mask)
-        paste = plan(
-            fitted_masks(mask, person, dilation),
-            None if crop == "whole picture" else margin,
-            (height, width) if size == "fixed" else megapixels * 1e6,
-            dilation,
+        made = prepare(
+            person,
+            mask,
+            garment,
+            garment_mask,
+            margin=None if crop == "whole picture" else margin,
+            size=(height, width) if size == "fixed" else megapixels * 1e6,
+            dilation=dilation,
+            fill=fill,
         )
-        if garment_mask is not None:
-            garment_mask = fitted_masks(garment_mask, garment, what="garment")
-            warn_of_background("Try-On Prepare", "garment_mask", garment_mask)
-        persons, masks = masked_persons(person, paste, fill)
-        garments = garments_on_white(garment, garment_mask, paste.working)
-        return io.NodeOutput(persons, garments, masks, paste.working[1], paste.working[0], max(counts), paste)
+        if made.garment_masks is not None:
+            warn_of_background("Try-On Prepare", "garment_mask", made.garment_masks)
+        height, width = made.paste.working
+        return io.NodeOutput(made.persons, made.garments, made.masks, width, height, max(counts), made.paste)
 
 
 class LoadTryOn(io.ComfyNode):
@@ -176,20 +153,14 @@ class LoadTryOn(io.ComfyNode):
                 f"tokens of these pictures only; ordinary LoRA loaders cannot use them. {RECONSTRUCTION}"
             ),
             search_aliases=["try on", "vton", "mc-vton", "garment lora", "branch lora"],
-            inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=model_files.names(FOLDER),
-                    tooltip="A file in models/try_on or models/loras, or one that ships with the pack.",
-                ),
-            ],
+            inputs=[weights_file(FOLDER)],
             outputs=[
                 TryOnType.Output(display_name="try_on", tooltip="The LoRA, for Apply Try-On."),
-                io.String.Output(
-                    display_name="report", tooltip="One line: what each branch touches, and how the file was trained."
-                ),
+                io.String.Output(display_name="report",
+                                 tooltip="One line: what each branch touches, and how the file was trained."),
             ],
-        )
+            is_experimental=True,
+        )  # fmt: skip
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
@@ -216,70 +187,35 @@ class ApplyTryOn(io.ComfyNode):
             ),
             search_aliases=["try on", "vton", "mc-vton", "virtual try-on", "garment", "clothes", "outfit"],
             inputs=[
-                io.Model.Input("model", tooltip="A FLUX.1 model: dev, schnell or a fine-tune, fp8 included."),
-                TryOnType.Input(
-                    "try_on", optional=True, tooltip="A LoRA that was trained for this model, from Load Try-On LoRA."
-                ),
+                model_input(ANY_FLUX1),
+                TryOnType.Input("try_on", optional=True,
+                                tooltip="A LoRA that was trained for this model, from Load Try-On LoRA."),
                 io.Vae.Input("vae", tooltip="The model's VAE, which encodes both pictures."),
-                io.Image.Input(
-                    "person",
-                    tooltip="The masked person from Try-On Prepare. One for all pictures, or as many as the batch has.",
-                ),
-                io.Image.Input(
-                    "garment",
-                    tooltip="The garment from Try-On Prepare. One for all pictures, or as many as the batch has.",
-                ),
-                io.Float.Input(
-                    "person_strength",
-                    default=1.0,
-                    min=0.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="Factor on the person's LoRA, 1 as trained. 0 takes the person away.",
-                ),
-                io.Float.Input(
-                    "garment_strength",
-                    default=1.0,
-                    min=0.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="Factor on the garment's LoRA, 1 as trained. 0 takes the garment away.",
-                ),
+                io.Image.Input("person",
+                               tooltip="The masked person from Try-On Prepare. One for all pictures, or "
+                               "as many as the batch has."),
+                io.Image.Input("garment",
+                               tooltip="The garment from Try-On Prepare. One for all pictures, or "
+                               "as many as the batch has."),
+                strength("person_strength", "Factor on the person's LoRA, 1 as trained. 0 takes the person away."),
+                strength("garment_strength", "Factor on the garment's LoRA, 1 as trained. 0 takes the garment away."),
                 *part_of_run(
                     "Where in the run both begin to act. 0 is the start.",
                     "Where in the run they stop acting. 1 is the end.",
                 ),
-                io.Combo.Input(
-                    "garment_position",
-                    options=["auto", "beside", "below"],
-                    default="auto",
-                    advanced=True,
-                    tooltip="Where the garment lies for the model: right of the picture or below it. "
-                    "auto: as the LoRA was trained.",
-                ),
-                io.Int.Input(
-                    "person_size",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    step=PATCH,
-                    advanced=True,
-                    tooltip="Longer side in pixels at which the person is shown to the model; it still lies over the "
-                    "whole picture. Smaller is faster and needs less memory. 0 leaves it as it is.",
-                ),
-                io.Int.Input(
-                    "garment_size",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    step=PATCH,
-                    advanced=True,
-                    tooltip="Longer side in pixels at which the garment is shown to the model. 0 leaves it as it is.",
-                ),
+                choice("garment_position", GarmentPosition, "auto", advanced=True,
+                       tooltip="Where the garment lies for the model: right of the picture or below it. "
+                       "auto: as the LoRA was trained."),
+                longer_side("person_size",
+                            "Longer side in pixels at which the person is shown to the model; it still lies "
+                            "over the whole picture. Smaller is faster and needs less memory. 0 leaves it as it is."),
+                longer_side("garment_size",
+                            "Longer side in pixels at which the garment is shown to the model. 0 leaves it as it is."),
                 kv_cache("both pictures'"),
             ],
             outputs=[io.Model.Output(tooltip="The model, dressing the person.")],
-        )
+            is_experimental=True,
+        )  # fmt: skip
 
     @classmethod
     def execute(
@@ -292,7 +228,7 @@ class ApplyTryOn(io.ComfyNode):
         garment_strength: float,
         start_percent: float,
         end_percent: float,
-        garment_position: Literal["auto", "beside", "below"],
+        garment_position: GarmentPosition,
         person_size: int,
         garment_size: int,
         kv_cache: Cache,
@@ -336,23 +272,16 @@ class TryOnComposite(io.ComfyNode):
                 io.Image.Input("result", tooltip="What the sampler made, decoded. Upscaled ones are fine."),
                 io.Image.Input("person", tooltip="The original picture, as Try-On Prepare got it."),
                 CropType.Input("crop", optional=True, tooltip="From Try-On Prepare."),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="Narrows what may change, for example to leave a hand untouched: of the original's size, "
-                    "or of the working size. Never widens it.",
-                ),
-                io.Int.Input(
-                    "feather",
-                    default=8,
-                    min=0,
-                    max=512,
-                    tooltip="Pixels over which the result fades in, from the border of the grown mask inwards; at most "
-                    "the dilation of Try-On Prepare, so that the old garment does not shine through. 0 is a hard edge.",
-                ),
+                io.Mask.Input("mask", optional=True,
+                              tooltip="Narrows what may change, for example to leave a hand untouched: of the "
+                              "original's size, or of the working size. Never widens it."),
+                io.Int.Input("feather", default=8, min=0, max=512,
+                             tooltip="Pixels over which the result fades in, from the border of the grown mask "
+                             "inwards; at most the dilation of Try-On Prepare, so that the old garment does not shine "
+                             "through. 0 is a hard edge."),
             ],
             outputs=[io.Image.Output(tooltip="The original pictures with the new garments.")],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(cls, result: Any, person: Any, feather: int, crop: Any = None, mask: Any = None) -> io.NodeOutput:

@@ -48,7 +48,7 @@ FEATURES = {
     "try-on": ("*.try_on*", "models.control.mc_vton*"),
     "FreeCus": ("*.freecus*", "models.control.subject_description"),
     "In-Context LoRA": ("*.in_context_lora", "host.control.training", "models.control.panel_*"),
-    "image difference": ("*.image_difference",),
+    "image difference": ("*.image_difference*",),
     "embedded default": ("*.embedded", "models.tiny_*"),
 }
 DOOR = "nodes"  # nodes/__init__.py

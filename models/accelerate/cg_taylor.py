@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .policies import COMPUTE, PROBE, Choice, Moment
 
+Compared = Literal["output", "residual"]
 # Over the pictures of a batch. "cond" is another name of "mean", which saved workflows have.
 Reduce = Literal["max", "cond", "mean", "published"]
 
@@ -40,7 +41,7 @@ class FirstBlockGate:
     threshold: float
     warm_up: int = 5  # evaluations computed at the start
     order: int = 1  # of the forecast of block 0
-    compare: Literal["output", "residual"] = "output"
+    compare: Compared = "output"
     reduce: Reduce = "max"
 
     def __post_init__(self):

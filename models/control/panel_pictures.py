@@ -19,6 +19,7 @@ from .panel_layout import Layout
 FILL = 0.5  # grey of a panel that is not given, and around a padded picture
 
 Fit = Literal["crop", "pad", "stretch"]
+Start = Literal["neutral", "first given panel"]  # what panels begin as that are not given
 
 
 def fitted(picture: Tensor, width: int, height: int, fit: Fit) -> Tensor:
@@ -177,7 +178,7 @@ def size_of(image: Tensor) -> str:
     return f"{count} of {width} x {height} with {channels} channels"
 
 
-def start_panel(layout: Layout, panels: Mapping[int, Tensor], start: str) -> Tensor | None:
+def start_panel(layout: Layout, panels: Mapping[int, Tensor], start: Start) -> Tensor | None:
     """What the unknown panels begin as: `None` for mid-grey, or the first given panel's picture.
 
     Raises:

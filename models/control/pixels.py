@@ -1,4 +1,4 @@
-"""Pictures and masks as pixels: resampling, distances, dilation, boxes.
+"""Pictures and masks as pixels: resampling, distances, dilation, boxes, backgrounds.
 
 Resampling: Lanczos with 3 lobes (Turkowski, Filters for Common Resampling Tasks, 1990), stretched by the scale when a
 picture is made smaller, so that nothing aliases. At the border, weights are normalised over what is there. In float32,
@@ -91,3 +91,14 @@ def bounds(mask: Tensor) -> tuple[int, int, int, int]:
     rows, columns = (torch.nonzero(mask.any(axis)).flatten() for axis in (1, 0))
     left, top = int(columns[0]), int(rows[0])
     return left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top
+
+
+def any_background(masks: Tensor) -> bool:
+    """Whether one of the masks `[N, H, W]` or `[H, W]`, above 0.5, covers what lies around something."""
+    return any(around_something(each > 0.5) for each in (masks[None] if masks.ndim == 2 else masks))
+
+
+def around_something(mask: Tensor) -> bool:
+    """Whether a mask has all four corners and not the middle, as that of a background does."""
+    corners = mask[:: mask.shape[0] - 1 or 1, :: mask.shape[1] - 1 or 1]
+    return bool(corners.all()) and not mask[mask.shape[0] // 2, mask.shape[1] // 2]

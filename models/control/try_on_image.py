@@ -101,6 +101,45 @@ class Paste:
         return self.masks.shape[1], self.masks.shape[2]
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a try-on samples from.
+
+    persons: `[N, h, w, 3]`, masked.
+    masks: `[N, h, w]` in 0..1, what of them is hidden.
+    garments: `[M, h, w, 3]` on white.
+    garment_masks: `[M, H, W]` bool, on the garments as they were given; None without.
+    """
+
+    persons: Tensor
+    masks: Tensor
+    garments: Tensor
+    garment_masks: Tensor | None
+    paste: Paste
+
+
+def prepare(
+    person: Tensor,
+    mask: Tensor,
+    garment: Tensor,
+    garment_mask: Tensor | None,
+    *,
+    margin: float | None,
+    size: Size | float,
+    dilation: int,
+    fill: Fill,
+) -> Prepared:
+    """Persons `[N, H, W, C]` without what `mask` covers, and garments `[M, H, W, C]`, all in one size.
+
+    `margin`, `size` and `dilation` are those of `plan`, `fill` that of `masked_persons`.
+    """
+    paste = plan(fitted_masks(mask, person, dilation), margin, size, dilation)
+    if garment_mask is not None:
+        garment_mask = fitted_masks(garment_mask, garment, what="garment")
+    persons, masks = masked_persons(person, paste, fill)
+    return Prepared(persons, masks, garments_on_white(garment, garment_mask, paste.working), garment_mask, paste)
+
+
 def fitted_masks(mask: Tensor, pictures: Tensor, dilation: int = 0, what: str = "person") -> Tensor:
     """Masks for pictures `[N, H, W, C]` as `[N, H, W]` bool: what is above 0.5, dilated. `what` they show.
 
