@@ -1,4 +1,4 @@
-"""How much a step cache may hold where nobody says a limit, and how much it says it held."""
+"""How much a step cache, or Re-ttention, may hold where nobody says a limit, and what is said to have been held."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from dit_toolkit.host.accelerate import step_cache_taps
+from dit_toolkit.host.accelerate.re_ttention_run import ReTtentionRun
 from dit_toolkit.host.accelerate.step_cache_run import StepCacheRun
 from dit_toolkit.host.accelerate.step_cache_taps import ModuleTap, blocks_of
 from dit_toolkit.host.run import Run
 from dit_toolkit.models.accelerate.policies import Interval
+from dit_toolkit.tests.host import families
 from dit_toolkit.tests.host.accelerate.caching import cached, last_run, settings_of
+from dit_toolkit.tests.host.accelerate.test_re_ttention import sparse
 from dit_toolkit.tests.host.tiny import sample
 
 pytestmark = pytest.mark.comfy
@@ -29,6 +32,21 @@ def test_without_a_limit_a_quarter_of_the_free_memory_is_allowed(tiny_flux, monk
     monkeypatch.setattr(step_cache_taps, "free_memory", lambda base, where: 4.0 * needed - 1)
     with pytest.raises(ValueError, match="on every module would hold"):
         sample(model(), 4)
+
+
+def test_re_ttention_may_keep_a_quarter_of_the_free_memory(monkeypatch):
+    family = families.FAMILIES["flux"]
+
+    def run(free: int):
+        monkeypatch.setattr(ReTtentionRun, "_free", lambda self, where: free)
+        model, report = sparse(family.load(), max_bytes=None)
+        families.sample(family, model, steps=3)
+        return report.runs[-1]
+
+    needed = sum(run(2**30).planned)
+    run(4 * needed)
+    with pytest.raises(ValueError, match="Apply Re-ttention would keep"):
+        run(4 * needed - 1)
 
 
 def test_bytes_held_are_the_most_at_any_time_not_the_last(tiny_flux):
