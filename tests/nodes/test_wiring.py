@@ -1,0 +1,259 @@
+"""What a node is given reaches its result: each input by itself, changed to another value that is allowed, shows.
+
+It shows in what hangs on the MODEL where the node gives one, and else in what the node gives. Words do not count: a
+report that names a number does not prove that the number acts.
+
+The tests walk over all nodes of the pack and over all their inputs, so a node that is added later is held to them too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import fields, is_dataclass
+from types import FunctionType, MethodType
+from typing import Any
+from uuid import UUID
+
+import pytest
+import safetensors.torch
+import torch
+
+pytestmark = pytest.mark.comfy
+
+import comfy.sample  # noqa: E402
+import folder_paths  # noqa: E402
+from comfy.model_patcher import ModelPatcher  # noqa: E402
+from comfy_api.latest import io  # noqa: E402
+
+from dit_toolkit.host.accelerate.report import NodeReport  # noqa: E402
+from dit_toolkit.host.accelerate.step_cache_report import StepCacheReport  # noqa: E402
+from dit_toolkit.host.control import easycontrol_files  # noqa: E402
+from dit_toolkit.host.run import attached  # noqa: E402
+from dit_toolkit.models.control.panel_layout import panel_layout  # noqa: E402
+from dit_toolkit.models.control.try_on_image import fitted_masks, plan  # noqa: E402
+from dit_toolkit.nodes.accelerate import Autotune  # noqa: E402
+from dit_toolkit.nodes.easycontrol import ApplyEasyControl, LoadEasyControl  # noqa: E402
+from dit_toolkit.nodes.freecus import ApplyFreeCus, SubjectDescription  # noqa: E402
+from dit_toolkit.nodes.image_difference import ImageDifference  # noqa: E402
+from dit_toolkit.nodes.in_context_lora import PanelLatent, PanelLayout, SplitPanels  # noqa: E402
+from dit_toolkit.nodes.sparse_attention import ApplyClear  # noqa: E402
+from dit_toolkit.nodes.step_cache import TaylorSeer  # noqa: E402
+from dit_toolkit.nodes.try_on import ApplyTryOn, TryOnComposite, TryOnPrepare  # noqa: E402
+from dit_toolkit.tests.host import tiny  # noqa: E402
+from dit_toolkit.tests.host.control.test_try_on import file_of  # noqa: E402
+from dit_toolkit.tests.models.accelerate.test_clear_keys import published  # noqa: E402
+from dit_toolkit.tests.nodes import test_inputs  # noqa: E402
+from dit_toolkit.tests.nodes.test_inputs import LATENT, MASK, NODES, PICTURE, Vae, call, every_node, good  # noqa: E402
+
+stand_ins = test_inputs.stand_ins
+
+
+class OtherVae(Vae):
+    """Other numbers, and not by a factor alone; each depends on the whole picture."""
+
+    def encode(self, pixels):
+        return super().encode(pixels**2 - pixels.mean())
+
+    def decode(self, latent):
+        return super().decode(latent) ** 2
+
+
+def easycontrol_file(name="mine.safetensors", slots=1):
+    """Of a name that does not say its kind."""
+    return lambda: easycontrol_files.from_state(tiny.lora_state(slots=slots), name)
+
+
+CLEAR_FILE = "clear_local_2_down_4.safetensors"
+SPOTS = PICTURE.clone()
+SPOTS[:, 2:8, 2:8] += 0.2
+SPOTS[:, 2:8, 13:16] += 0.2  # near the first
+SPOTS[:, 24:30, 2:6] += 0.2  # small and alone
+SPOTS[:, 24:30, 20:26] += 0.04  # faint
+OBLONG = PICTURE[:, :20]
+
+MANY = 8  # choices; of longer lists two are tried
+
+# Where inputs are read only beside other values than the defaults: all of a node, then one by one. What is loaded for a
+# test stands here as a function.
+BESIDE: dict[tuple[type[io.ComfyNode], str | None], dict[str, Any]] = {
+    (Autotune, None): {"steps": 5, "cfg": 2.0, "trials": 1},
+    (ImageDifference, None): {"image": SPOTS},
+    (PanelLatent, None): {"images": {"image_1": PICTURE}},
+    (ApplyEasyControl, "latent"): {"image": None, "vae": None, "latent": LATENT},
+    (ApplyEasyControl, "kind"): {"easycontrol": easycontrol_file(), "kind": "spatial"},
+    (ApplyEasyControl, "slot"): {"easycontrol": easycontrol_file("canny.sft", slots=2)},
+    (ApplyEasyControl, "pad_color"): {"easycontrol": easycontrol_file(), "kind": "subject", "image": OBLONG},
+    (ApplyFreeCus, "noise_seed"): {"noise": "own seed"},
+    (Autotune, "floor"): {"floor": 0.0},
+    (PanelLatent, "fit"): {"images": {"image_1": OBLONG}},
+    (PanelLatent, "encode"): {"vae": OtherVae()},
+    (SplitPanels, "latent"): {"image": None, "latent": {"samples": torch.zeros(1, 16, 4, 4)}},
+    (SplitPanels, "vae"): {"image": None, "latent": {"samples": torch.ones(1, 16, 4, 4) / 2}, "canvas": None},
+    (SubjectDescription, "subject"): {"text": "a grey cat"},
+    (TaylorSeer, "max_memory"): {"tap": "every module"},
+    (TryOnComposite, None): {"result": PICTURE.flip(1)},
+    (TryOnComposite, "feather"): {"crop": plan(fitted_masks(MASK, PICTURE, 4), 0.5, (32, 32), 4), "feather": 2},
+    (TryOnPrepare, None): {"dilation": 1},
+    (TryOnPrepare, "width"): {"size": "fixed"},
+    (TryOnPrepare, "height"): {"size": "fixed"},
+}
+
+# Another value than the next one or the other choices, where that would be refused or be the same case.
+ANOTHER: dict[tuple[type[io.ComfyNode], str], Any] = {
+    (ApplyFreeCus, "layers"): "0-1",
+    (Autotune, "floor"): 100.0,
+    (ImageDifference, "merge_gap"): 0,
+    (ImageDifference, "min_pixels"): 30,
+    (SplitPanels, "latent"): {"samples": torch.ones(1, 16, 4, 4)},
+    (ImageDifference, "threshold"): 0.02,
+    (ApplyEasyControl, "kind"): "subject",
+    (TryOnPrepare, "margin"): 0.1,
+    (LoadEasyControl, "file"): "tiny_pose.safetensors",
+    (PanelLayout, "given"): "1",
+    (TaylorSeer, "schedule"): "0, 3",
+}
+
+# What makes no difference, and why.
+SILENT: dict[tuple[type[io.ComfyNode], str, Any], str] = {
+    (ApplyClear, "below_min_tokens", "dense"): "auto is dense without a file",
+    (ImageDifference, "resize", "image to reference"): "read for pictures of two sizes, which 'off' refuses",
+    (ApplyTryOn, "garment_position", "beside"): "auto is beside for a file that was trained so",
+    (PanelLayout, "tags", "position"): "auto is position for two panels in a row",
+}
+
+
+def fingerprint(value: Any) -> Any:
+    """All that a value says, as something that can be compared. Reports are left out: they are words and runs."""
+    match value:
+        case torch.Tensor():
+            data = value.detach().cpu().contiguous()
+            return tuple(data.shape), hashlib.sha256(data.float().numpy().tobytes()).hexdigest()
+        case ModelPatcher():
+            return (
+                id(value.model) if hasattr(value.model, "diffusion_model") else fingerprint(value.model),
+                fingerprint(attached(value)),
+                fingerprint({repr(key): each for key, each in value.patches.items()}),
+                [fingerprint(other.model) for models in value.additional_models.values() for other in models],
+            )
+        case torch.nn.Module():
+            return fingerprint(value.state_dict())
+        case NodeReport() | UUID():
+            return type(value).__name__
+        case dict():
+            return [(repr(key), fingerprint(each)) for key, each in value.items()]
+        case list() | tuple():
+            return [fingerprint(each) for each in value]
+        case frozenset() | set():
+            return sorted(repr(each) for each in value)
+        case FunctionType() | MethodType() | type():
+            return value.__qualname__
+    if is_dataclass(value):
+        return type(value).__name__, [fingerprint(getattr(value, field.name)) for field in fields(value)]
+    if hasattr(value, "__dict__"):
+        return type(value).__name__, fingerprint(vars(value))
+    return repr(value)
+
+
+@pytest.fixture(scope="module")
+def others(stand_ins) -> dict[str, Any]:
+    """Something else to connect, by type."""
+    return {
+        "MODEL": tiny.load_flux(tiny.flux_state(5)),
+        "VAE": OtherVae(),
+        "CONDITIONING": tiny.prompt(8),
+        "IMAGE": PICTURE.flip(2),
+        "MASK": MASK.roll(3, 2),
+        "LATENT": {"samples": LATENT["samples"] + 1},
+        "DIT_EASYCONTROL": easycontrol_files.from_state(tiny.lora_state(2), "canny.safetensors"),
+        "DIT_TRY_ON": file_of(3, 4),
+        "DIT_REPORT": StepCacheReport("Other", "other settings"),
+        "DIT_PANELS": panel_layout("custom", 2, 1, 32, 16, "auto", "", "1"),
+        "DIT_CROP": plan(fitted_masks(MASK, PICTURE), 0.1, (32, 32)),
+        "*": 5,
+    }
+
+
+def beside(node: type[io.ComfyNode], name: str | None) -> dict[str, Any]:
+    special = BESIDE.get((node, name), {})
+    return {name: value() if isinstance(value, FunctionType) else value for name, value in special.items()}
+
+
+def others_of(node: type[io.ComfyNode], entry: Any, now: Any, others: dict[str, Any]) -> list[Any]:
+    """Other values that the schema allows: every other choice, the next number, another text or connection."""
+    if (node, entry.id) in ANOTHER:
+        return [ANOTHER[node, entry.id]]
+    match entry:
+        case io.Combo.Input():
+            options = entry.options if len(entry.options) <= MANY else entry.options[:3]
+            return [option for option in options if option != now]
+        case io.Int.Input() | io.Float.Input():
+            step = entry.step or 1
+            return [now + step if now + step <= entry.max else now - step]
+        case io.Boolean.Input():
+            return [not now]
+        case io.String.Input():
+            return [f"{now} teapot"]
+        case io.Autogrow.Input():
+            return [{name: others["IMAGE"] for name in now}]
+    return [others[entry.get_io_type()]]
+
+
+@pytest.fixture
+def clear_file(tmp_path, monkeypatch):
+    """A file of CLEAR's beside the choice to have none."""
+    state = published(tiny.DOUBLE, tiny.SINGLE, factor=4, dim=tiny.HIDDEN)
+    (tmp_path / "clear").mkdir()
+    safetensors.torch.save_file(state, tmp_path / "clear" / CLEAR_FILE)
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "clear", ([], set()))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+
+
+@pytest.fixture
+def sampled(monkeypatch) -> list:
+    """What core's sampling was asked for, call by call."""
+    calls, sample = [], comfy.sample.sample
+
+    def watched(*args, **kwargs):
+        calls.append(fingerprint((args, kwargs)))
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(comfy.sample, "sample", watched)
+    return calls
+
+
+def shown(node: type[io.ComfyNode], values: dict[str, Any], sampled: list) -> Any:
+    """What a node makes of its inputs. Beside a MODEL, other outputs say in words what hangs on it."""
+    sampled.clear()
+    with torch.inference_mode():
+        found = call(node, **values)
+    if not isinstance(found[0], ModelPatcher):
+        return fingerprint(found)
+    if node is Autotune:
+        picked = re.sub(r", [\d.]+ x faster", "", found[2])  # by the clock
+        return fingerprint((found[0], picked, found[3])), list(sampled)
+    return fingerprint(found[0])
+
+
+@every_node
+def test_each_input_shows_in_what_the_node_gives(node, stand_ins, others, clear_file, sampled):
+    if not node.define_schema().inputs:
+        return
+    plain = {**good(node, stand_ins), **beside(node, None)}
+    usual = shown(node, plain, sampled)
+    assert shown(node, plain, sampled) == usual  # nothing but an input makes a difference
+    for entry in node.define_schema().inputs:
+        special = beside(node, entry.id)
+        values = {**plain, **special}
+        before = shown(node, values, sampled) if special else usual
+        for other in others_of(node, entry, values[entry.id], others):
+            after = shown(node, {**values, entry.id: other}, sampled)
+            silent = isinstance(other, str) and (node, entry.id, other) in SILENT
+            assert (after == before) == silent, (entry.id, values[entry.id], other)
+
+
+def test_the_tables_name_inputs_that_there_are():
+    known = {(node, entry.id) for node in NODES for entry in node.define_schema().inputs}
+    named = {*BESIDE, *ANOTHER, *((node, name) for node, name, _ in SILENT)}
+    assert {(node, name) for node, name in named if name is not None} <= known
