@@ -18,6 +18,7 @@ from uuid import UUID
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 pytestmark = pytest.mark.comfy
 
@@ -36,7 +37,7 @@ from dit_toolkit.nodes.accelerate import Autotune  # noqa: E402
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl, LoadEasyControl  # noqa: E402
 from dit_toolkit.nodes.freecus import ApplyFreeCus, SubjectDescription  # noqa: E402
 from dit_toolkit.nodes.image_difference import ImageDifference  # noqa: E402
-from dit_toolkit.nodes.in_context_lora import PanelLatent, PanelLayout, SplitPanels  # noqa: E402
+from dit_toolkit.nodes.in_context_lora import PanelLatent, PanelLayout, PanelSets, SplitPanels  # noqa: E402
 from dit_toolkit.nodes.sparse_attention import ApplyClear  # noqa: E402
 from dit_toolkit.nodes.step_cache import TaylorSeer  # noqa: E402
 from dit_toolkit.nodes.try_on import ApplyTryOn, TryOnComposite, TryOnPrepare  # noqa: E402
@@ -111,6 +112,7 @@ ANOTHER: dict[tuple[type[io.ComfyNode], str], Any] = {
     (TryOnPrepare, "margin"): 0.1,
     (LoadEasyControl, "file"): "tiny_pose.safetensors",
     (PanelLayout, "given"): "1",
+    (PanelSets, "folder"): "mine",
     (TaylorSeer, "schedule"): "0, 3",
 }
 
@@ -211,6 +213,17 @@ def clear_file(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def own_sets(tmp_path, monkeypatch):
+    """An input folder that holds one folder of sets, whatever other tests have left in the usual one."""
+    one = tmp_path / "input" / "mine" / "1"
+    one.mkdir(parents=True)
+    for name, colour in (("1", "red"), ("2", "blue")):
+        Image.new("RGB", (32, 16), colour).save(one / f"{name}.png")
+        (one / f"{name}.txt").write_text(colour, encoding="utf-8")
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
+
+
+@pytest.fixture
 def sampled(monkeypatch) -> list:
     """What core's sampling was asked for, call by call."""
     calls, sample = [], comfy.sample.sample
@@ -237,7 +250,7 @@ def shown(node: type[io.ComfyNode], values: dict[str, Any], sampled: list) -> An
 
 
 @every_node
-def test_each_input_shows_in_what_the_node_gives(node, stand_ins, others, clear_file, sampled):
+def test_each_input_shows_in_what_the_node_gives(node, stand_ins, others, clear_file, own_sets, sampled):
     if not node.define_schema().inputs:
         return
     plain = {**good(node, stand_ins), **beside(node, None)}
