@@ -104,6 +104,18 @@ def test_the_table_of_inputs_has_their_ranges(schema):
             assert cell.replace(";", ",") == ", ".join(entry.options), entry.id
 
 
+@every_node
+def test_the_page_says_which_inputs_are_advanced(schema):
+    text = (ROOT / "web" / "docs" / f"{schema.node_id}.md").read_text(encoding="utf-8")
+    names, said = [entry.id for entry in schema.inputs], set()
+    for first in re.findall(r"^From `(\w+)` on, inputs are advanced", text, re.M):
+        said.update(names[names.index(first) :])
+    for some in re.findall(r"^(`\w+`(?: and `\w+`)*) are advanced", text, re.M):
+        said.update(re.findall(r"\w+", some.replace(" and ", " ")))
+    said.update(name for name, row in table(schema.node_id).items() if row["meaning"].endswith("Advanced."))
+    assert {entry.id for entry in schema.inputs if entry.advanced} == said
+
+
 # Presets
 
 

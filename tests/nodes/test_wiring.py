@@ -270,3 +270,12 @@ def test_the_tables_name_inputs_that_there_are():
     known = {(node, entry.id) for node in NODES for entry in node.define_schema().inputs}
     named = {*BESIDE, *ANOTHER, *((node, name) for node, name, _ in SILENT)}
     assert {(node, name) for node, name in named if name is not None} <= known
+
+
+@every_node
+def test_a_node_that_knows_its_id_is_run_for_each_of_two_equal_ones(node):
+    """ComfyUI leaves the id out of its cache: two equal nodes would share one report."""
+    schema = node.define_schema()
+    gives_report = any(output.io_type == "DIT_REPORT" for output in schema.outputs)
+    if io.Hidden.unique_id in (schema.hidden or ()) and (gives_report or schema.is_output_node):
+        assert schema.not_idempotent

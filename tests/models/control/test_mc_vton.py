@@ -378,3 +378,11 @@ def test_widths_are_those_of_flux_dev():
 
 def test_a_branch_without_alpha_has_scale_1():
     assert Branch({"double_blocks.0.q.down.weight": torch.zeros(4, 8)}).scales == {}
+
+
+def test_a_lora_is_made_for_an_mlp_of_four_times_the_width_unless_said():
+    names = layers(DOUBLE, SINGLE)
+    found = {name: BranchLora(DIM, DOUBLE, SINGLE, dict.fromkeys(names, 1), hidden=h, operations=nn) for name, h in
+             (("usual", None), ("said", 4 * DIM), ("other", 3 * DIM))}  # fmt: skip
+    shapes = {name: {key: x.shape for key, x in lora.state_dict().items()} for name, lora in found.items()}
+    assert shapes["usual"] == shapes["said"] != shapes["other"]
