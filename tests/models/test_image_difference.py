@@ -192,3 +192,11 @@ def test_heat_needs_a_range():
     for full in (0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"full must be a finite number above 0, got {full}"):
             heat(torch.zeros(2, 2), full)
+
+
+def test_heat_is_a_colour_everywhere():
+    colors = heat(torch.linspace(0, 1, 101)[None], 1.0)
+    assert colors.min() >= 0
+    assert colors.max() <= 1
+    assert colors[0, 0].max() < 0.02  # black
+    assert colors[0, -1, 2] < colors[0, -1, :2].min()  # pale yellow

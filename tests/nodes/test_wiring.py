@@ -279,3 +279,9 @@ def test_a_node_that_knows_its_id_is_run_for_each_of_two_equal_ones(node):
     gives_report = any(output.io_type == "DIT_REPORT" for output in schema.outputs)
     if io.Hidden.unique_id in (schema.hidden or ()) and (gives_report or schema.is_output_node):
         assert schema.not_idempotent
+
+
+def test_prompts_of_panels_take_choices_in_braces():
+    """As the text of core's own prompt node does."""
+    taking = {entry.id for entry in PanelLayout.define_schema().inputs if getattr(entry, "dynamic_prompts", False)}
+    assert taking == {"summary", "panel_prompts"}
