@@ -31,8 +31,8 @@ demo: setup
 test: setup web-test
 	@echo 'Tests of host/ beside all others'
 	@export OMP_NUM_THREADS=1; mkdir -p .cache; \
-	$(PY) -m pytest tests/host >.cache/test-host.txt 2>&1 & host=$$!; \
-	$(PY) -m pytest --ignore=tests/host; others=$$?; \
+	$(PY) -m pytest --durations=15 tests/host >.cache/test-host.txt 2>&1 & host=$$!; \
+	$(PY) -m pytest --durations=15 --ignore=tests/host; others=$$?; \
 	wait $$host; host=$$?; cat .cache/test-host.txt; \
 	exit $$((others + host))
 
