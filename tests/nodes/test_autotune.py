@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dit_toolkit.host.accelerate.accelerate import psnr_db
+from dit_toolkit.nodes import accelerate
 from dit_toolkit.nodes.accelerate import Autotune
 from dit_toolkit.tests.host import tiny
 from dit_toolkit.tests.nodes.test_inputs import Vae
@@ -71,3 +72,17 @@ def test_pictures_are_compared_with_a_vae_and_latents_without(tiny_flux, sampled
     expected = [f"{psnr_db(each, shown[0]):.1f}" for each in shown[1:]]
     assert re.findall(r", (-?[\d.]+|inf) dB", picked.partition("\n")[2]) == expected
     assert expected[0] != expected[1]
+
+
+def test_the_chart_rings_what_was_picked(tiny_flux, monkeypatch):
+    drawn, draw = [], accelerate.trade_off
+
+    def watched(points, floor, chosen):
+        drawn.append((points, chosen))
+        return draw(points, floor, chosen)
+
+    monkeypatch.setattr(accelerate, "trade_off", watched)
+    (_, _, picked, _), _ = tuned(tiny_flux, {"samples": torch.zeros(1, 16, 8, 8)})
+    ((points, chosen),) = drawn
+    assert len(points) == 2
+    assert picked.startswith(f"{points[chosen][2]}. Floor")

@@ -459,3 +459,8 @@ def test_nothing_that_was_handed_over_is_written_to():
     assert torch.equal(mask, before[1])
     assert torch.equal(paste.masks, kept)
     assert isinstance(paste, Paste)
+
+
+def test_the_largest_crop_has_this_one_in_its_middle_where_the_picture_lets_it():
+    assert Crop(15, 5, 20, 10).largest_around((10, 10), (40, 60)) == Crop(5, 0, 40, 40)
+    assert Crop(2, 20, 10, 20).largest_around((10, 20), (60, 40)) == Crop(0, 20, 40, 20)
