@@ -26,15 +26,19 @@ setup:
 demo: setup
 	@$(PY) -m scripts.demo
 
-# Two processes with a thread each: tiny models gain nothing from a second thread, and lose much where they share it.
-# pytest's closing lines stay the last ones: they carry the counts and the times.
+# Three processes with a thread each: those of the page wait most of the time. Tiny models gain nothing from a second
+# thread, and lose much where they share it. pytest's closing lines stay the last ones: they carry counts and times.
+FEATURES = tests/host/accelerate tests/host/control
+PAGE     = tests/browser tests/workflows
 test: setup web-test
-	@echo 'Tests of host/ beside all others'
+	@echo 'Tests of features, of the page, and all others, side by side'
 	@export OMP_NUM_THREADS=1; mkdir -p .cache; \
-	$(PY) -m pytest --durations=15 tests/host >.cache/test-host.txt 2>&1 & host=$$!; \
-	$(PY) -m pytest --durations=15 --ignore=tests/host; others=$$?; \
-	wait $$host; host=$$?; cat .cache/test-host.txt; \
-	exit $$((others + host))
+	$(PY) -m pytest --durations=15 $(FEATURES) >.cache/test-features.txt 2>&1 & features=$$!; \
+	$(PY) -m pytest --durations=15 $(PAGE) >.cache/test-page.txt 2>&1 & page=$$!; \
+	$(PY) -m pytest --durations=15 $(addprefix --ignore=,$(FEATURES) $(PAGE)); others=$$?; \
+	wait $$page; page=$$?; cat .cache/test-page.txt; \
+	wait $$features; features=$$?; cat .cache/test-features.txt; \
+	exit $$((others + page + features))
 
 test-gpu: setup
 	@echo 'Tests on the accelerator'
