@@ -5,8 +5,8 @@ components, each divided by a power of its standard deviation so that weak compo
 the 16 latent channels are zero. The decoder is the transposed convolution plus a learned residual. Encoder and
 decoder are convolutions only, so any size divisible by 8 works.
 
-Latents leave `encode` and enter `decode` in the scale of FLUX.1's autoencoder: `latent = z / 0.3611 + 0.1159`, so that
-ComfyUI's latent format for Flux recovers `z` (about unit variance in the live channels).
+Latents leave `encode` and enter `decode` in the scale of the autoencoder of the base model, `latent = z / scale + shift`,
+so that ComfyUI's latent format for that model recovers `z` (about unit variance in the live channels).
 
 Shapes: pictures `[B, 3, H, W]` in -1..1, latents `[B, 16, H/8, W/8]`.
 """
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHANNELS = 16  # of FLUX.1's latents
-SCALE, SHIFT = 0.3611, 0.1159  # FLUX.1 autoencoder: z = (latent - SHIFT) * SCALE
+CHANNELS = 16  # of FLUX.1's latents, and of SD3's
+SCALES = {"FLUX.1": (0.3611, 0.1159), "SD3": (1.5305, 0.0609)}  # scale, shift: z = (latent - shift) * scale
 PATCH = 8
 
 
@@ -57,12 +57,29 @@ class Decoder(nn.Module):
 
 
 class TinyVAE(nn.Module):
-    """Encoder and decoder. `live`: channels that carry the picture. `operations`: ComfyUI's layers, or `torch.nn`."""
+    """Encoder and decoder.
 
-    def __init__(self, live: int, widths: tuple[int, int, int] = (96, 48, 32), *, operations, device=None, dtype=None):
+    Args:
+        live: channels that carry the picture.
+        widths: of the decoder.
+        base: whose latents it makes, a key of `SCALES`.
+        operations: ComfyUI's layers, or `torch.nn`.
+    """
+
+    def __init__(
+        self,
+        live: int,
+        widths: tuple[int, int, int] = (96, 48, 32),
+        base: str = "FLUX.1",
+        *,
+        operations,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         where = {"device": device, "dtype": dtype}
         self.live = live
+        self.scale, self.shift = SCALES[base]
         self.patch_in = operations.Conv2d(3, live, PATCH, stride=PATCH, **where)
         self.patch_out = operations.Conv2d(live, 3 * PATCH * PATCH, 1, **where)
         self.decoder = Decoder(live, widths, operations=operations, **where)
@@ -78,10 +95,10 @@ class TinyVAE(nn.Module):
     def encode(self, pictures: Tensor) -> Tensor:
         z = self.patch_in(pictures)
         z = F.pad(z, (0, 0, 0, 0, 0, CHANNELS - self.live))
-        return z / SCALE + SHIFT
+        return z / self.scale + self.shift
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.decode_live((latents[:, : self.live] - SHIFT) * SCALE)
+        return self.decode_live((latents[:, : self.live] - self.shift) * self.scale)
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 Stages, in order: `vae` (components, then the decoder), `base` (transformer and text encoder), the EasyControl adapters
 `edge`, `pose` and `subject`, the try-on LoRAs `try_on` and, taught by them, `try_on_8_steps`; `in_context`, an
-In-Context LoRA by ComfyUI's own nodes. From the try-on on they train on the weights in `weights/`. `all` runs every
+In-Context LoRA by ComfyUI's own nodes; `sd3_vae` and `sd3`, the second base, in SD3.5's
+layout, and `dit4sr`, a patch for it. From the try-on on they train on the weights in `weights/`. `all` runs every
 one but `try_on_8_steps`. A stage that was stopped goes on where it was, and one that is done is only exported again;
 `--fresh` starts it over and leaves what the others made. (`in_context` always starts over. The components of the
 autoencoder are what all latents are made of: only `all --fresh` fits them again.)
@@ -19,8 +20,11 @@ import torch
 
 from .base import train_base
 from .checkpoints import Recipe, work
+from .dit4sr import RestoreRecipe, train_dit4sr
 from .easycontrol import KINDS, AdapterRecipe, train_adapter
 from .in_context import InContextRecipe, train_in_context
+from .sd3 import VAE as SD3_VAE
+from .sd3 import SD3Recipe, train_sd3
 from .try_on import TryOnRecipe, train_try_on
 from .try_on_8_steps import FastRecipe, train_fast
 from .vae import train_vae
@@ -32,7 +36,15 @@ OWN = {  # what each stage keeps in the folder of its recipe
     "try_on": ("try-on-pool-*", "try-on-lora-*"),
     "try_on_8_steps": ("try-on-journeys-*", "try-on-8-steps-*"),
     "in_context": (),
+    "sd3_vae": ("vae.*",),
+    "sd3": ("pool.pt", "sd3.*"),
+    "dit4sr": ("dit4sr-*",),
 }
+
+
+def recipe_of(stage: str, options: dict) -> Recipe | SD3Recipe:
+    """The recipe whose folder a stage works in. `options` change that of the first base only."""
+    return SD3Recipe() if stage in ("sd3_vae", "sd3", "dit4sr") else Recipe(**options)
 
 
 def forget(folder: Path, stage: str) -> None:
@@ -59,7 +71,9 @@ def main() -> None:
     fresh = options.pop("fresh")
     recipe, started = Recipe(**options), time.time()
     if fresh:
-        forget(work(recipe), stage)
+        forget(work(recipe_of(stage, options)), stage)
+        if stage == "all":
+            forget(work(SD3Recipe()), stage)
     if stage in ("vae", "all"):
         train_vae(recipe)
     if stage in ("base", "all"):
@@ -73,6 +87,12 @@ def main() -> None:
         train_fast(recipe, TryOnRecipe(), FastRecipe())
     if stage in ("in_context", "all"):
         train_in_context(InContextRecipe())
+    if stage in ("sd3_vae", "all"):
+        train_vae(SD3Recipe(), SD3_VAE)
+    if stage in ("sd3", "all"):
+        train_sd3(SD3Recipe(), workers)
+    if stage in ("dit4sr", "all"):
+        train_dit4sr(RestoreRecipe(), SD3Recipe(), workers)
     print(f"{stage}: {time.time() - started:.0f} s")
 
 

@@ -6,6 +6,8 @@ import copy
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -74,14 +76,20 @@ def batch_of(recipe: Recipe, latents: Tensor, ids: Tensor, groups: list[np.ndarr
     return tuple(part.to(device) for part in (x0, noise, loop.noise_levels(rng, recipe.batch), words, guidance))
 
 
-def run_stage(name: str, recipe: Recipe, steps: int, model: Base, loss_of, every: int = 300) -> Base:
-    """The training loop both transformer stages share. `loss_of(model, step)` -> loss. Returns the average."""
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def run_stage(path: Path, recipe, steps: int, model: Model, loss_of, every: int = 300) -> Model:
+    """The training loop of transformers. `loss_of(model, step)` -> loss. Returns the average.
+
+    Frozen weights stay as they are. `path` keeps the checkpoint.
+    """
     device = loop.device_of()
     model.to(device)
     quick = torch.compile(model)  # minutes to compile, then twice as fast
     average = copy.deepcopy(model).requires_grad_(False)
-    optims = optimisers(model.flux, model.text, recipe.lr, recipe.muon_lr)
-    path, start, losses = checkpoints.work(recipe) / f"{name}.pt", 0, []
+    optims = optimisers(model, recipe.lr, recipe.muon_lr)
+    start, losses = 0, []
     if path.exists():
         kept = torch.load(path, weights_only=True, map_location=device)
         model.load_state_dict(kept["model"])
@@ -90,7 +98,7 @@ def run_stage(name: str, recipe: Recipe, steps: int, model: Base, loss_of, every
             optim.load_state_dict(state)
         start, losses = kept["step"], kept["losses"]
     rates = [[recipe.muon_lr], [recipe.lr]]
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=path.stem, mininterval=5)
     for step in bar:
         with loop.fast_matrices(device):
             loss = loss_of(quick, step)
@@ -109,7 +117,7 @@ def run_stage(name: str, recipe: Recipe, steps: int, model: Base, loss_of, every
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise RuntimeError(
-                f"{name}: the loss is {losses[-1]} at step {step}. Delete {path.name} and lower the rate."
+                f"{path.stem}: the loss is {losses[-1]} at step {step}. Delete {path.name} and lower the rate."
             )
         bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
         if (step + 1) % every == 0 or step + 1 == steps:
@@ -137,7 +145,8 @@ def train_base(recipe: Recipe, workers: int) -> None:
         x = torch.lerp(x0, noise, t[:, None, None, None])
         return F.mse_loss(model(x, t, words, guidance).float(), noise - x0)
 
-    export_base(run_stage("base", recipe, recipe.base_steps, Base(size_of(recipe)), loss_of), recipe, "base")
+    path = checkpoints.work(recipe) / "base.pt"
+    export_base(run_stage(path, recipe, recipe.base_steps, Base(size_of(recipe)), loss_of), recipe, "base")
 
 
 def load_base(recipe: Recipe, stage: str) -> Base:

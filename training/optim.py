@@ -46,9 +46,9 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.to(p), alpha=-scale)
 
 
-def optimisers(model: nn.Module, text: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
+def optimisers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
     """Muon on the blocks' matrices except modulation, AdamW on the rest."""
-    matrices, rest = [], list(text.parameters())
+    matrices, rest = [], []
     for name, p in model.named_parameters():
         inner = "blocks." in name and p.ndim == 2 and "_mod." not in name and "modulation." not in name
         (matrices if inner else rest).append(p)

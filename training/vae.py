@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +24,35 @@ from .optim import schedule
 from .pictures import to_unit, training_picture
 
 
+@dataclass(frozen=True)
+class Autoencoder:
+    """What sets one autoencoder apart from the other.
+
+    file: in `weights/`.
+    base: whose latents it makes.
+    pictures: `(recipe, seed, count)` to what it is trained on, uint8 `[count, H, W, 3]`.
+    """
+
+    file: str
+    base: str
+    pictures: Callable[[Any, int, int], np.ndarray]
+    widths: tuple[int, int, int] = WIDTHS
+
+
 def _pictures(recipe: Recipe, seed: int, count: int) -> np.ndarray:
     rng, stream = np.random.default_rng(seed), world.scenes(seed, (*LEVELS, 0.5))
     return np.stack([training_picture(next(stream), recipe.pixels, rng) for _ in range(count)])
 
 
-def load_vae(recipe: Recipe) -> TinyVAE:
+FLUX1 = Autoencoder("tiny_vae.safetensors", "FLUX.1", _pictures)
+
+
+def load_vae(recipe, kind: Autoencoder = FLUX1) -> TinyVAE:
     """The autoencoder with its components; they are fitted on the first call (seconds) and then fixed."""
-    vae = TinyVAE(recipe.live, WIDTHS, operations=nn)
+    vae = TinyVAE(recipe.live, kind.widths, kind.base, operations=nn)
     path = checkpoints.work(recipe) / "components.pt"
     if not path.exists():
-        x = torch.from_numpy(to_unit(_pictures(recipe, recipe.seed, 3_000)))
+        x = torch.from_numpy(to_unit(kind.pictures(recipe, recipe.seed, 3_000)))
         patches = (
             x.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, PATCH, PATCH)
         )
@@ -44,11 +65,11 @@ def load_vae(recipe: Recipe) -> TinyVAE:
     return vae.requires_grad_(False)
 
 
-def train_vae(recipe: Recipe) -> None:
+def train_vae(recipe, kind: Autoencoder = FLUX1) -> None:
     """The decoder's residual; latent noise up to 0.3 makes it forgive the transformer's errors."""
     device, batch = loop.device_of(), 24
     torch.manual_seed(recipe.seed)
-    vae = load_vae(recipe).to(device)
+    vae = load_vae(recipe, kind).to(device)
     vae.decoder.requires_grad_(True)
     nn.init.zeros_(vae.decoder.conv_out.weight)
     nn.init.zeros_(vae.decoder.conv_out.bias)
@@ -65,7 +86,7 @@ def train_vae(recipe: Recipe) -> None:
     bar = tqdm(range(start, recipe.vae_steps), initial=start, total=recipe.vae_steps, desc="vae")
     for step in bar:
         if stock is None or step % 200 == 0:
-            stock = _pictures(recipe, 7_000_000 + recipe.seed * 10_000 + step // 200, 200 * batch // 4)
+            stock = kind.pictures(recipe, 7_000_000 + recipe.seed * 10_000 + step // 200, 200 * batch // 4)
         rng = np.random.default_rng((recipe.seed, step))
         x = torch.from_numpy(to_unit(stock[rng.integers(len(stock), size=batch)])).to(device)
         z = vae.patch_in(x)
@@ -89,9 +110,9 @@ def train_vae(recipe: Recipe) -> None:
             state = {"model": vae.state_dict(), "ema": average.state_dict(), "optimiser": optimiser.state_dict()}
             checkpoints.save(path, {**state, "step": step + 1, "losses": losses})
             loop.plot(path.with_suffix(".png"), losses)
-    export_vae(recipe)
+    export_vae(recipe, kind)
 
 
-def export_vae(recipe: Recipe) -> None:
-    config = {"tiny_vae": {"live": recipe.live, "widths": WIDTHS}}
-    checkpoints.write("tiny_vae.safetensors", load_vae(recipe).state_dict(), {"dit_toolkit": json.dumps(config)})
+def export_vae(recipe, kind: Autoencoder = FLUX1) -> None:
+    config = {"tiny_vae": {"live": recipe.live, "widths": kind.widths, "base": kind.base}}
+    checkpoints.write(kind.file, load_vae(recipe, kind).state_dict(), {"dit_toolkit": json.dumps(config)})

@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from dit_toolkit.models.tiny_vae import CHANNELS, SCALE, SHIFT, TinyVAE, fit_components
+from dit_toolkit.models.tiny_vae import CHANNELS, SCALES, TinyVAE, fit_components
 from dit_toolkit.training import checkpoints, optim
 from dit_toolkit.training.flux import Flux, Size, export, patchify, trim, unpatchify
+
+SCALE, SHIFT = SCALES["FLUX.1"]
 
 
 def test_export_and_trim_are_inverse_and_dead_channels_are_silent():

@@ -13,12 +13,14 @@ from torch import nn
 
 from dit_toolkit.models.control.mc_vton_keys import Settings, parse
 from dit_toolkit.models.tiny_text import PAD, VOCABULARY
-from dit_toolkit.models.tiny_vae import SCALE, SHIFT, TinyVAE
+from dit_toolkit.models.tiny_vae import SCALES, TinyVAE
 from dit_toolkit.training import checkpoints, data, fittings, loop, try_on, try_on_8_steps, try_on_model, world
 from dit_toolkit.training.base import export_base, size_of
 from dit_toolkit.training.embedded import WIDTHS, Base, load_shipped, sample
 from dit_toolkit.training.flux import Flux, Size
 from dit_toolkit.training.measure import try_on as measure
+
+SCALE, SHIFT = SCALES["FLUX.1"]
 
 
 def some_scenes(count, seed=3):
