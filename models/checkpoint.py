@@ -65,7 +65,7 @@ class Keys:
     prefixes: tuple[str, ...] = ("",)
     otherwise: str = "Ordinary LoRAs go into a LoRA loader."
 
-    def prefix(self, state: Mapping[str, Tensor], name: str) -> str:
+    def prefix(self, state: Collection[str], name: str) -> str:
         """What stands in front of the keys.
 
         Raises:
@@ -74,22 +74,31 @@ class Keys:
         for prefix in self.prefixes:
             if any(self._match(key, prefix) for key in state):
                 return prefix
-        raise ValueError(
-            f"{name} is no {self.what}: none of its {len(state)} keys looks like '{self.example}'. {self.otherwise}"
-        )
+        raise self.other(state, name)
 
-    def read(self, state: Mapping[str, Tensor], name: str) -> Iterator[tuple[str, re.Match[str], Tensor]]:
-        """Each key with its match and its tensor.
+    def find(self, state: Collection[str], name: str) -> Iterator[tuple[str, re.Match[str]]]:
+        """Each key with its match; no tensor is looked at.
 
         Raises:
             ValueError: at a key that such a file does not have.
         """
         prefix = self.prefix(state, name)
-        for key, tensor in state.items():
+        for key in state:
             match = self._match(key, prefix)
             if match is None:
                 raise self.unknown(key, name)
-            yield key, match, tensor
+            yield key, match
+
+    def read(self, state: Mapping[str, Tensor], name: str) -> Iterator[tuple[str, re.Match[str], Tensor]]:
+        """The same, each with its tensor."""
+        for key, match in self.find(state, name):
+            yield key, match, state[key]
+
+    def other(self, state: Collection[str], name: str) -> ValueError:
+        """What to say of a file of another kind."""
+        return ValueError(
+            f"{name} is no {self.what}: none of its {len(state)} keys looks like '{self.example}'. {self.otherwise}"
+        )
 
     def unknown(self, key: str, name: str) -> ValueError:
         return ValueError(f"{name} has the key {shown(key)}, {self.why(key)}.")
