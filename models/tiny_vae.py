@@ -5,8 +5,8 @@ components, each divided by a power of its standard deviation so that weak compo
 the 16 latent channels are zero. The decoder is the transposed convolution plus a learned residual. Encoder and
 decoder are convolutions only, so any size divisible by 8 works.
 
-Latents leave `encode` and enter `decode` in the scale of the autoencoder of the base model, `latent = z / scale + shift`,
-so that ComfyUI's latent format for that model recovers `z` (about unit variance in the live channels).
+Latents leave `encode` and enter `decode` in the scale of the base model's autoencoder, `latent = z / scale + shift`, so
+that ComfyUI's latent format for that model recovers `z` (about unit variance in the live channels).
 
 Shapes: pictures `[B, 3, H, W]` in -1..1, latents `[B, 16, H/8, W/8]`.
 """

@@ -1,8 +1,8 @@
 """What happens to a photograph on its way through cameras, phones and websites: a second-order degradation.
 
-Blur, resize, noise and JPEG, twice, with a last sinc filter for ringing. Source: Real-ESRGAN, arXiv:2107.10833, section
-3; the ranges are those that DiT4SR trains with (SeeSR's). Filters, resizing and JPEG are OpenCV's. Left out: generalised
-Gaussian and plateau-shaped kernels, and a second JPEG at the end, whose order is drawn there.
+Blur, resize, noise and JPEG, twice, with a last sinc filter for ringing. Source: Real-ESRGAN, arXiv:2107.10833,
+section 3; the ranges are those that DiT4SR trains with (SeeSR's). Filters, resizing and JPEG are OpenCV's. Left out:
+generalised Gaussian and plateau-shaped kernels.
 """
 
 from __future__ import annotations

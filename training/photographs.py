@@ -51,7 +51,7 @@ def _read(name: str, where: str) -> np.ndarray:
 
 
 def crop(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A random square of a random photograph, `[size, size, 3]`: scaled down by 1 to 3, mirrored, its colours shifted."""
+    """A random square of a photograph, `[size, size, 3]`: scaled down by 1 to 3, mirrored, its colours shifted."""
     pictures = photographs()
     picture = pictures[rng.choice(len(pictures), p=_shares())]
     side = min(int(size * rng.uniform(1, 3)), *picture.shape[:2])

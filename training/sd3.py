@@ -1,8 +1,6 @@
-"""Stages `sd3_vae` and `sd3`: the second base, in the layout of Stable Diffusion 3.5 Medium, with an autoencoder that has
-seen photographs.
+"""Stages `sd3_vae` and `sd3`: the second base, in the layout of Stable Diffusion 3.5 Medium.
 
-The transformer is ComfyUI's own MMDiT, which autograd can follow. Its size is in its file alone: ComfyUI reads depth and
-heads from the width, as for every SD3.
+Its autoencoder has seen photographs. The transformer is ComfyUI's own MMDiT, which autograd can follow.
 """
 
 from __future__ import annotations

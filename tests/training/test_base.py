@@ -57,9 +57,9 @@ def test_training_resumes_where_it_stopped(tmp_path, monkeypatch, one_thread):
         torch.manual_seed(0)
         return Base(Size(live=8, double=1, single=1))
 
-    whole = base.run_stage("whole", recipe, 6, fresh(), loss_of, every=6)
+    whole = base.run_stage(tmp_path / "whole.pt", recipe, 6, fresh(), loss_of, every=6)
     monkeypatch.setattr(base, "schedule", lambda step, total: optim.schedule(step, 6))
-    base.run_stage("parts", recipe, 3, fresh(), loss_of, every=3)
-    parts = base.run_stage("parts", recipe, 6, fresh(), loss_of, every=3)
+    base.run_stage(tmp_path / "parts.pt", recipe, 3, fresh(), loss_of, every=3)
+    parts = base.run_stage(tmp_path / "parts.pt", recipe, 6, fresh(), loss_of, every=3)
     for (name, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6), name
