@@ -1,8 +1,8 @@
 """The embedded default: tiny trained models in `weights/`, as ComfyUI's own MODEL, CLIP and VAE objects.
 
-The transformer is an ordinary FLUX.1 file and goes through ComfyUI's own loader. The text encoder and the autoencoder
-have layouts of their own (`models/tiny_text.py`, `models/tiny_vae.py`); here they are put behind ComfyUI's CLIP and
-VAE classes, so that its memory management, prompt weights, hooks and tiling apply to them as to any other.
+The transformers are ordinary FLUX.1 and SD3.5 files and go through ComfyUI's own loader. The text encoders and the
+autoencoders have layouts of their own (`models/tiny_text.py`, `models/tiny_vae.py`); here they are put behind ComfyUI's
+CLIP and VAE classes, so that its memory management, prompt weights, hooks and tiling apply to them as to any other.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import comfy.model_management
 import comfy.model_patcher
@@ -32,11 +32,26 @@ from .picture_files import read_picture
 
 logger = logging.getLogger(__name__)
 
+Base = Literal["FLUX.1", "SD3.5"]
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS, EXAMPLES = ROOT / "weights", ROOT / "web" / "examples"
 TOKENS = "t5xxl"  # the name CLIP Text Encode (Flux) looks for
 REMEDY = "Install DiT Toolkit again."
 WIDEST = 1024  # channels of any layer
+
+
+class Files(NamedTuple):
+    """The files of one base in the pack's `weights` folder."""
+
+    model: str
+    clip: str
+    vae: str
+
+
+FILES: dict[Base, Files] = {
+    "FLUX.1": Files("tiny_flux.safetensors", "tiny_text_encoder.safetensors", "tiny_vae.safetensors"),
+    "SD3.5": Files("tiny_sd3.safetensors", "tiny_sd3_text_encoder.safetensors", "tiny_sd3_vae.safetensors"),
+}
 
 
 def _load(name: str, section: str, settings: Collection[str] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -130,7 +145,7 @@ class EmbeddedTextEncoder(torch.nn.Module, comfy.sd1_clip.ClipTokenWeightEncoder
 class EmbeddedVAE(comfy.sd.VAE):
     """ComfyUI's VAE around `TinyVAE`."""
 
-    def __init__(self, weights: dict[str, Tensor], live: int, widths: tuple[int, int, int]):
+    def __init__(self, weights: dict[str, Tensor], live: int, widths: tuple[int, int, int], base: str):
         # The host's smallest autoencoder, for its defaults; what differs is replaced below.
         super().__init__(sd={"pixel_space_vae": torch.ones(())}, dtype=torch.float32)
         self.downscale_ratio = self.upscale_ratio = PATCH
@@ -142,7 +157,8 @@ class EmbeddedVAE(comfy.sd.VAE):
             160 * shape[2] * shape[3] * PATCH**2 * comfy.model_management.dtype_size(dtype)
         )
         offload = comfy.model_management.vae_offload_device()
-        model = TinyVAE(live, widths, operations=comfy.ops.manual_cast, device=offload, dtype=torch.float32)
+        where = {"device": offload, "dtype": torch.float32}
+        model = TinyVAE(live, widths, base, operations=comfy.ops.manual_cast, **where)
         self.first_stage_model = model.eval()
         comfy.model_management.archive_model_dtypes(model)
         self.patcher = comfy.model_patcher.CoreModelPatcher(model, load_device=self.device, offload_device=offload)
@@ -151,19 +167,19 @@ class EmbeddedVAE(comfy.sd.VAE):
         self.model_size()
 
 
-def load_model():
+def load_model(base: Base = "FLUX.1"):
     """MODEL: the transformer, through ComfyUI's diffusion-model loader."""
-    name = "tiny_flux.safetensors"
-    weights, _ = _load(name, "tiny_flux")
+    name = FILES[base].model
+    weights, _ = _load(name, Path(name).stem)
     with _intact(name):
         model = comfy.sd.load_diffusion_model(str(WEIGHTS / name))
         require(model.model.diffusion_model.state_dict(), weights, name)  # core leaves what is missing as it comes
     return model
 
 
-def load_clip() -> comfy.sd.CLIP:
+def load_clip(base: Base = "FLUX.1") -> comfy.sd.CLIP:
     """CLIP: tokenizer and text encoder."""
-    name = "tiny_text_encoder.safetensors"
+    name = FILES[base].clip
     weights, config = _load(name, "tiny_text", ("dim", "pooled_dim", "slots"))
     target = comfy.supported_models_base.ClipTarget(EmbeddedTokenizer, EmbeddedTextEncoder)
     with _intact(name):
@@ -171,13 +187,13 @@ def load_clip() -> comfy.sd.CLIP:
         return comfy.sd.CLIP(target, parameters=comfy.utils.calculate_parameters(weights), state_dict=[weights])
 
 
-def load_vae() -> EmbeddedVAE:
-    """VAE: FLUX.1's latent layout, 16 channels at an eighth of the size."""
-    name = "tiny_vae.safetensors"
-    weights, config = _load(name, "tiny_vae", ("live", "widths"))
+def load_vae(base: Base = "FLUX.1") -> EmbeddedVAE:
+    """VAE: the base's latent layout, 16 channels at an eighth of the size."""
+    name = FILES[base].vae
+    weights, config = _load(name, "tiny_vae", ("live", "widths", "base"))
     with _intact(name):
         first, second, third = (_size(width) for width in config["widths"])
-        return EmbeddedVAE(weights, _size(config["live"]), (first, second, third))
+        return EmbeddedVAE(weights, _size(config["live"]), (first, second, third), config.get("base", "FLUX.1"))
 
 
 def example_names() -> list[str]:

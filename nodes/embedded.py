@@ -16,23 +16,28 @@ class LoadEmbedded(io.ComfyNode):
             display_name="Load Embedded Model",
             category="DiT Toolkit/loaders",
             description=(
-                "Loads the tiny FLUX.1-layout model that ships with DiT Toolkit. It draws paper dolls and simple "
-                "objects at 96 x 96 in a second on a CPU: for trying workflows and for tests, not for art."
+                "Loads a tiny model that ships with DiT Toolkit. It draws paper dolls and simple objects in a second "
+                "on a CPU: for trying workflows and for tests, not for art."
             ),
             search_aliases=["tiny flux", "toy model", "demo model", "embedded default", "cpu demo"],
-            inputs=[],
+            inputs=[
+                choice("base", embedded.Base, "FLUX.1",
+                       "FLUX.1: draws at 96 x 96. SD3.5: draws at 128 x 128, and its autoencoder has seen photographs, "
+                       "for DiT4SR.", optional=True),
+            ],
             outputs=[
-                io.Model.Output(tooltip="Tiny FLUX.1 transformer, for FLUX.1 nodes and samplers. FLUX.1 LoRAs do not "
-                                "fit it."),
+                io.Model.Output(tooltip="Tiny transformer, for nodes and samplers of its base model. LoRAs of the "
+                                "large one do not fit it."),
                 io.Clip.Output(tooltip="Its text encoder. Knows 43 words: colours, shapes, dolls, garments, poses, "
                                "places."),
-                io.Vae.Output(tooltip="Its autoencoder, with FLUX.1's 16 latent channels."),
+                io.Vae.Output(tooltip="Its autoencoder, with the 16 latent channels of the base model."),
             ],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(embedded.load_model(), embedded.load_clip(), embedded.load_vae())
+    def execute(cls, base: embedded.Base = "FLUX.1") -> io.NodeOutput:
+        check(cls, locals())
+        return io.NodeOutput(embedded.load_model(base), embedded.load_clip(base), embedded.load_vae(base))
 
 
 class ExamplePicture(io.ComfyNode):

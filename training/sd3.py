@@ -178,7 +178,7 @@ def batch_of(recipe: SD3Recipe, pools: list, groups: list[np.ndarray], step: int
     for kind in rng.choice(3, recipe.batch, p=KINDS):
         rows = groups[rng.choice(3, p=SHARES)] if kind == SCENES else len(pools[kind][0])
         row = int(rng.choice(rows))
-        latents.append(pools[kind][0][row])
+        latents.append(pools[kind][0][row].float())
         ids = pools[kind][1][row].tolist()
         # A caption tells of the whole scene: a part of it is shown without one, mostly, as a photograph always is.
         if rng.random() < (0.7 if kind == CROPS else recipe.drop):
@@ -186,7 +186,7 @@ def batch_of(recipe: SD3Recipe, pools: list, groups: list[np.ndarray], step: int
         elif rng.random() < recipe.brief:
             ids = brief(ids, rng)
         words.append(torch.tensor(ids))
-    x0 = torch.stack(latents).float()
+    x0 = torch.stack(latents)
     noise = torch.from_numpy(rng.standard_normal(tuple(x0.shape), np.float32))
     return tuple(part.to(device) for part in (x0, noise, loop.noise_levels(rng, recipe.batch), torch.stack(words)))
 
