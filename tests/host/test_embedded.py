@@ -18,7 +18,7 @@ import torch
 from dit_toolkit.host import embedded
 from dit_toolkit.host.control.easycontrol_files import load as load_lora
 from dit_toolkit.models.tiny_text import SLOTS
-from dit_toolkit.models.tiny_vae import SCALE, SHIFT
+from dit_toolkit.models.tiny_vae import SCALES
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl
 from dit_toolkit.training import data, world
 from dit_toolkit.training.easycontrol import caption_for, condition_picture
@@ -28,6 +28,7 @@ from dit_toolkit.training.score import edge_distance, score, silhouette_agreemen
 
 pytestmark = pytest.mark.comfy
 
+SCALE, SHIFT = SCALES["FLUX.1"]
 SIDE, STEPS, CFG = 96, 20, 2.5  # as in the example workflows
 
 
