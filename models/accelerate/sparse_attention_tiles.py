@@ -203,8 +203,8 @@ def _portions(
     heads = min(max(most, 1), batch)
     tiles = max(most // heads, 1)
     for start in range(0, group.queries.shape[0], tiles):
-        for first in range(0, batch, heads):
-            yield slice(start, start + tiles), slice(first, first + heads)
+        for head in range(0, batch, heads):
+            yield slice(start, start + tiles), slice(head, head + heads)
 
 
 def _gather(x: Tensor, indices: Tensor) -> Tensor:
