@@ -433,7 +433,7 @@ def tensors_alive() -> int:
 
 
 def test_ten_runs_of_changing_sizes_leave_nothing(tiny_flux, monkeypatch):
-    monkeypatch.setattr(NodeReport, "kept", 8)
+    monkeypatch.setattr(NodeReport, "most_runs", 8)
     model = cached(tiny_flux, Interval(2, 1), "last block", 1)
     sizes = [(8, 8), (8, 12), (6, 4), (4, 4), (10, 6)] * 2
     sample(model, 4, size=sizes[0])
