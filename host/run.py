@@ -75,7 +75,7 @@ class Condition:
     uuid: Hashable
     index: int  # number of its list in the guider's call; `name` says what it is
     occurrence: int
-    window: tuple[int, ...] | None  # frames of the context window, where there is one
+    window: tuple[int, ...] | None  # frames of the context window, if there is one
     hooks: Hashable  # ComfyUI's HookGroup, or None
     device: torch.device
     patched: tuple[Hashable, ...] = ()  # blocks replaced for this pass alone, as by SkipLayerGuidance

@@ -355,7 +355,7 @@ class AccelerationReport(io.ComfyNode):
 
     @classmethod
     def runs_of(cls, report: NodeReport) -> list | None:
-        """The runs of the samplers that 'after' leads back to; None where nobody says what is connected."""
+        """The runs of the samplers that 'after' leads back to; None if nothing tells what is connected."""
         prompt = cls.hidden and cls.hidden.dynprompt
         if prompt is None:
             return None
