@@ -99,7 +99,7 @@ def rows_of(tokens: int) -> Iterator[Row]:
 def difference(out: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: core.Pattern, grid: Grid) -> float:
     """The largest one from softmax over the keys that each of some picture tokens sees."""
     asked = torch.randperm(grid.picture, generator=torch.Generator().manual_seed(0))[:CHECKED]
-    y, x = core.places(pattern, grid)
+    y, x = core.token_positions(pattern, grid)
     near = pattern.keeps(y[asked, None] - y, x[asked, None] - x)  # [asked, picture]
     k, v, _ = core.with_pooled(k, v, None, pattern, grid, None)
     seen = torch.ones(len(asked), k.shape[2], dtype=torch.bool)

@@ -119,9 +119,9 @@ class Joint:
 
         model = executor.class_obj
         img, ids = model.process_img(x)
-        grid = flux.token_grid(model, *x.shape[-2:])
-        tokens = [flux.tokens(self.base, latent.to(x.device), 16) for latent, _ in self.conditions]
-        places_of = [spatial_ids(flux.token_grid(model, *c.shape[-2:]), grid, x.device) for c, _ in self.conditions]
+        grid = flux.grid_size(model, *x.shape[-2:])
+        tokens = [flux.latent_tokens(self.base, latent.to(x.device), 16) for latent, _ in self.conditions]
+        places_of = [spatial_ids(flux.grid_size(model, *c.shape[-2:]), grid, x.device) for c, _ in self.conditions]
         loras = [lora for _, lora in self.conditions]
         for lora in loras:
             lora.to(x.device)

@@ -1,13 +1,13 @@
-"""Where features meet in the attention of FLUX-like models: extra keys, and what is to come of masks and patterns.
+"""Where features meet in the attention of FLUX-like models: extra keys, scales on the text's keys, one mask over all.
 
-Features do not patch attention themselves. They hand over what they want for one call of the model (`with_keys`), and
-one `attn1_patch`, installed once per run behind every patch that was there before, puts it together. Order: what
-earlier patches return, then RoPE, then the scale on the text's own keys, then extra keys and values at the end of the
-key axis, then the mask over them all. A call of the model may also be there only to be listened to (`with_recorder`):
-its attention is left as it is.
+Features do not patch attention themselves. They hand over what they want for one call of the model (`with_keys`). One
+`attn1_patch` puts it together; a run installs it once, behind all earlier patches. Order: the result of earlier
+patches, then RoPE, then the scale on the text's own keys, then extra keys and values at the end of the key axis, then
+the mask over them all. A feature may also make a call only to record its attention (`with_recorder`), which stays as it
+is.
 
-RoPE moves in here because the extra keys are rotated already, to other positions than the model's `pe` knows; the
-patch then returns `pe=None`. An earlier patch may have done so before: its queries and keys are rotated then.
+The patch applies RoPE because the extra keys are rotated already, to positions that the model's `pe` does not know. It
+then returns `pe=None`. If an earlier patch returned `pe=None`, its queries and keys are rotated already.
 """
 
 from __future__ import annotations
@@ -22,30 +22,31 @@ from comfy.ldm.flux.math import apply_rope, apply_rope1
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..models.control.conditions import KeysValues
 from .compiled import untraced
 from .offers import Offer, ask, offer
+from .transformer import Block
 
 EXTRA_KEYS = "dit_toolkit.extra_keys"  # in transformer_options: a tuple of ExtraKeys
 TEXT_SCALES = "dit_toolkit.text_scales"  # in transformer_options: a tuple of TextScale
 RECORDER = "dit_toolkit.recorder"  # in transformer_options: the Recorder that listens
-OURS = (EXTRA_KEYS, TEXT_SCALES, RECORDER)  # all that one call of the model may be handed
+OURS = (EXTRA_KEYS, TEXT_SCALES, RECORDER)  # all that features hand to one call of the model
 
-Block = tuple[str, int]  # ("double" or "single", number), as ComfyUI's block_type and block_index
-BlockKeys = Mapping[Block, tuple[Tensor, Tensor]]  # K and V, each [1 or rows, H, T, d], normalised and rotated
+KeysByBlock = Mapping[Block, KeysValues]  # each [1 or rows, H, T, d]
 
 
 @dataclass(frozen=True)
 class ExtraKeys:
     """Keys and values that text and picture attend to beside their own, in one call of the model.
 
-    conditions: one entry per condition of the chunk, in its order, all with the same blocks and as many keys. K and V
-        may lie on another device, and may be made only when a block asks for them.
+    conditions: one entry per condition of the chunk, in its order, all with the same blocks and equally many keys. K
+        and V may lie on another device, and may be made only when a block asks for them.
     log_weight: added to the logits of these keys. 0 is neutral and costs no mask.
     blind: conditions, by number, that do not see these keys. They cost a mask.
-    feature: whose they are, as people call it.
+    feature: the feature that hands them over, as people call it.
     """
 
-    conditions: Sequence[BlockKeys]
+    conditions: Sequence[KeysByBlock]
     log_weight: float = 0.0
     blind: frozenset[int] = field(default_factory=frozenset)
     feature: str = ""
@@ -53,8 +54,8 @@ class ExtraKeys:
 
 @dataclass(frozen=True)
 class TextScale:
-    """A factor on the keys of the text's own tokens in some blocks, in one call of the model. Where several features
-    ask for one, the largest holds.
+    """A factor on the keys of the text's own tokens in some blocks, in one call of the model. The largest wins where
+    several features ask for one.
 
     factors: one per condition of the chunk, in its order. Neutral value: 1.
     """
@@ -69,14 +70,14 @@ class Recorder(Protocol):
     def record(self, block: Block, k: Tensor, v: Tensor, text: int) -> None:
         """K after QK norm and RoPE and V of a block it wants, `[B, H, L, d]`, the first `text` tokens being text.
 
-        They belong to the model: whoever keeps them clones them.
+        They belong to the model: clone what you keep.
         """
 
     def wants(self, block: Block) -> bool: ...
 
 
 def install(model_options: dict) -> None:
-    """Put the patch behind all others of this run. Once is enough, however many features ask."""
+    """Put the patch behind all others of this run. Later calls change nothing."""
     patches = model_options["transformer_options"].setdefault("patches", {}).setdefault("attn1_patch", [])
     if append_extra_keys not in patches:
         patches.append(append_extra_keys)
@@ -95,7 +96,7 @@ def with_text_scale(options: dict, scale: TextScale) -> dict:
 
 
 def with_recorder(options: dict, recorder: Recorder) -> dict:
-    """transformer_options of one more model call, that `recorder` listens to and nobody else of us touches."""
+    """transformer_options of one more model call, which `recorder` records and no other feature of ours touches."""
     return {**{key: value for key, value in options.items() if key not in OURS}, RECORDER: recorder}
 
 
@@ -146,7 +147,7 @@ def scale_text(k: Tensor, text: int, factors: Sequence[float]) -> Tensor:
 
 
 def _log_weights(keys: ExtraKeys, like: Tensor) -> float | Tensor:
-    """What is added to the logits of these keys: a number for all, or one for each row of the batch `[B]`."""
+    """The weight to add to the logits of these keys: a number for all, or one for each row of the batch `[B]`."""
     if not keys.blind:
         return keys.log_weight
     each = [float("-inf") if i in keys.blind else keys.log_weight for i in range(len(keys.conditions))]
@@ -164,14 +165,14 @@ def _rows(keys: ExtraKeys, block: Block, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def widen_mask(mask: Tensor | None, q: Tensor, own: int, added: Sequence[tuple[int, float | Tensor]]) -> Tensor | None:
-    """The attention mask over `own` keys and those added behind them, given as (count, log weight).
+    """The attention mask over `own` keys and the `added` ones behind them.
 
     Args:
-        mask: what came in, `[..., Lq, own]`: additive, bool (True is seen), or None.
-        added: a weight is a number, or one for each row of the batch, `[B]`.
+        mask: the model's own, `[..., Lq, own]`: additive, bool (True is seen), or None.
+        added: (count, log weight) each. A weight is a number, or one for each row of the batch, `[B]`.
 
     Returns:
-        None where there is nothing to mask, else `[..., Lq, own + added]`. Added keys are visible to every query.
+        None if there is nothing to mask, else `[..., Lq, own + added]`. Every query sees the added keys.
     """
     count = sum(n for n, _ in added)
     if all(not isinstance(weight, Tensor) and weight == 0 for _, weight in added):

@@ -1,20 +1,20 @@
 """Blocks of a model: wrapping them for one run, and telling attention which one it is in.
 
-For features that skip blocks, or put something else in their place, through ComfyUI's `patches_replace["dit"]`. A
-block is named by its `Key`, as there: ("double_block", 3). It is called as `replacement(args, {"original_block": run})`
-and returns a dict. What changes from block to block, the *streams*, are the entries that `Family.streams` names; all
-else in `args` is the same for every block of a kind, Chroma's `vec` excepted. To skip a block is to return its `args`.
-Which blocks a model has, and what flows between them, its family says: see `host/families/`.
+For features that skip blocks or replace them, through ComfyUI's `patches_replace["dit"]`. The key of a block there is
+its `BlockKey`: ("double_block", 3). ComfyUI calls `replacement(args, {"original_block": run})`, which returns a dict.
+The entries that change from block to block are the *streams*, see `Family.streams`. All others are the same for every
+block of a kind, except Chroma's `vec`. To skip a block, return its `args`. The families in `host/families/` say which
+blocks a model has and what flows between them.
 
-What runs between two blocks runs after skipped ones too, and adds its residual **in place** to the tensor a block
-returned. So:
+Code between two blocks, such as ControlNet's, runs after skipped blocks too. It adds its residual **in place** to the
+tensor that a block returned. So:
 
-- clone what is to be kept: args before the block runs, its result before it is returned;
-- never return a tensor that is kept, return a clone of it;
-- record and inject at the same place, in the last of the wrapped blocks: the residual is then added both times.
+- clone what you keep: args before the block runs, its result before you return it;
+- never return a tensor that you keep, return a clone;
+- record and inject in the same block, the last of the wrapped ones: the residual is then added both times.
 
-Limit: guidance that skips layers (SkipLayerGuidance) puts its own replacements over ours for one more pass of the
-model: in that pass, wraps of those blocks are not called.
+Limit: SkipLayerGuidance puts its own replacements over ours for one more pass of the model. In that pass, ComfyUI does
+not call our wraps of those blocks.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from comfy.model_patcher import ModelPatcher, set_model_options_patch_replace
 
 from .compiled import untraced
 from .families import family_of
-from .families.family import BlockArgs, Key
+from .families.family import BlockArgs, BlockKey
 from .transformer import transformer_of
 
 RunBlock = Callable[[BlockArgs], dict[str, Any]]
 Wrap = Callable[[BlockArgs, RunBlock], dict[str, Any]]
 
 
-def wrap_block(model_options: dict, key: Key, wrap: Wrap) -> None:
+def wrap_block(model_options: dict, key: BlockKey, wrap: Wrap) -> None:
     """Run `wrap(args, run_block)` in place of block `key`, around whatever replaces it already.
 
     Args:
-        model_options: those of the run, which are changed; dicts that others may share are copied first.
-        wrap: gets the block's args and what runs it, or the replacement that was there before. Returns what the
-            block returns. The last one to come is the outermost. It is never traced by torch.compile; functions
-            that it calls are, see `untraced`.
+        model_options: the run's own, changed here; dicts that others may share are copied first.
+        wrap: gets the block's args and the function that runs the block, or the earlier replacement. Returns what the
+            block returns. The last wrap is the outermost. torch.compile never traces it, but traces the functions that
+            it calls, see `untraced`.
     """
     untraced(wrap)
     earlier = model_options["transformer_options"].get("patches_replace", {}).get("dit", {}).get(key)
@@ -55,21 +55,21 @@ def wrap_block(model_options: dict, key: Key, wrap: Wrap) -> None:
 
 
 def number_blocks(model: ModelPatcher, model_options: dict) -> None:
-    """Tell attention the block it is in, for families that do not. Who skips blocks then confuses nobody."""
+    """Tell attention the block it is in, for families that do not. Skipped blocks then shift no number."""
     family = family_of(model)
     if family.numbered:
         return
-    for key in family.keys(transformer_of(model)):
+    for key in family.block_keys(transformer_of(model)):
         wrap_block(model_options, key, numbered(key))
 
 
-def numbered(key: Key) -> Wrap:
+def numbered(key: BlockKey) -> Wrap:
     """A block wrap that puts type and number into transformer_options."""
     kind, index = key
 
     def wrap(args: BlockArgs, run_block: RunBlock) -> dict[str, Any]:
         block = {"block_type": kind.removesuffix("_block"), "block_index": index}
-        if "transformer_options" not in args:  # somebody else's forward pass: `host/offers.py` has a word for it
+        if "transformer_options" not in args:  # another pack's forward pass, see `host/offers.py`
             return run_block(args)
         return run_block({**args, "transformer_options": {**args["transformer_options"], **block}})
 

@@ -1,4 +1,4 @@
-"""What has to be said to torch.compile below APPLY_MODEL."""
+"""How code below APPLY_MODEL keeps out of torch.compile's graphs."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any, TypeVar
 import torch
 
 try:
-    from torch._dynamo.decorators import skip  # torch's own name for it is not public
-except ImportError:  # what is public does it less well, see below
+    from torch._dynamo.decorators import skip  # not public in torch
+except ImportError:  # the public way does less, see below
     skip = partial(torch.compiler.disable, recursive=False)
 
 Function = TypeVar("Function", bound=Callable)
 
 
 def untraced(function: Function) -> Function:
-    """Mark a function that torch.compile must run as it is, each time it is called. What it calls may be compiled.
+    """Mark a function that torch.compile must not trace. It may still compile what the function calls.
 
-    TorchCompileModel drops every check on what is reached through a name that contains "transformer_options". Whatever
-    was found there when a function was traced is repeated ever after: a counter stands still, `img_slice` keeps the
-    length of the first prompt. So each function below APPLY_MODEL that looks into `transformer_options`, or into
-    `args` for them, has to be marked, not only the one that calls it. `torch.compiler.disable(recursive=False)` does
-    not do it: in torch 2.11 it leaves out a wrapper of the function, and traces the function.
+    TorchCompileModel drops every guard on values behind a name that contains "transformer_options". A traced function
+    then repeats forever what it found there first: a counter stands still, `img_slice` keeps the length of the first
+    prompt. So mark each function below APPLY_MODEL that reads `transformer_options`, or reads them from `args`, and not
+    only its caller. `torch.compiler.disable(recursive=False)` is not enough: in torch 2.11 it skips a wrapper of the
+    function, and traces the function.
     """
     marked: Any = function
     while isinstance(marked, partial):

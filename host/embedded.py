@@ -1,8 +1,8 @@
 """The embedded default: tiny trained models in `weights/`, as ComfyUI's own MODEL, CLIP and VAE objects.
 
-The transformers are ordinary FLUX.1 and SD3.5 files and go through ComfyUI's own loader. The text encoders and the
-autoencoders have layouts of their own (`models/tiny_text.py`, `models/tiny_vae.py`); here they are put behind ComfyUI's
-CLIP and VAE classes, so that its memory management, prompt weights, hooks and tiling apply to them as to any other.
+The transformers are ordinary FLUX.1 and SD3.5 files, which ComfyUI's own loader reads. The text encoders and the
+autoencoders have layouts of their own (`models/tiny_text.py`, `models/tiny_vae.py`). This module wraps them in
+ComfyUI's CLIP and VAE classes, so that its memory management, prompt weights, hooks and tiling work with them too.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ FILES: dict[Base, Files] = {
 
 
 def _load(name: str, section: str, settings: Collection[str] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights in a file of the pack, and what it says of itself under `section`."""
+    """The weights in a file of the pack, and its metadata under `section`."""
     path = WEIGHTS / name
     if not path.is_file():
         raise FileNotFoundError(f"{name} is missing from the pack's 'weights' folder. {REMEDY}")
@@ -69,7 +69,7 @@ def _load(name: str, section: str, settings: Collection[str] = ()) -> tuple[dict
 
 @contextmanager
 def _intact(name: str) -> Iterator[None]:
-    """Building a model from a file that is as it was shipped does not fail."""
+    """Report an error while a shipped file becomes a model as damage of the file."""
     try:
         yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -83,7 +83,7 @@ def _size(value: object) -> int:
 
 
 class EmbeddedTokenizer:
-    """Prompt text to word ids with ComfyUI's `(word:1.2)` weights. One row of `SLOTS` tokens, whatever is typed."""
+    """Prompt text to word ids with ComfyUI's `(word:1.2)` weights: always one row of `SLOTS` tokens."""
 
     def __init__(self, embedding_directory=None, tokenizer_data=None):
         pass
@@ -101,7 +101,7 @@ class EmbeddedTokenizer:
             logger.info("The tiny text encoder reads %d words; the last %d are cut off.", SLOTS, len(words) - SLOTS)
         row = (words + [(PAD, 1.0)] * SLOTS)[:SLOTS]
         if return_word_ids:
-            return {TOKENS: [[(i, weight, place) for place, (i, weight) in enumerate(row)]]}
+            return {TOKENS: [[(i, weight, position) for position, (i, weight) in enumerate(row)]]}
         return {TOKENS: [row]}
 
     def untokenize(self, pairs: list[tuple]) -> list[tuple]:
@@ -146,7 +146,7 @@ class EmbeddedVAE(comfy.sd.VAE):
     """ComfyUI's VAE around `TinyVAE`."""
 
     def __init__(self, weights: dict[str, Tensor], live: int, widths: tuple[int, int, int], base: str):
-        # The host's smallest autoencoder, for its defaults; what differs is replaced below.
+        # ComfyUI's smallest autoencoder sets the defaults; the lines below replace what differs.
         super().__init__(sd={"pixel_space_vae": torch.ones(())}, dtype=torch.float32)
         self.downscale_ratio = self.upscale_ratio = PATCH
         self.latent_channels = CHANNELS
@@ -173,7 +173,7 @@ def load_model(base: Base = "FLUX.1"):
     weights, _ = _load(name, Path(name).stem)
     with _intact(name):
         model = comfy.sd.load_diffusion_model(str(WEIGHTS / name))
-        require(model.model.diffusion_model.state_dict(), weights, name)  # core leaves what is missing as it comes
+        require(model.model.diffusion_model.state_dict(), weights, name)  # core leaves missing weights as they are
     return model
 
 
@@ -203,7 +203,7 @@ def example_names() -> list[str]:
 
 
 def load_example(name: str) -> Tensor:
-    """An example picture as IMAGE, `[1, H, W, 3]` in 0..1, where and as ComfyUI's Load Image puts it."""
+    """An example picture as IMAGE, `[1, H, W, 3]` in 0..1, with the device and dtype of ComfyUI's Load Image."""
     if name not in example_names():
         raise FileNotFoundError(f"There is no example picture {name!r}. Choose one of: {', '.join(example_names())}.")
     picture = read_picture(EXAMPLES / name, name, REMEDY).convert("RGB")

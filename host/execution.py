@@ -1,4 +1,4 @@
-"""Which node of which prompt is running, and which of a report's runs lie before a node in the graph."""
+"""Which node of which prompt is running, and which of a report's runs a link leads back to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from comfy_execution.utils import get_executing_context
 
 
 class Origin(NamedTuple):
-    """Who runs a sampler: the prompt's id, the node's id in it, and the item where a node is mapped over a list."""
+    """The node that runs a sampler: prompt id, node id, and the item's number if ComfyUI maps the node over a list."""
 
     prompt: str | None = None
     node: str | None = None
@@ -25,21 +25,21 @@ class HasOrigin(Protocol):
 
 
 RunT = TypeVar("RunT", bound=HasOrigin)
-InputsOf = Callable[[str], Mapping[str, Any]]  # of a node by its id, as a prompt has them: values, or links
+InputsOf = Callable[[str], Mapping[str, Any]]  # a node's inputs by its id: values or links
 
 
 def running() -> Origin:
-    """ComfyUI knows it in the thread of its nodes only, so ask when a run starts."""
+    """The node that runs now. Only ComfyUI's own thread knows it, so call this when a run starts."""
     context = get_executing_context()
     return NOBODY if context is None else Origin(context.prompt_id, context.node_id, context.list_index)
 
 
 def runs_before(runs: Sequence[RunT], link: Any, inputs_of: InputsOf, item: int | None) -> list[RunT]:
-    """For each sampler that an input leads back to, its run, out of those of one report (the oldest first).
+    """The runs of the samplers that an input leads back to, among those of one report (the oldest first).
 
     Args:
-        link: what is connected to the input, `[node id, output]`.
-        item: of the node that asks.
+        link: the input's link, `[node id, output]`.
+        item: number of the item that the asking node works on, in a list.
     """
     nodes = samplers_before({run.origin.node for run in runs}, link, inputs_of)
     found = [run_of(runs, node, item) for node in nodes]
@@ -47,7 +47,7 @@ def runs_before(runs: Sequence[RunT], link: Any, inputs_of: InputsOf, item: int 
 
 
 def samplers_before(samplers: Iterable[str | None], link: Any, inputs_of: InputsOf) -> list[str]:
-    """The nodes among `samplers` that a link leads back to. Each way ends at its first."""
+    """The nodes among `samplers` that a link leads back to. Each path ends at the first one it meets."""
     samplers, found, seen, left = set(samplers), [], set(), [link]
     while left:
         link = left.pop()
@@ -62,7 +62,7 @@ def samplers_before(samplers: Iterable[str | None], link: Any, inputs_of: Inputs
 
 
 def run_of(runs: Sequence[RunT], node: str, item: int | None) -> RunT:
-    """A node's run for this item of a list, else its last, in the newest prompt that did not take it from the cache."""
+    """A node's run for this item of a list, else its last run, in the newest prompt that really ran it."""
     mine = [run for run in runs if run.origin.node == node]
     newest = [run for run in mine if run.origin.prompt == mine[-1].origin.prompt]
     return next((run for run in reversed(newest) if run.origin.item == item), newest[-1])

@@ -1,4 +1,4 @@
-"""Image Difference on ComfyUI: its Lanczos, its bounding boxes, and the text that a node shows on itself."""
+"""Image Difference on ComfyUI: ComfyUI's Lanczos, its bounding boxes, and the text on the node."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..models.image_difference import Box, Pair
 
 
 def matched(reference: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Both batches with the same shape `[B, H, W, C]` and colours in 0..1, `image` stretched where its size differs."""
+    """Both batches in one shape `[B, H, W, C]` and with colours in 0..1; stretches `image` if its size differs."""
     if reference.shape[1:3] != image.shape[1:3]:
         image = stretched(image, *reference.shape[1:3])
     count = max(len(reference), len(image))
@@ -24,7 +24,7 @@ def stretched(pictures: Tensor, height: int, width: int) -> Tensor:
 
 
 def bounding_boxes(pairs: list[Pair]) -> list[list[dict[str, int]]]:
-    """The boxes of each picture, as ComfyUI has them."""
+    """The boxes of each picture in ComfyUI's format."""
     return [[as_bounding_box(box) for box in pair.boxes] for pair in pairs]
 
 

@@ -1,7 +1,7 @@
-"""Kinds of model files that the pack adds to ComfyUI's: where they lie, what is there, and how they are read.
+"""Kinds of model files that the pack adds to ComfyUI's: their folders, their names, and how to read them.
 
-Many users keep all LoRAs in one place, so the loaders look into the LoRA folders too. These do not become folders of a
-kind: core lists, tags and uploads to files by their folder.
+Many users keep all LoRAs in one folder, so our loaders look into the LoRA folders too. We do not register those folders
+for our kinds, because core lists, tags and uploads files by folder.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import folder_paths
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # what ships with the pack
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # the pack's own files
 SAFE = {".safetensors", ".sft"}
 DEMO = "dit_toolkit_demo_"
 
 AGAIN = "Download it again."
 CONVERT = "Get it as a safetensors file; another ending is not enough."
-# What people have in place of a safetensors file: its first bytes, what it is, what to do.
-TAKEN_FOR_ONE = (
+# Files that people mistake for safetensors: first bytes, what the file is, what to do.
+MISTAKEN = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "Run 'git lfs pull', or download it."),
     (b"<", "is a web page, not the file itself", "Download it again; its page may want you to log in first."),
     (b"PK\x03\x04", "is a zip archive or a PyTorch file", CONVERT),
@@ -32,14 +32,14 @@ TAKEN_FOR_ONE = (
 
 
 class Contents(NamedTuple):
-    """What a safetensors file holds."""
+    """The contents of a safetensors file."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
 
 def register(kind: str) -> None:
-    """Make `kind` a folder of models: models/<kind> and what ships with the pack, after what the user set up."""
+    """Register models/<kind> and the pack's own folder as folders of a kind, after the user's folders."""
     known, _ = folder_paths.folder_names_and_paths.get(kind, ([], set()))
     shipped = WEIGHTS / kind
     paths = [*known, os.path.join(folder_paths.models_dir, kind), *([str(shipped)] if shipped.is_dir() else [])]
@@ -48,10 +48,10 @@ def register(kind: str) -> None:
 
 
 def offer_loras() -> None:
-    """Add the LoRAs that ship with the pack to what ComfyUI's own LoRA loaders offer, after the user's own.
+    """Offer the pack's LoRAs in ComfyUI's own LoRA loaders, after the user's.
 
-    Every LoRA loader of the installation lists them, so their names begin with DEMO. A folder would show it too, but
-    on Windows its separator is another one than in the workflows that name the file.
+    Every LoRA loader of the installation lists them, so their names begin with DEMO. A folder name in front would show
+    it too, but Windows writes another separator than the workflows that name the file.
     """
     shipped = WEIGHTS / "loras"
     if shipped.is_dir():
@@ -59,7 +59,7 @@ def offer_loras() -> None:
 
 
 def names(kind: str) -> list[str]:
-    """What a loader offers, read anew each time: files of the kind, and the user's LoRAs."""
+    """The names that a loader offers, read anew each time: files of the kind, and the user's LoRAs."""
     register(kind)
     loras = folder_paths.filter_files_extensions(folder_paths.get_filename_list("loras"), SAFE)
     own = (name for name in loras if not (WEIGHTS / "loras" / name).is_file() or _own_lora(name))
@@ -67,7 +67,7 @@ def names(kind: str) -> list[str]:
 
 
 def path_of(kind: str, name: str) -> str:
-    """Where a file of a kind lies. The user's own come before one that ships.
+    """The path of a file of a kind. The user's own files come before those of the pack.
 
     Raises:
         FileNotFoundError: no such file in any of the folders.
@@ -85,9 +85,9 @@ def path_of(kind: str, name: str) -> str:
 
 
 def _own_lora(name: str) -> str | None:
-    """Where a LoRA of the user lies; None for those that ship with the pack: they are of ComfyUI's own kind."""
+    """The path of a LoRA of the user. None for the pack's LoRAs, which are of ComfyUI's own kind."""
     for folder in folder_paths.get_folder_paths("loras"):
-        path = os.path.join(folder, os.path.relpath(os.path.join("/", name), "/"))  # as core: it stays in the folder
+        path = os.path.join(folder, os.path.relpath(os.path.join("/", name), "/"))  # as core: stays in the folder
         if folder != str(WEIGHTS / "loras") and os.path.isfile(path):
             return path
     return None
@@ -97,13 +97,13 @@ def read(path: str, name: str, remedy: str | None = None) -> Contents:
     """A safetensors file, called `name` in errors.
 
     Args:
-        remedy: what to do about a damaged one. None: what is best for its damage.
+        remedy: what to do about a damaged file. None: the advice that suits the damage.
 
     Raises:
-        ValueError: it is damaged, or no safetensors file.
+        ValueError: the file is damaged, or no safetensors file.
     """
     try:
-        with safe_open(path, "pt") as file:  # core's reader for dynamic VRAM takes a header as it comes
+        with safe_open(path, "pt") as file:  # core's reader for dynamic VRAM does not check the header
             metadata = file.metadata() or {}
         tensors = comfy.utils.load_torch_file(path, safe_load=True)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -113,14 +113,14 @@ def read(path: str, name: str, remedy: str | None = None) -> Contents:
 
 
 def in_one_line(error: Any) -> str:
-    """The words of an error that another program raised."""
+    """The text of another program's error, short and on one line."""
     return " ".join(str(error).split())[:150]
 
 
 def _damage(path: str) -> tuple[str, str]:
     """What is wrong with a file that cannot be read, and what to do."""
     if os.path.isdir(path):
-        return "is a folder, not a file", "Put the file that lies in it in its place."
+        return "is a folder, not a file", "Put the file inside it in its place."
     try:
         with open(path, "rb") as file:
             start = file.read(40)
@@ -128,9 +128,9 @@ def _damage(path: str) -> tuple[str, str]:
         return "cannot be opened", "See whether ComfyUI may read it."
     if not start:
         return "is empty", AGAIN
-    for first, what, best in TAKEN_FOR_ONE:
-        if start.lstrip().startswith(first):
+    for magic, what, best in MISTAKEN:
+        if start.lstrip().startswith(magic):
             return what, best
-    if start.isascii() and start.decode("ascii").strip().isprintable():  # what a server answered
+    if start.isascii() and start.decode("ascii").strip().isprintable():  # a server's answer
         return f"is a text, {in_one_line(start.decode('ascii'))!r}, not the file itself", AGAIN
     return "is damaged, or was not downloaded to its end", AGAIN

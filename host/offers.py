@@ -1,18 +1,18 @@
-"""What a run hands to the blocks of its model, and whether a block asks for it.
+"""What features hand to the blocks of a model, and whether a block asks for it.
 
-A feature hangs what it wants on one call of the model, and waits: ComfyUI's own blocks ask for it through the attention
-patch, the attention override or the block replacement. A pack that brings its own forward pass or its own blocks may
-leave these hooks out. Then nobody asks, and the picture comes out as if the feature's node were not there.
+A feature hands something to one call of the model, and waits. ComfyUI's own blocks ask for it through the attention
+patch, the attention override or the block replacement. Another pack's forward pass or blocks may leave these hooks out.
+Then nobody asks, and the picture comes out as if the feature's node were not there.
 
-So a feature says what it hands over (`offer`), and the hook says that a block has asked (`ask`). `Offers.watch` stands
-around the innermost call of the model and looks at both. It raises where blocks ran and none of them asked. It raises
-nothing where no block ran, because somebody had a reason for that: a step cache forecasts, EasyCache answers by itself,
-layers are skipped. Once a block has asked, the feature is not watched any more in this run.
+So a feature calls `offer`, and its hook calls `ask` when a block comes by. `Offers.watch` wraps the innermost call of
+the model and compares the two. It raises an error if blocks ran and none of them asked. It raises none if no block ran,
+since that has a reason: a step cache forecasts, EasyCache answers by itself, a node skips layers. Once a block has
+asked, the run stops watching that feature.
 
-How it is seen that blocks ran: forward hooks on the live blocks, for that one call. Under torch.compile such hooks
-would become part of the compiled code, so there the end of the run decides, by whether ComfyUI's code was replaced.
+Forward hooks on the live blocks show which ones ran, for that one call. Under torch.compile they would become part of
+the compiled code. There the end of the run decides instead: it looks whether another pack replaced ComfyUI's code.
 
-For a feature to come: `offer` in its APPLY_MODEL wrapper, `ask` in its hook. The rest is done here.
+A new feature calls `offer` in its APPLY_MODEL wrapper and `ask` in its hook. This module does the rest.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .compiled import untraced
-from .transformer import REMOVE, Stranger, blocks_of, stranger, stranger_in_blocks, transformer_of
+from .transformer import REMOVE, Block, Stranger, live_blocks, stranger, stranger_in_blocks, transformer_of
 
 OFFERS = "dit_toolkit.offers"  # in transformer_options: a tuple of Offer
 
-Block = tuple[str, int]  # ("double", 3)
 Hook = Literal["attention patch", "attention override", "block replacement"]
 
 
@@ -36,9 +35,9 @@ Hook = Literal["attention patch", "attention override", "block replacement"]
 class Offer:
     """What one feature hands to the blocks in one call of the model.
 
-    feature: what people call it: the node's title.
-    hook: by which blocks ask for it.
-    blocks: the ones that it is for; None is any.
+    feature: the node's title.
+    hook: the hook through which blocks ask for it.
+    blocks: the blocks it is for; None is any.
     instead: what else helps, a sentence.
     """
 
@@ -68,14 +67,14 @@ def offer(options: dict, what: Offer) -> dict:
 
 @untraced  # what it finds in the options changes from call to call
 def ask(options: dict, hook: Hook, block: Block | None = None) -> None:
-    """A block has come by this hook. `block` is its name, where the hook knows it."""
+    """Note that a block came by this hook. `block` is its name, if the hook knows it."""
     for each in options.get(OFFERS, ()):
         if each.hook == hook and (block is None or each.is_for(block)):
             each.asked = True
 
 
 class Offers:
-    """The features of one run that a block has asked for, and those that none has asked for yet."""
+    """The features of one run, by whether a block has asked for them yet."""
 
     def __init__(self) -> None:
         self.taken: set[str] = set()
@@ -83,10 +82,10 @@ class Offers:
         self._lock = threading.Lock()  # with several GPUs, conditions run in threads
 
     def watch(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, **conds):
-        """APPLY_MODEL, inside of all features: what is handed over in this call, and what comes of it.
+        """APPLY_MODEL, inside all features: compare the offers of this call with what blocks asked for.
 
         Raises:
-            ValueError: blocks ran, and none asked for a feature that is handed over for the first time.
+            ValueError: blocks ran, and none asked for a feature that no block has asked for before.
         """
         offers = [each for each in transformer_options.get(OFFERS, ()) if each.feature not in self.taken]
         call = (x, t, c_concat, c_crossattn, control, transformer_options)
@@ -109,10 +108,10 @@ class Offers:
             raise ValueError(what.refused_by(who))
 
     def finish(self, model: Any) -> None:
-        """At the end of a run that came to its end by itself.
+        """At the end of a run that nobody interrupted.
 
         Raises:
-            ValueError: nothing asked for a feature in the whole run, and ComfyUI's code is replaced in `model`.
+            ValueError: no block asked for a feature in the whole run, and another pack replaced code of `model`.
         """
         who = stranger(model) if self.waiting.keys() - self.taken else None
         for feature, what in self.waiting.items():
@@ -121,20 +120,20 @@ class Offers:
 
 
 def found_in(base: Any) -> Stranger | None:
-    """Who stands between the features and the blocks of a model that is running."""
+    """The code between the features and the blocks of a running model."""
     return stranger(base) or stranger_in_blocks(base)
 
 
 @contextmanager
 def running_blocks(base: Any) -> Iterator[set[Block]]:
-    """The blocks of the model that run meanwhile. None are seen where the whole transformer is compiled."""
+    """The blocks that run inside this context. It sees none if the whole transformer is compiled."""
     ran: set[Block] = set()
 
     def note(block: Block):
         return lambda *_: ran.add(block)
 
     compiled = transformer_of(base) is not base.diffusion_model
-    blocks = () if compiled else blocks_of(base)
+    blocks = () if compiled else live_blocks(base)
     hooks = [module.register_forward_pre_hook(note(block)) for block, module in blocks]
     try:
         yield ran

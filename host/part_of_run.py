@@ -1,8 +1,8 @@
 """Which steps of a run a feature acts in. `start_percent` and `end_percent` mean the same for every feature.
 
 Percent counts the noise schedule, as in ComfyUI's own nodes: `model_sampling.percent_to_sigma` gives the noise level. A
-part begins where a timestep range of ComfyUI begins, rounding included. It ends before the step at its end, where
-ComfyUI's range includes that step: so two parts that meet hand over without a gap, and no step has both.
+part begins exactly where a timestep range of ComfyUI begins, rounding included. ComfyUI's range includes the step at
+its end, ours does not. So two parts that meet leave no gap, and no step belongs to both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 def begun(percent: float, sigma: float, model_sampling: Any) -> bool:
     """Whether a step at `sigma` lies at or behind `percent`, 0 to 1, of the run.
 
-    ComfyUI compares a float32 sigma with the boundary, which torch rounds to float32 for it.
+    Both sides are rounded to float32, as ComfyUI compares them.
     """
     return percent <= 0 or _float32(sigma) <= _float32(model_sampling.percent_to_sigma(percent))
 

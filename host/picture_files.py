@@ -1,4 +1,4 @@
-"""Pictures out of files, decoded to their last pixel."""
+"""Reads pictures from files, down to their last pixel."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .model_files import in_one_line
 
 
 def read_picture(path: Path, name: str, remedy: str = "Save it again.") -> Image.Image:
-    """The picture at `path`, upright. `name` is what to call it in errors, `remedy` what to do about a damaged one.
+    """The picture at `path`, upright. Errors call it `name` and say `remedy` if it is damaged.
 
     Raises:
-        ValueError: it is no picture, or a part of it is missing. Core's own reading fills such a part with grey.
+        ValueError: the file is no picture, or a part of it is missing. Core fills such a part with grey.
     """
     try:
-        picture = node_helpers.pillow(Image.open, path)  # knows what it is; nothing is decoded yet
-    except Exception as error:  # decoders raise whatever they stumble over, here and below
+        picture = node_helpers.pillow(Image.open, path)  # reads the format; decodes nothing yet
+    except Exception as error:  # decoders raise errors of any type, here and below
         raise ValueError(f"{name} is no picture that can be read. {remedy} ({in_one_line(error)})") from error
     try:
         picture.load()

@@ -1,17 +1,17 @@
-"""The life of a sampling run: what hangs on the MODEL, what is born with the run, and what dies with it.
+"""The life of a sampling run: what stays on the MODEL, and what lives only as long as the run.
 
 A *description* is frozen and hangs on a MODEL. A *run* lives from the start of sampling to its end, however it ends,
-and counts evaluations. A *lane* is what one feature keeps for one condition within a run.
+and counts evaluations. A *lane* is the state that one feature keeps for one condition within a run.
 
 `attach` puts a description on a clone of the MODEL, with the function that binds it. When a sampler starts, an
 OUTER_SAMPLE wrapper makes the `Run`, binds the hooks of every description to the run's own copy of the options, and
 drops all of it in `finally`. So the order of nodes does not matter, and nothing stays on the MODEL, its weights or its
 modules.
 
-Three hooks are the run's own. PREDICT_NOISE is one evaluation by the sampler, whatever the guider makes of it.
-CALC_COND_BATCH tells which prompts a guider has computed: core's guiders do not agree on their order. APPLY_MODEL is
-one call of the model, with one or more conditions side by side in its batch: a `Chunk`. A second wrapper of that kind,
-inside of all features, watches whether blocks take what features hand to them: `offers.py`.
+Three hooks belong to the run itself. PREDICT_NOISE is one evaluation by the sampler, whatever the guider makes of it.
+CALC_COND_BATCH tells which prompts a guider computes, because core's guiders do not agree on their order. APPLY_MODEL
+is one call of the model, with one or more conditions side by side in its batch: a `Chunk`. A second APPLY_MODEL
+wrapper, inside all features, watches whether blocks ask for what features hand to them: `offers.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 KEY = "dit_toolkit"
 CHUNK = "dit_toolkit.chunk"  # in transformer_options: the Chunk that is being computed
 PROMPTS = "dit_toolkit.prompts"  # there too: the name of each list of prompts, by number
-VISIT = "dit_toolkit.step_cache"  # there too: the step cache's Visit. A pass of another picture takes it out
+VISIT = "dit_toolkit.step_cache"  # there too: the step cache's Visit; removed for passes of another picture
 POSITIVE = "positive"  # what core's guiders call the prompt of the picture
 
 State = TypeVar("State")
@@ -47,10 +47,10 @@ Bind = Callable[[Any, "Run", dict], None]  # (description, run, model_options)
 class Attached:
     """A description on a MODEL, and the function that starts its run. `attach` keeps the two together.
 
-    description: frozen settings, which know nothing of their run. A class attribute says where it stands among the
-        others, whichever node came first. Set `outermost = True` on a feature that may skip a model call, so it decides
+    description: frozen settings, which know nothing of their run. Class attributes set its turn among the others,
+        whatever the order of nodes. Set `outermost = True` on a feature that may skip a model call, so it decides
         before others prepare for the call. Set `innermost = True` on a feature that calls the model once more, so it
-        knows what the others have said of the call.
+        sees what the others added to the call.
     bind: `bind(description, run, model_options)` adds the feature's hooks to `model_options`, which belong to this run
         alone.
     """
@@ -66,22 +66,22 @@ class Attached:
 
 @dataclass(frozen=True)
 class Condition:
-    """Which condition a part of a batch is, as far as state must not be mixed.
+    """What tells the conditions of a batch apart, so that their states never mix.
 
-    The uuid alone is not enough: positive and negative may share one, context windows of one evaluation do, and so do
-    the extra passes of guidance nodes. `occurrence` counts those, in the order of the evaluation.
+    The uuid alone is not enough: positive and negative may share one, and context windows and extra passes of guidance
+    nodes always do. `occurrence` counts those that look alike, in the order of the evaluation.
     """
 
     uuid: Hashable
-    index: int  # number of its list in the call of the guider, which says nothing of what it is: see `name`
+    index: int  # number of its list in the guider's call; `name` says what it is
     occurrence: int
-    window: tuple[int, ...] | None  # frames of the context window, where there is one
+    window: tuple[int, ...] | None  # frames of the context window, if there is one
     hooks: Hashable  # ComfyUI's HookGroup, or None
     device: torch.device
-    patched: tuple[Hashable, ...] = ()  # blocks that somebody replaced for this pass alone, as SkipLayerGuidance does
-    tile: Tile | None = None  # part of the picture that it is for, where another node cuts it into tiles
-    role: Hashable = None  # what a feature of ours calls the model for, where it is not the picture itself
-    name: str = ""  # the guider's: "positive", "negative", "middle", ...; empty for a prompt that it does not know
+    patched: tuple[Hashable, ...] = ()  # blocks replaced for this pass alone, as by SkipLayerGuidance
+    tile: Tile | None = None  # its part of the picture, if another node cuts it into tiles
+    role: Hashable = None  # purpose of a feature's own call of the model; None for the picture
+    name: str = ""  # the guider's: "positive", "negative", "middle", ...; empty if it knows none
 
     @property
     def positive(self) -> bool:
@@ -111,18 +111,18 @@ class Chunk:
         return slice(i * self.rows, (i + 1) * self.rows)
 
     def in_role(self, role: Hashable, which: Sequence[int]) -> Chunk:
-        """The chunk of one more call for some of the conditions, whose lanes are not the picture's."""
+        """The chunk of one more call for some of the conditions, with lanes apart from the picture's."""
         return Chunk(tuple(replace(self.conditions[i], role=role) for i in which), self.rows)
 
 
 class Run:
     """One run of one sampler. `evaluation` is the number of the current one, from 0; -1 before the first.
 
-    model: the MODEL that is sampled.
-    sigmas: the schedule, as the sampler node gave it; empty where it gave none.
-    sampler: ComfyUI's name of the sampler function, such as "sample_euler"; empty where it has none.
-    noise: what the run starts from, in the shape of the latent, `[B, C, (frames,) h, w]`; None when it is over.
-    x: what the sampler asks for in the current evaluation, in the same shape; None between two.
+    model: the sampled MODEL.
+    sigmas: the schedule from the sampler node; empty if there is none.
+    sampler: ComfyUI's name of the sampler function, such as "sample_euler"; empty if it has none.
+    noise: the starting noise, in the shape of the latent, `[B, C, (frames,) h, w]`; None when the run is over.
+    x: the sampler's input in the current evaluation, in the same shape; None between two.
     names: the guider's name for each prompt, by uuid.
     """
 
@@ -150,7 +150,7 @@ class Run:
         self._lock = threading.Lock()  # with several GPUs, conditions run in threads
 
     def lane(self, owner: object, condition: Condition, make: Callable[[], State]) -> State:
-        """What `owner` keeps for `condition` in this run; `make` is called on the first use."""
+        """The state of `owner` for `condition` in this run; the first use calls `make`."""
         with self._lock:
             key = (id(owner), condition)
             if key not in self._lanes:
@@ -164,13 +164,13 @@ class Run:
             self._seen.clear()
 
     def name_of(self, uuid: Hashable, index: int) -> str:
-        """The guider's name for a prompt. Where a prompt has no uuid, or the guider no "positive", the first is it."""
+        """The guider's name for a prompt. Without a uuid, or without a "positive", list 0 counts as positive."""
         if uuid is None or POSITIVE not in self.names.values():
             return POSITIVE if index == 0 else "negative"
         return self.names.get(uuid, "")
 
     def names_of(self, lists: Sequence[Sequence[Mapping] | None]) -> tuple[str, ...]:
-        """The name of each list of prompts, told by its first: core puts copies of others behind, with their uuids."""
+        """The name of each list of prompts, by its first prompt: core appends copies from other lists."""
         firsts = [prompts[0].get("uuid") if prompts else None for prompts in lists]
         return tuple(self.name_of(uuid, index) for index, uuid in enumerate(firsts))
 
@@ -190,8 +190,8 @@ class Run:
             for tile, (uuid, index) in product(tiles, zip(uuids, indices, strict=True)):
                 same = (uuid, index, frames, hooks, x.device, patched, tile)
                 name = names[index] if index < len(names) else self.name_of(uuid, index)
-                place = (uuid, index, self._seen[same], frames, hooks, x.device, patched, tile)
-                conditions.append(Condition(*place, name=name))
+                identity = (uuid, index, self._seen[same], frames, hooks, x.device, patched, tile)
+                conditions.append(Condition(*identity, name=name))
                 self._seen[same] += 1
         return Chunk(tuple(conditions), x.shape[0] // len(conditions))
 
@@ -203,11 +203,11 @@ class Run:
         return tiles_of(x, self.x, len(uuids), batch[0], len(batch))
 
     def on_close(self, call: Callable[[bool], None]) -> None:
-        """Call at the end of the run, with whether it came to its end by itself, before the lanes are dropped."""
+        """Call `call(completed)` at the end of the run, before its lanes go. An interrupted run is not completed."""
         self._closing.append(call)
 
     def lanes_of(self, owner: object) -> list[Any]:
-        """All that `owner` keeps in this run."""
+        """All states of `owner` in this run."""
         with self._lock:
             return [state for (who, _), state in self._lanes.items() if who == id(owner)]
 

@@ -1,9 +1,9 @@
-"""Which part of the picture a call of the model is for, where another node cuts the picture into tiles.
+"""Which part of the picture a call of the model is for, if another node cuts the picture into tiles.
 
-TiledDiffusion and its like call the model for crops of the latent, several in one batch. They say nothing of where
-those lie. But a crop is an exact copy of what the sampler asked for, so it is found there again.
+TiledDiffusion and similar nodes call the model for crops of the latent, several in one batch. They do not say where the
+crops lie. But each crop is an exact copy of a part of the sampler's latent, so we search for it there.
 
-A prompt for an area is a crop as well, and none of these: it is a picture of its own by the user's wish.
+A prompt for an area is a crop too, but no tile: the user wants it to be a picture of its own.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
-    """A crop of the latent. Unit: cells of the latent, 8 pixels. `top` and `left` are -1 where it was not found."""
+    """A crop of the latent. Unit: cells of the latent, 8 pixels. `top` and `left` are -1 if the search failed."""
 
     top: int
     left: int
-    whole: tuple[int, int]  # height and width of the latent that it was cut from
+    whole: tuple[int, int]  # height and width of the uncut latent
 
     @property
     def found(self) -> bool:
@@ -31,9 +31,10 @@ def tiles_of(x: Tensor, picture: Tensor | None, conditions: int, row: int, rows:
 
     Args:
         x: the call's batch, `[tiles * conditions * rows, C, ..., h, w]`.
-        picture: what the sampler asked for, `[N, C, ..., H, W]`.
+        picture: the sampler's latent, `[N, C, ..., H, W]`.
         conditions: prompts side by side in each tile.
-        row: which picture of `picture` comes first in the call, and how many (`rows`) there are of each.
+        row: the picture of the latent that comes first in the call.
+        rows: how many pictures the call has of each tile and condition.
 
     Returns:
         `[None]` where the call is for whole pictures.

@@ -1,10 +1,10 @@
 """Where the picture's tokens are in the attention of the model call that is running.
 
 Hook: an APPLY_MODEL wrapper, the one hook that every model has (SD3 has no other), puts `Tokens` into
-transformer_options. The grid follows from the latent's size, the live model's patch size and what else the call is
-given, never from a number of tokens. Attention of any other length is not the picture's.
+transformer_options. The grid follows from the latent's size, the live model's patch size and the call's other
+arguments, never from a number of tokens. Attention of any other length is not the picture's.
 
-The order of tokens is the family's to say: see `host/families/`. Unknown: families that nobody has looked into, and
+The families in `host/families/` say in which order tokens come. Unknown: models that we have not studied, and
 subclasses with a forward pass of their own.
 """
 
@@ -30,7 +30,7 @@ TOKENS = "dit_toolkit.tokens"  # in transformer_options: the Tokens of the call
 class Tokens:
     """One call of the model.
 
-    grids: of every kind of attention in it that has the picture's tokens; none where the family is unknown.
+    grids: one for every kind of attention that has the picture's tokens; none if the family is unknown.
     reason: why there are none, for people.
     """
 
@@ -45,8 +45,8 @@ class Tokens:
     def layer(self, options: dict) -> Hashable:
         """A name for the attention that asks, the same in every call of the model.
 
-        Block type and number where the family tells them, then how often that block asked before. Families that tell
-        nothing (SD3, CogVideoX, LTX) are counted through: there a name holds while every block is run.
+        Block type and number if the family tells them, then how often that block asked before. For families that tell
+        nothing (SD3, CogVideoX, LTX) this is a plain count, so a name holds only while every block runs.
         """
         block = (options.get("block_type", ""), options.get("block_index", -1))
         self._seen[block] += 1
@@ -54,14 +54,14 @@ class Tokens:
 
 
 def install(model_options: dict) -> None:
-    """Have `Tokens` in every call of this run. Once is enough, however many features ask."""
+    """Put `Tokens` into every call of this run. Later calls change nothing."""
     wrappers = model_options["transformer_options"].get("wrappers", {})
     if apply_model not in wrappers.get(WrappersMP.APPLY_MODEL, {}).get(KEY, ()):
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model, model_options, is_model_options=True)
 
 
 def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
-    """APPLY_MODEL: say where the picture's tokens are."""
+    """APPLY_MODEL: tell attention where the picture's tokens are."""
     options = {**(transformer_options or {}), TOKENS: tokens(executor.class_obj.diffusion_model, x, c_crossattn, conds)}
     return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 

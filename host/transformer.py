@@ -1,15 +1,15 @@
 """The transformer of a MODEL: which module it is, of which class, and whose code runs in it.
 
 All clones of a MODEL share one module. Other packs put a class or a function of their own into it with an object patch.
-ComfyUI applies the object patches of a clone when it loads the clone, and takes them back when it loads another one. So
-the live module tells which branch of the workflow was sampled last, and not what this MODEL is. What follows asks the
-MODEL instead: its own object patches first, then what the module was before anybody's patch.
+ComfyUI applies a clone's object patches when it loads the clone, and undoes them when it loads another one. So the live
+module shows which branch of the workflow was sampled last, not what this MODEL is. The functions here ask the MODEL
+instead: first its own object patches, then the module as it was before any patch.
 
-While a MODEL is sampled its patches are in place, and the live module is right. Functions here therefore take a MODEL
-(`ModelPatcher`), or what runs: ComfyUI's `BaseModel`, or its transformer.
+While ComfyUI samples a MODEL, its patches are in place and the live module is right. So these functions take a MODEL
+(`ModelPatcher`) or a running model: ComfyUI's `BaseModel`, or its transformer.
 
-Some packs write into the module without an object patch, and leave it there when their node is gone (CacheDiT). That
-is seen, too: see `Stranger`.
+Some packs write into the module without an object patch, and leave their code there when their node is gone (CacheDiT).
+`Stranger` shows that, too.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ CORE = ("comfy", "comfy_api", "comfy_extras", "comfy_aimdo", "comfy_kitchen", "t
 PASSES = ("forward", "_forward", "forward_orig")  # the methods of ComfyUI's transformers that call the blocks
 PATH = "diffusion_model"  # of the transformer, as object patches name it
 
+Block = tuple[str, int]  # ("double", 3): list and number, as attention is told by block_type and block_index
+
 REMOVE = "Remove one of the two."
 
 
@@ -36,9 +38,9 @@ REMOVE = "Remove one of the two."
 class Stranger:
     """Code of another pack that runs in place of ComfyUI's.
 
-    pack: the folder of the pack, or its module where it has none.
-    part: of the model, in words.
-    left: it is in the module itself, and no object patch of this MODEL put it there. It may outlast its node.
+    pack: the folder of the pack, or its module if it has no folder.
+    part: the replaced part of the model, in words.
+    left: the code is in the module itself, and no object patch of this MODEL put it there. It may outlast its node.
     """
 
     pack: str
@@ -74,12 +76,12 @@ def class_of(model: Any, path: str = "") -> type:
 
 
 def core_name(model: ModelPatcher) -> str:
-    """What ComfyUI calls the kind of a MODEL: SDXL, Chroma, WAN21_T2V. Every model has such a name, for messages."""
+    """ComfyUI's name for the kind of a MODEL, for messages: SDXL, Chroma, WAN21_T2V. Every model has one."""
     return type(model.model.model_config).__name__
 
 
 def stranger(model: Any) -> Stranger | None:
-    """Who replaces the transformer's class or forward pass in the runs of a MODEL. None: it is ComfyUI's own."""
+    """The code that replaces the transformer's class or forward pass in a MODEL's runs. None: ComfyUI's own runs."""
     kind = class_of(model)
     if pack_of(kind):
         return Stranger(pack_of(kind), f"class of model ({kind.__name__})")
@@ -95,15 +97,15 @@ def passes(model: Any) -> Iterator[tuple[str, Callable]]:
     kind, module = class_of(model), transformer_of(model)
     for name in PASSES:
         code = _patched(model, name)
-        if not callable(code):  # ComfyUI's mark of what was not there before
+        if not callable(code):  # ComfyUI's mark for an attribute that did not exist
             code = vars(module).get(name, getattr(kind, name, None))
         if code is not None:
             yield name, code
 
 
 def stranger_in_blocks(base: Any) -> Stranger | None:
-    """Who replaces blocks of a model that is running."""
-    for _, block in blocks_of(base):
+    """The code that replaces blocks of a running model."""
+    for _, block in live_blocks(base):
         block = getattr(block, "_orig_mod", block)  # compiled
         for code in (type(block), vars(block).get("forward")):
             if code is not None and pack_of(code):
@@ -111,8 +113,8 @@ def stranger_in_blocks(base: Any) -> Stranger | None:
     return None
 
 
-def blocks_of(model: Any) -> Iterator[tuple[tuple[str, int], Any]]:
-    """The live blocks of any transformer, by list and number: ("double", 3). They are the lists it holds itself."""
+def live_blocks(model: Any) -> Iterator[tuple[Block, Any]]:
+    """The live blocks of any transformer by name, ("double", 3): the members of its own module lists."""
     for name, child in transformer_of(model).named_children():
         if isinstance(child, nn.ModuleList):
             for i, block in enumerate(child):
@@ -129,7 +131,7 @@ def pack_of(code: Any) -> str:
 
 
 def module_of(code: Any) -> str:
-    """The name of the module in which a function, a method, a class or a callable object was written."""
+    """The name of the module that defines a function, a method, a class or a callable object."""
     code = unwrapped(code)
     if isinstance(code, FunctionType):
         return code.__globals__.get("__name__", "")  # functools.wraps copies __module__
@@ -137,7 +139,7 @@ def module_of(code: Any) -> str:
 
 
 def unwrapped(code: Any) -> Any:
-    """A function without what binds it, fills in its arguments, or compiles it."""
+    """A function without its binding, partial arguments or compilation."""
     while True:
         if isinstance(code, MethodType):
             code = code.__func__
@@ -154,12 +156,12 @@ def _is_torch(code: Any) -> bool:
 
 
 def _patcher(model: Any) -> Any:
-    """The MODEL whose object patches hold: `model`, or the one that a BaseModel is sampled for."""
+    """The MODEL whose object patches apply: `model`, or the one that a BaseModel is sampled for."""
     return model if isinstance(model, ModelPatcher) else getattr(model, "current_patcher", None)
 
 
 def _patched(model: Any, name: str) -> Any:
-    """What an object patch makes of a name below the transformer of a MODEL, or what was there before another's."""
+    """The object patch on a name below a MODEL's transformer, or the original that another MODEL's patch replaced."""
     if not isinstance(model, ModelPatcher):
         return None
     path = f"{PATH}.{name}"

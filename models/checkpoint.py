@@ -1,15 +1,15 @@
-"""What the parsers of all checkpoint files share: how keys are read, what a tensor must be, what a file says of itself.
+"""Shared by the parsers of all checkpoint files: reading keys, checking tensors, reading metadata.
 
-A file comes from anybody: damaged, renamed, of another kind, or made to do harm. A parser declares how its keys are
-written (`Keys`), takes each tensor through `checked_weight` or `checked_number`, and asks for those it needs with
-`require`. Numbers in keys are bounded, and nothing is built from them before the tensors they speak of are there.
+Anybody may have made a file: it may be damaged, renamed, of another kind, or harmful. A parser declares the pattern of
+its keys (`Keys`), checks each tensor with `checked_weight` or `checked_number`, and asks for the keys it needs with
+`require`. Numbers in keys are bounded, and a parser builds nothing from them before it has the tensors.
 
-What a file of ours says of itself is a JSON text in its safetensors metadata, under "dit_toolkit":
+Our own files describe themselves in a JSON text in their safetensors metadata, under "dit_toolkit":
 
     {"format": 1, SECTION: {setting: value, ...}}
 
-SECTION is the name of its kind, `format` counts what a reader must know of that kind; where it is missing, it is 1. It
-stands beside the section, where versions of the pack that do not know of it do not look.
+SECTION is the name of the kind of file. `format` is the version of that kind, 1 if it is missing. It stands beside the
+section, so versions of the pack that do not know it ignore it.
 
 Every error begins with the file's name.
 """
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 NUMBER = "(?:0|[1-9][0-9]{0,3})"  # of a block or a slot: one way to write it, so that no two keys mean one layer
-MOST = 10_000  # blocks, or anything else that is counted
+MOST = 10_000  # largest count of blocks or of anything else
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 AXES = {1: "vector", 2: "matrix"}
@@ -36,7 +36,7 @@ AXES = {1: "vector", 2: "matrix"}
 ABOUT = "dit_toolkit"  # key of the metadata
 LONGEST = 1 << 16  # characters of the JSON text
 
-Place = TypeVar("Place", bound=Hashable)
+Target = TypeVar("Target", bound=Hashable)
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 120
@@ -44,7 +44,7 @@ _short.maxtuple = 8
 
 
 def shown(value: object) -> str:
-    """A name or a value out of a file, as an error shows it: quoted, in one line, and never long."""
+    """A name or a value from a file for an error: quoted, on one line, and short."""
     return _short.repr(value)
 
 
@@ -53,10 +53,10 @@ def shown(value: object) -> str:
 
 @dataclass(frozen=True)
 class Keys:
-    """How the keys of one kind of file are written.
+    """The keys of one kind of file.
 
-    what: such a file, as in "EasyControl LoRA". pattern: of a whole key behind its prefix. example: one key.
-    prefixes: that other programs put in front of all keys. otherwise: what to do with a file of another kind.
+    what: name of the kind, as in "EasyControl LoRA". pattern: of a whole key behind its prefix. example: one key.
+    prefixes: strings that other programs put in front of all keys. otherwise: what to do with a file of another kind.
     """
 
     what: str
@@ -66,7 +66,7 @@ class Keys:
     otherwise: str = "Ordinary LoRAs go into a LoRA loader."
 
     def prefix(self, state: Collection[str], name: str) -> str:
-        """What stands in front of the keys.
+        """The prefix of all keys.
 
         Raises:
             ValueError: the file is of another kind.
@@ -104,22 +104,22 @@ class Keys:
         return ValueError(f"{name} has the key {shown(key)}, {self.why(key)}.")
 
     def why(self, key: str) -> str:
-        """What is wrong with a key that is unknown."""
+        """What is wrong with an unknown key."""
         return f"which no {self.what} has"
 
     def _match(self, key: str, prefix: str) -> re.Match[str] | None:
         return self.pattern.fullmatch(key, len(prefix)) if key.startswith(prefix) else None
 
 
-def put(found: dict[Place, Tensor], place: Place, tensor: Tensor, key: str, name: str) -> None:
-    """Write `tensor` at `place`, where only one key of the file may lead."""
-    if place in found:
+def put(found: dict[Target, Tensor], target: Target, tensor: Tensor, key: str, name: str) -> None:
+    """Write `tensor` at `target`. Two keys of a file must not lead to the same target."""
+    if target in found:
         raise ValueError(f"{name} has {shown(key)} and another key for the same tensor. Save it with one of them.")
-    found[place] = tensor
+    found[target] = tensor
 
 
 def require(expected: Iterable[str], state: Collection[str], name: str) -> None:
-    """Refuse a file that lacks keys. `expected` is read one by one: it may be far longer than the file."""
+    """Refuse a file that lacks keys. `expected` may be far longer than the file, so this reads it lazily."""
     missing = (key for key in expected if key not in state)
     first = next(missing, None)
     if first is not None:
@@ -132,11 +132,11 @@ def require(expected: Iterable[str], state: Collection[str], name: str) -> None:
 
 
 def checked_weight(tensor: Tensor, axes: int, key: str, name: str) -> Tensor:
-    """`tensor`, if it holds finite floating-point numbers along so many axes."""
+    """`tensor`, if it has `axes` axes and holds finite floating-point numbers."""
     if tensor.ndim != axes or tensor.dtype not in FLOATS or tensor.numel() == 0:
         kind = AXES.get(axes, f"tensor of {axes} axes")
         raise ValueError(f"{name}: {shown(key)} must be a floating-point {kind}, got {_kind(tensor)}.")
-    # Their smallest and largest number tell, many times faster than looking at each. fp8 cannot be compared.
+    # The smallest and the largest number tell, many times faster than a look at each. fp8 has no comparison.
     ends = (tensor.float() if tensor.dtype.itemsize == 1 else tensor).aminmax()
     if not all(isfinite(end) for end in ends):
         raise ValueError(f"{name}: {shown(key)} holds NaN or infinite values. Get the file again.")
@@ -144,7 +144,7 @@ def checked_weight(tensor: Tensor, axes: int, key: str, name: str) -> Tensor:
 
 
 def checked_number(tensor: Tensor, key: str, name: str) -> Tensor:
-    """`tensor`, if it holds one number that is finite in float32, as an alpha does."""
+    """`tensor`, if it holds one number that is finite in float32, such as an alpha."""
     single = tensor.numel() == 1 and tensor.dtype in (*FLOATS, *INTEGERS)
     value = tensor.float().item() if single else None
     if value is None or not isfinite(value):
@@ -163,15 +163,15 @@ def _kind(tensor: Tensor) -> str:
 def about(
     metadata: Mapping[str, str] | None, section: str, settings: Collection[str], name: str, newest: int = 1
 ) -> dict[str, Any]:
-    """What a file says of itself as one of a kind; {} where it says nothing.
+    """The settings in a file's metadata; {} if there are none.
 
     Args:
-        section: of the kind.
-        settings: that it may have.
-        newest: format of the kind that this version reads.
+        section: name of the kind.
+        settings: the settings that the kind has.
+        newest: newest format of the kind that this version reads.
 
     Raises:
-        ValueError: a text that cannot be read, a format that is newer, or an unknown setting.
+        ValueError: an unreadable text, a newer format, or an unknown setting.
     """
     whole = _parsed(metadata, name)
     written = whole.get("format", 1)
@@ -200,7 +200,7 @@ def _parsed(metadata: Mapping[str, str] | None, name: str) -> dict[str, Any]:
     text: object = (metadata or {}).get(ABOUT, "{}")
     try:
         whole = json.loads(text) if isinstance(text, str) and len(text) <= LONGEST else None
-    except (ValueError, RecursionError):  # no JSON, or arrays in arrays without end
+    except (ValueError, RecursionError):  # no JSON, or nested too deep
         whole = None
     if not isinstance(whole, dict):
         raise ValueError(f"{name}: '{ABOUT}' in its metadata must be a short JSON object. Save the file without it.")

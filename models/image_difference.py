@@ -1,13 +1,13 @@
-"""How far two pictures are apart, and where.
+"""How much two pictures differ, and where.
 
 PSNR is 10 log10(1 / mean squared error), in dB. SSIM is that of Wang et al., "Image quality assessment: from error
 visibility to structural similarity" (2004), as published: a Gaussian window of 11 pixels with sigma 1.5, K1 = 0.01,
-K2 = 0.03, the mean over the places where the whole window lies in the picture, and over the channels. Both come from
-kornia. What changed is found with a threshold, then gathered into boxes by the connected components of scipy.
+K2 = 0.03, and the mean over the channels and over all positions where the whole window lies in the picture. Both come
+from kornia. A threshold finds the changed pixels; scipy's connected components gather them into boxes.
 
 Shapes: a picture is `[H, W, C]`, its difference `[H, W]`.
 Units: colours are 0..1, with 1 as the peak of PSNR and the range of SSIM. Boxes are in pixels, x to the right, y down.
-Limits: neither number knows what a person looks at. A picture with a side below 11 pixels gets a smaller window.
+Limits: neither number knows where a person looks. A picture with a side below 11 pixels gets a smaller window.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HEAT = (
     (0.978, 0.558, 0.035),
     (0.988, 0.998, 0.645),
 )
-BOX_COLORS = ((1.0, 0.9, 0.1), (0.0, 0.0, 0.0))  # a light line and a dark one beside it: seen on every ground
+BOX_COLORS = ((1.0, 0.9, 0.1), (0.0, 0.0, 0.0))  # a light line beside a dark one shows on every ground
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Pair:
-    """What was found in one picture."""
+    """The result for one pair of pictures."""
 
     psnr: float  # dB
     ssim: float
@@ -54,7 +54,7 @@ class Pair:
 
 
 def compare(first: Tensor, second: Tensor, threshold: float, gap: int = 0, least: int = 1) -> list[Pair]:
-    """Two batches `[B, H, W, C]`, picture by picture. A pixel has changed that differs by more than `threshold`."""
+    """Two batches `[B, H, W, C]`, picture by picture. A pixel changed if it differs by more than `threshold`."""
     return [compare_one(a, b, threshold, gap, least) for a, b in zip(first, second, strict=True)]
 
 
@@ -71,7 +71,7 @@ def mean_ssim(pairs: list[Pair]) -> float:
 
 def psnr(first: Tensor, second: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of two tensors of one shape; infinite when they are equal."""
-    from kornia.metrics import psnr  # ComfyUI has it loaded by the time a node runs; loading the pack must not wait
+    from kornia.metrics import psnr  # late: loading the pack must not wait for it
 
     return float(psnr(first.double(), second.double(), 1.0))
 
@@ -87,7 +87,7 @@ def ssim(first: Tensor, second: Tensor) -> float:
 
 
 def difference(first: Tensor, second: Tensor) -> Tensor:
-    """`[..., H, W, C]` twice -> `[..., H, W]`: at each pixel, the difference of the channel that differs most."""
+    """`[..., H, W, C]` twice -> `[..., H, W]`: the largest difference among the channels of each pixel."""
     return (first - second).abs().amax(-1)
 
 
@@ -96,9 +96,9 @@ def heat(amount: Tensor, full: float) -> Tensor:
     if not 0 < full < math.inf:
         raise ValueError(f"full must be a finite number above 0, got {full}")
     stops = torch.tensor(HEAT, dtype=amount.dtype, device=amount.device)
-    place = (amount / full).clamp(0, 1) * (len(HEAT) - 1)
-    below = place.long().clamp(max=len(HEAT) - 2)
-    return torch.lerp(stops[below], stops[below + 1], (place - below)[..., None])
+    position = (amount / full).clamp(0, 1) * (len(HEAT) - 1)
+    below = position.long().clamp(max=len(HEAT) - 2)
+    return torch.lerp(stops[below], stops[below + 1], (position - below)[..., None])
 
 
 def heat_map(first: Tensor, second: Tensor, full: float = 0) -> Tensor:
@@ -108,12 +108,12 @@ def heat_map(first: Tensor, second: Tensor, full: float = 0) -> Tensor:
 
 
 def find_boxes(changed: Tensor, gap: int = 0, least: int = 1) -> tuple[Box, ...]:
-    """Boxes around what changed, the one with the most changed pixels first.
+    """Boxes around changed pixels, the one with the most changed pixels first.
 
     Args:
         changed: `[H, W]`, bool.
         gap: spots with at most this many pixels between them, also across a corner, share a box.
-        least: boxes with fewer changed pixels are left out.
+        least: fewest changed pixels in a box.
     """
     from scipy import ndimage
 

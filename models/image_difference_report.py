@@ -1,4 +1,4 @@
-"""What Image Difference says of two batches of pictures, in words."""
+"""The result of Image Difference in words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .image_difference import Box, Pair, mean_ssim
 
 
 def report(pairs: list[Pair], whole: float, threshold: float) -> list[str]:
-    """What there is to say, part by part. `whole` is the PSNR over all pictures together."""
+    """The parts of the report. `whole` is the PSNR over all pictures together."""
     many = len(pairs) > 1
     count = f"{len(pairs)} pictures: " if many else ""
     if math.isinf(whole):
@@ -16,25 +16,25 @@ def report(pairs: list[Pair], whole: float, threshold: float) -> list[str]:
     parts = [f"{count}PSNR {whole:.1f} dB, SSIM {similarity(mean_ssim(pairs))}"]
     parts.append(share_changed(sum(pair.changed for pair in pairs) / len(pairs), threshold))
     if many:
-        worst = min(range(len(pairs)), key=lambda place: pairs[place].psnr)
+        worst = min(range(len(pairs)), key=lambda index: pairs[index].psnr)
         parts.append(f"worst is picture {worst + 1} with {pairs[worst].psnr:.1f} dB")
         same = sum(math.isinf(pair.psnr) for pair in pairs)
         parts += [f"{same} identical"] if same else []
-    place, box = largest(pairs)
+    index, box = largest(pairs)
     if box is not None:
-        where = f" of picture {place + 1}" if many else ""
+        where = f" of picture {index + 1}" if many else ""
         parts.append(f"largest in ({box.x}, {box.y}, {box.width}, {box.height}){where}")
     return parts
 
 
 def largest(pairs: list[Pair]) -> tuple[int, Box | None]:
     """The box with the most changed pixels, and which picture it is in."""
-    firsts = [(place, pair.boxes[0]) for place, pair in enumerate(pairs) if pair.boxes]
+    firsts = [(index, pair.boxes[0]) for index, pair in enumerate(pairs) if pair.boxes]
     return max(firsts, key=lambda found: found[1].pixels, default=(0, None))
 
 
 def similarity(value: float) -> str:
-    """Three digits, or four near 1: what differs is never called 1."""
+    """Three digits, or four near 1: pictures that differ never get a 1."""
     return f"{value:.3f}" if value < 0.9995 else f"{value:.4f}" if value < 0.99995 else "above 0.9999"
 
 

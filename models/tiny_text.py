@@ -1,8 +1,8 @@
 """Text encoder of the embedded default: a word table and one attention layer.
 
-The vocabulary is the world's: colours, shapes, garments, places, poses. Filler words are dropped, near synonyms are
-read as the word that was trained ("scarlet" as "red"), and words it does not know are dropped too. A caption is padded
-to `SLOTS` tokens, so that every prompt gives tensors of the same shape.
+The vocabulary is the world's: colours, shapes, garments, places, poses. The encoder reads near synonyms as the trained
+word ("scarlet" as "red"), and drops filler words and unknown words. It pads a caption to `SLOTS` tokens, so every
+prompt gives tensors of the same shape.
 
 Shapes: ids `[B, T]`; context `[B, T, D]`, pooled `[B, P]`; T = `SLOTS`.
 """
@@ -63,7 +63,7 @@ _WORD = re.compile(r"[a-z]+")
 
 
 def word_ids(text: str) -> tuple[list[int], list[str]]:
-    """Ids of the known words of `text` in order, and the words that were not understood. Not padded, not cut."""
+    """Ids of the known words of `text` in order, and the unknown words. Not padded, not cut."""
     ids, unknown = [], []
     for word in _WORD.findall(text.lower()):
         if word in FILLER:

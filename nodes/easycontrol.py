@@ -95,10 +95,11 @@ class ApplyEasyControl(io.ComfyNode):
                     "Where in the run it stops acting. 1 is the end.",
                 ),
                 io.Int.Input("condition_size", default=512, min=PATCH, max=2048, step=PATCH, advanced=True,
-                             tooltip="Side in pixels that 'image' is brought to; published LoRAs are trained at 512. "
-                             "Smaller is faster and needs less memory. Not read for 'latent'."),
+                             tooltip="'image' is resized to this many pixels a side; published LoRAs are trained at "
+                             "512. Smaller is faster and needs less memory. Not read for 'latent'."),
                 choice("pad_color", Padding, "grey", advanced=True,
-                       tooltip="What fills up a subject image that is not square. Not read for spatial conditions."),
+                       tooltip="The colour around a subject image that is not square. Not read for spatial "
+                       "conditions."),
                 io.Int.Input("slot", default=0, min=0, max=15, advanced=True,
                              tooltip="Which LoRA of a file that holds several. 0 is the first; "
                              "nearly all files have one."),

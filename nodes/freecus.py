@@ -44,9 +44,9 @@ class ApplyFreeCus(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The model's VAE, which encodes the reference at the picture's size."),
                 io.Image.Input("reference", tooltip="One picture of the subject."),
                 cut_out_mask("subject",
-                             "Where the subject is on the reference. A token of 16 x 16 pixels counts in full where "
-                             "its middle is inside; of parts too thin for that, the tokens they lie in. Draw it "
-                             "tight. Without a mask the whole picture is the subject, its background too."),
+                             "Where the subject is on the reference. A token of 16 x 16 pixels counts in full if its "
+                             "middle is inside; parts too thin for that count by the tokens they lie in. Draw it "
+                             "tight. Without a mask, the whole picture is the subject, background included."),
                 io.Float.Input("key_scale", default=KEY_SCALE, min=0.5, max=2.0, step=0.01,
                                tooltip="How strongly the subject's tokens draw attention. 1.1 as published; "
                                "lower follows the prompt more, higher the reference. There is no neutral value: "
@@ -56,8 +56,9 @@ class ApplyFreeCus(io.ComfyNode):
                     "Where in the run it stops acting. 1 is the end. Steps outside cost nothing extra.",
                 ),
                 io.Float.Input("text_key_scale", default=KEY_SCALE, min=0.5, max=2.0, step=0.01, advanced=True,
-                               tooltip="The same factor for the prompt's own tokens, so that it is not drowned. 1.1 "
-                               "as published, 1 leaves them as they are. Of several nodes the largest holds."),
+                               tooltip="The same factor for the tokens of the prompt, so that the subject does not "
+                               "drown them out. 1.1 as published, 1 leaves them as they are. With several "
+                               "nodes, the largest wins."),
                 io.String.Input("layers", default="published", advanced=True,
                                 tooltip="Layers in which the picture sees the subject. 'published': the ten vital "
                                 "ones of FLUX.1-dev; all layers in a model of another depth. 'all', or numbers such "
@@ -73,11 +74,11 @@ class ApplyFreeCus(io.ComfyNode):
                        tooltip="Which prompts see the subject. Without CFG there is only the positive one, as "
                        "published. 'positive only' follows the reference more closely."),
                 choice("noise", Noise, SAME_NOISE, advanced=True,
-                       tooltip="Noise on the reference: that which the picture starts from, as published, or noise "
-                       "drawn from noise_seed. A second stage, which starts without noise, has that of seed 0."),
+                       tooltip="Noise on the reference: the starting noise of the picture, as published, or noise "
+                       "from noise_seed. A second stage, which starts without noise, takes that of seed 0."),
                 seed("noise_seed", advanced=True, tooltip="Seed of the reference's noise. Read with 'own seed' only."),
                 choice("fit", Fit, "crop", advanced=True,
-                       tooltip="How reference and mask are brought to the picture's format. 'crop' keeps the "
+                       tooltip="How reference and mask are fitted to the format of the picture. 'crop' keeps the "
                        "middle, 'pad' keeps all of it."),
             ],
             outputs=[io.Model.Output(tooltip="The model, carrying the subject into what it draws.")],

@@ -50,8 +50,8 @@ def fit_input() -> io.Input:
         "fit",
         Fit,
         "crop",
-        "For other proportions: crop fills the panel and cuts what stands over, pad keeps all with grey around it, "
-        "stretch distorts.",
+        "For pictures of other proportions: crop fills the panel and cuts off the rest, pad keeps all and adds grey "
+        "around it, stretch distorts.",
     )
 
 
@@ -80,8 +80,9 @@ class PanelLayout(io.ComfyNode):
                        "How the prompt introduces each panel: [LEFT], [SCENE-1] or [IMAGE1]. auto is what the preset "
                        "was trained with; for custom, positions if they have names, scenes for one column."),
                 io.String.Input("prefix", default="",
-                                tooltip="What the prompt begins with, such as [MOVIE-SHOTS]. Empty: the preset's own, "
-                                "if it has one. Where the summary has it, as a word of its own, it is not repeated."),
+                                tooltip="The beginning of the prompt, such as [MOVIE-SHOTS]. Empty: that of the "
+                                "preset, if it has one. It is not repeated if the summary has it as a word of "
+                                "its own."),
                 io.String.Input("summary", default="", multiline=True, dynamic_prompts=True,
                                 tooltip="One sentence on the whole set: what it shows and what "
                                 "its panels have in common."),
@@ -155,7 +156,7 @@ class PanelLatent(io.ComfyNode):
                        "per panel: each is encoded by itself, so that no colour reaches over a border. whole canvas: "
                        "in one go, as a finished picture would be."),
                 choice("start", Start, "neutral",
-                       "What the other panels begin as, for a sampler with denoise below 1. At denoise 1 it has no "
+                       "The start of the other panels, for a sampler with denoise below 1. At denoise 1 it has no "
                        "effect on flow models such as FLUX, and a slight one on others. neutral is grey."),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many canvases to sample at once."),
             ],
@@ -295,12 +296,14 @@ class PrepareTraining(io.ComfyNode):
             display_name=training.NODE,
             category="DiT Toolkit/training",
             description=(
-                "Goes between the model and Train LoRA, so that a FLUX.1 model learns from right gradients, with each "
-                "picture of a batch on its own caption. Pictures that are sampled with it do not change."
+                "Goes between the model and Train LoRA, so that a FLUX.1 model learns from correct gradients, and "
+                "each picture of a batch from its own caption. Sampled pictures do not change."
             ),
             search_aliases=["in-context lora", "ic-lora", "train lora", "gradient checkpointing", "batch size"],
             inputs=[model_input("A FLUX.1 model, to be trained by ComfyUI's Train LoRA.")],
-            outputs=[io.Model.Output(tooltip="The model for Train LoRA. Sampled, it is what was connected.")],
+            outputs=[
+                io.Model.Output(tooltip="The model for Train LoRA. Sampling it gives the same pictures as before.")
+            ],
         )
 
     @classmethod

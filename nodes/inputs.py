@@ -1,7 +1,7 @@
-"""What several nodes ask for, said once: same name, same range, same step; and the check of what comes in.
+"""Inputs that several nodes share, with one name, range and step each; and the check of all values.
 
-ComfyUI checks what is set in a widget. Over a link comes whatever another node made, and NaN passes everywhere. So the
-first line of every `execute` is `check(cls, locals())`: values are held to what the node's own schema says of them.
+ComfyUI checks the values of widgets only. A link brings whatever another node made, and NaN passes every check. So the
+first line of every `execute` is `check(cls, locals())`, which holds all values to the node's own schema.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ..models.control.pixels import any_background
 
 logger = logging.getLogger(__name__)
 
-UNSET: Any = None  # what core's inputs take for an argument that is left out, though they declare bool, int or str
+UNSET: Any = None  # a missing argument for core's inputs, though they declare bool, int or str
 
 ReportType = io.Custom("DIT_REPORT")
 
 MANY = 8  # choices; more are not repeated in a sentence
 
-# Types of ours that a node cannot do without, and who gives them. Their inputs are optional all the same: where the
-# giver is bypassed or muted, ComfyUI would only say that a required input is missing.
+# Our own types that a node needs, and the nodes that give them. Their inputs are optional all the same, because ComfyUI
+# would only say that a required input is missing if the giving node is bypassed or muted.
 GIVERS = {
     "DIT_EASYCONTROL": "Load EasyControl LoRA",
     "DIT_PANELS": "Panel Layout",
@@ -89,7 +89,7 @@ def seed(name: str, tooltip: str, *, advanced: bool = UNSET) -> io.Input:
 
 
 def part_of_run(begins: str, stops: str, *, advanced: bool = UNSET) -> list[io.Input]:
-    """`start_percent` and `end_percent`: the part of the run that a node acts in."""
+    """`start_percent` and `end_percent`: the part of the run in which a node acts."""
     bounds = {"min": 0.0, "max": 1.0, "step": 0.001, "advanced": advanced}
     return [
         io.Float.Input("start_percent", default=0.0, tooltip=begins, **bounds),
@@ -98,7 +98,7 @@ def part_of_run(begins: str, stops: str, *, advanced: bool = UNSET) -> list[io.I
 
 
 def min_tokens(tooltip: str, step: int = UNSET) -> io.Input:
-    """Below which attention stays as it is."""
+    """The number of tokens below which attention stays as it is."""
     return io.Int.Input("min_tokens", default=4096, min=0, max=1 << 20, step=step, advanced=True, tooltip=tooltip)
 
 
@@ -108,12 +108,12 @@ def max_memory(tooltip: str) -> io.Input:
 
 
 def bytes_of(gib: float) -> int | None:
-    """What `max_memory` says, in bytes; None where it is left to the node."""
+    """`max_memory` in bytes; None leaves it to the node."""
     return int(gib * 2**30) or None
 
 
 def kv_cache(whose: str) -> io.Input:
-    """Where the keys and values of conditions are kept. `whose`: as the tooltip names them."""
+    """Where to keep keys and values of conditions. `whose`: the tooltip's word for their owner."""
     return choice(
         "kv_cache",
         Cache,
@@ -125,12 +125,12 @@ def kv_cache(whose: str) -> io.Input:
 
 
 def cut_out_mask(name: str, tooltip: str) -> io.Input:
-    """Where something is in its picture. `warn_of_background` reads it."""
+    """A mask of something in its picture, for `warn_of_background` to check."""
     return io.Mask.Input(name, optional=True, tooltip=f"{tooltip} {INVERT_MASK}")
 
 
 def report_outputs(model: str, report: str) -> list[io.Output]:
-    """The model, and what was done with it: two outputs of every node that accelerates."""
+    """The model and its report: two outputs of every node that accelerates."""
     return [
         io.Model.Output(display_name="model", tooltip=model),
         ReportType.Output(display_name="report", tooltip=f"{report} For Acceleration Report."),
@@ -141,14 +141,14 @@ def report_outputs(model: str, report: str) -> list[io.Output]:
 
 
 def check(node: type[io.ComfyNode], values: Mapping[str, Any], files: Collection[str] = ()) -> None:
-    """Hold what a node was given to its own schema.
+    """Hold a node's values to its own schema.
 
     Args:
-        values: by the input's id; others are not read.
-        files: choices out of a folder, whose list may be older than the folder. Who opens the file says what is wrong.
+        values: by the input's id; ignores all others.
+        files: ids of choices from a folder. Their list may be older than the folder, so opening the file is the check.
 
     Raises:
-        ValueError: names the node and the input, and says what it takes and what came.
+        ValueError: with the node, the input, what it takes and what came.
     """
     schema = node.define_schema()
     for entry, name, value in given(schema, values):
@@ -167,7 +167,7 @@ def given(schema: io.Schema, values: Mapping[str, Any]) -> Iterator[tuple[io.Inp
 
 
 def fault_of(entry: io.Input, value: Any, is_file: bool = False) -> str | None:
-    """What is wrong with a value, as the end of a sentence; None where nothing is."""
+    """What is wrong with a value, as the end of a sentence; None if nothing is."""
     kind = entry.get_io_type()
     if value is None and kind in GIVERS:
         return f"is missing. Connect {GIVERS[kind]}, or bypass this node, too, if that one is bypassed or muted."
@@ -263,9 +263,9 @@ def whole_tokens(side: int, **sides: int) -> None:
 
 
 def warn_of_background(node: str, name: str, mask: Tensor) -> None:
-    """Say so in the log where masks `[N, H, W]` cover what lies around something, as Load Image's of a cut-out do.
+    """Warn in the log if masks `[N, H, W]` cover the background, as Load Image's mask of a cut-out does.
 
-    It stays a warning: a wreath or a frame looks the same.
+    It is no error, because a wreath or a frame looks the same.
     """
     if any_background(mask):
         logger.warning("%s: '%s' covers all corners of its picture and not the middle. %s", node, name, INVERT_MASK)

@@ -25,8 +25,8 @@ class ApplyReTtention(io.ComfyNode):
             display_name="Apply Re-ttention",
             category="DiT Toolkit/model/patch",
             description=(
-                "On most evaluations each token attends to a few percent of the others, and keeps what the rest "
-                "contributed at the last full one. For video and large pictures. No training, no extra weights."
+                "On most evaluations each token attends to a few percent of the others, and adds what the rest "
+                "contributed at the last full attention. For video and large pictures. No training, no extra weights."
             ),
             search_aliases=["re-ttention", "rettention", "sparse attention", "speed up", "accelerate", "faster",
                             "video"],
@@ -44,20 +44,20 @@ class ApplyReTtention(io.ComfyNode):
                        "same, at the same place in all frames. disc: the nearest in the plane. auto: tube "
                        "for video, band for images."),
                 io.Float.Input("drift", default=DRIFT, min=0.0, max=0.5, step=0.005, advanced=True,
-                               tooltip="Added after each sparse evaluation to the weight of what is kept. 0.04 is "
+                               tooltip="Added to the weight of the kept tokens after each sparse evaluation. 0.04 is "
                                "published, 0 adds nothing."),
                 io.Boolean.Input("as_published", default=False, advanced=True,
                                  tooltip="Lets that weight grow beyond 1, as the authors' code does. Text is then "
                                  "overscaled by up to 12 percent."),
                 io.Float.Input("sigma_ratio", default=0.0, min=0.0, max=0.99, step=0.01, advanced=True,
-                               tooltip="Full attention, too, when the noise level has fallen below this part of what "
-                               "it was at the last one. 0 goes by interval alone."),
+                               tooltip="Also computes full attention when the noise level falls below this part of "
+                               "its value at the last one. 0 goes by interval alone."),
                 choice("storage", STORAGE, "full precision", advanced=True,
                        tooltip="How the contribution of the other tokens is kept. 'share only' does not keep it: "
                        "little memory, worse pictures."),
                 min_tokens("Attention over fewer tokens stays full: there is little to gain. 1024 x 1024 pixels are "
                            "4096 in most models."),
-                max_memory("Most GiB that may be kept. 0: a quarter of what is free when sampling starts."),
+                max_memory("Most GiB of memory to use. 0: a quarter of what is free when sampling starts."),
             ],
             outputs=report_outputs(
                 "The model, with sparse attention on most evaluations.",

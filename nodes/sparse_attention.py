@@ -49,14 +49,14 @@ class ApplyClear(io.ComfyNode):
                              tooltip="How far a token sees, in tokens of 16 pixels. 0: as the file's name says, 32 "
                              "without one. Beyond the picture's diagonal the node is off."),
                 io.Int.Input("pooling", default=0, min=0, max=16,
-                             tooltip="Side of the cells over which the whole picture is also seen, averaged. 0: as "
-                             "the file was trained, none without one."),
+                             tooltip="Tokens also see the whole picture, averaged over cells of this side. 0: as the "
+                             "file was trained, none without one."),
                 choice("scale", Scale, "as trained", advanced=True,
-                       tooltip="log-proportional sharpens attention in pictures above the 1024 pixels of the "
-                       "training; the authors use it there, with an upscaled picture to start from."),
+                       tooltip="log-proportional sharpens attention in pictures larger than the 1024 pixels of the "
+                       "training. The authors use it there, starting from an upscaled picture."),
                 min_tokens(step=256,
                            tooltip="Attention over fewer tokens than this, text included, follows 'below_min_tokens'. "
-                           "0: there is no such size."),
+                           "0 turns that off."),
                 *part_of_run(
                     "Where in the run attention becomes sparse. 0 is the start.",
                     "Where in the run it becomes dense again. 1 is the end.",
@@ -64,14 +64,14 @@ class ApplyClear(io.ComfyNode):
                 ),
                 # Optional: prompts saved before it was there have none.
                 choice("below_min_tokens", Below, "auto", optional=True, advanced=True,
-                       tooltip="What attention is in pictures smaller than min_tokens. auto: local with a file, as "
-                       "its weights were trained; dense without one, since there is little to gain."),
+                       tooltip="How attention works in pictures below min_tokens. auto: local with a file, as its "
+                       "weights were trained; dense without one, since there is little to gain."),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model, with local attention."),
                 io.String.Output(display_name="report",
-                                 tooltip="What the file holds, the share of attention that is kept, "
-                                 "and the most it can save."),
+                                 tooltip="What the file holds, the share of attention that the pattern keeps, and the "
+                                 "most it can save."),
             ],
         )  # fmt: skip
 

@@ -51,7 +51,9 @@ def outputs() -> list[io.Output]:
 def range_inputs() -> list[io.Input]:
     """Where in the run forecasts are allowed."""
     return part_of_run(
-        "Before this part of the run all is computed.", "From this part of the run on all is computed.", advanced=True
+        "Before this part of the run, every evaluation is computed.",
+        "From this part of the run on, every evaluation is computed.",
+        advanced=True,
     )
 
 
@@ -167,16 +169,16 @@ class ConfidenceGatedTaylor(io.ComfyNode):
             display_name="Apply Confidence-Gated Taylor",
             category=CATEGORY,
             description=(
-                "Runs the first block at every evaluation; where its result was predictable, forecasts all the others. "
-                "How many it skips is up to the model and the picture."
+                "Runs the first block at every evaluation. If its result was predictable, forecasts all other blocks. "
+                "How many evaluations that skips depends on the model and the picture."
             ),
             search_aliases=["cg-taylor", "confidence", "gate", "first block cache", "fbcache", "teacache", "speed up"],
             inputs=[
                 model_input(ANY_MODEL),
                 io.Float.Input("threshold", default=0.08, min=0.0, max=2.0, step=0.005,
-                               tooltip="Error of the first block's forecast up to which the others are forecast. "
-                               "Higher is faster, 0 turns the node off. Each model and number of steps has its own "
-                               "scale: the report shows the errors."),
+                               tooltip="The other blocks are forecast while the error of the first block's forecast "
+                               "is below this. Higher is faster, 0 turns the node off. Each model and number "
+                               "of steps has its own scale: the report shows the errors."),
                 io.Int.Input("warm_up", default=5, min=1, max=50, tooltip="Evaluations always computed at the start."),
                 io.Int.Input("max_consecutive", default=0, min=0, max=50,
                              tooltip="Most forecasts in a row. 0 sets no limit, as in the paper."),
@@ -188,14 +190,15 @@ class ConfidenceGatedTaylor(io.ComfyNode):
                 choice("forecast", FORECASTS, "Taylor (paper)", advanced=True,
                        tooltip="How the last block is forecast. Newton is exact at uneven steps."),
                 choice("compare", Compare, "output", advanced=True,
-                       tooltip="output: the paper. residual: as First Block Cache and DBCache do, the first block's "
-                       "change against its last one; the other blocks' change is what is forecast. input change: as "
-                       "EasyCache does, how far the latent has moved; works on every model."),
+                       tooltip="output: compares the first block's result, as in the paper. residual: compares its "
+                       "change with its last change, and forecasts the other blocks' change, like First Block "
+                       "Cache and DBCache. input change: measures how far the latent has moved, like "
+                       "EasyCache; works on every model."),
                 choice("gate_rows", Reduce, "max", advanced=True,
-                       tooltip="How the pictures of a batch decide together. max: the worst of them. mean: all on "
-                       "average; cond is the same, for older workflows. published: the paper's ratio over the whole "
-                       "batch. With CFG the prompt that ComfyUI computes first decides for both, mostly the negative "
-                       "one. Not read with 'input change'."),
+                       tooltip="How the pictures of a batch decide together. max: the worst one decides. mean: their "
+                       "average; cond is the same, for older workflows. published: the paper's ratio over the "
+                       "whole batch. With CFG, the prompt that ComfyUI computes first decides for both, "
+                       "mostly the negative one. Not read with 'input change'."),
                 *range_inputs(),
                 offload_input(),
             ],
@@ -325,15 +328,15 @@ class AccelerationReport(io.ComfyNode):
             node_id="DiTAccelerationReport",
             display_name="Acceleration Report",
             category="DiT Toolkit/utils",
-            description="Reads what an accelerated model did in the sampler that is connected, as text.",
+            description="Shows as text what an accelerated model did in the connected sampler.",
             search_aliases=["report", "statistics", "cache statistics", "speed", "gate error"],
             inputs=[
                 ReportType.Input("report", optional=True,
                                  tooltip="From the node that accelerates the model. While that one is "
                                  "bypassed, the text says so."),
                 io.AnyType.Input("after",
-                                 tooltip="What the sampler made, or what was made of it: this node "
-                                 "reads that sampler's run."),
+                                 tooltip="The latent of the sampler, or a picture made from it. This node reads the "
+                                 "run of that sampler."),
             ],
             outputs=[
                 io.String.Output(display_name="text", tooltip="Several lines, for Preview as Text."),
@@ -352,7 +355,7 @@ class AccelerationReport(io.ComfyNode):
 
     @classmethod
     def runs_of(cls, report: NodeReport) -> list | None:
-        """The runs of the samplers that 'after' leads back to; None where nobody says what is connected."""
+        """The runs of the samplers that 'after' leads back to; None if nothing tells what is connected."""
         prompt = cls.hidden and cls.hidden.dynprompt
         if prompt is None:
             return None

@@ -63,7 +63,8 @@ class TryOnPrepare(io.ComfyNode):
             ),
             search_aliases=["try on", "vton", "garment", "clothes", "outfit", "crop and stitch", "agnostic mask"],
             inputs=[
-                io.Image.Input("person", tooltip="Who is to wear the garment. Several pictures of one size are fine."),
+                io.Image.Input("person", tooltip="The person who will wear the garment. Several pictures of one size "
+                                         "are fine."),
                 io.Mask.Input("mask",
                               tooltip="Where the new garment may go: drawn, or from a segmentation node. Generous is "
                               "better: what shows of the old garment decides the shape of the new one."),

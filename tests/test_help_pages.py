@@ -151,7 +151,7 @@ def test_presets_are_those_of_the_page():
         said = [cell.partition(",")[0] for cell in cells]
         assert said == [words(setting) for setting in FAMILIES[name]], name
         for cell, setting in zip(cells, FAMILIES[name], strict=True):
-            for number, has in (("first_full", setting.first), ("order", setting.order)):
+            for number, has in (("first_full", setting.first_full), ("order", setting.order)):
                 if number in cell:
                     assert f"{number} {has}" in cell, (name, cell)
 
@@ -166,5 +166,5 @@ def test_presets_are_in_full_those_of_the_reference():
     for name, table_of in tables.items():
         for quality, setting in zip(QUALITIES, table_of, strict=True):
             end = "to the end" if setting.to_end else "as published"
-            lines.append(f"{name}, {quality}: {setting.words}, last_full {setting.last}, {end}. {setting.source}")
+            lines.append(f"{name}, {quality}: {setting.words}, last_full {setting.last_full}, {end}. {setting.source}")
     assert REFERENCE.read_text(encoding="utf-8").splitlines() == lines

@@ -62,7 +62,7 @@ def save(path: Path, state: dict) -> None:
 
 
 def write(name: str, weights: dict[str, Tensor], metadata: dict[str, str]) -> Path:
-    """float16 safetensors in `weights/`, keys sorted: the same weights give the same file. Anyone may read it."""
+    """float16 safetensors in `weights/`, keys sorted. safetensors itself puts the metadata in any order."""
     path = WEIGHTS / name
     path.parent.mkdir(parents=True, exist_ok=True)
     half = {key: value.detach().half().contiguous().cpu() for key, value in sorted(weights.items())}

@@ -27,7 +27,6 @@ from .base import load_base, size_of
 from .checkpoints import Recipe
 from .embedded import Base
 from .flux import Flux, apply_rope, attention, patchify, rope
-from .optim import Muon, schedule
 from .pictures import edges_as_a_user_would
 from .vae import load_vae
 
@@ -152,18 +151,9 @@ def train_adapter(kind: str, base: Recipe, recipe: AdapterRecipe, stage: str = "
     size = model.flux.size
     lora = ConditionLora(size.hidden, size.double, size.single, recipe.rank, operations=nn).to(device)
     lora.init_for_training(torch.Generator().manual_seed(base.seed))
-    optimiser = Muon(lora.parameters(), lr=recipe.muon_lr, weight_decay=0.0)
-    average = {k: v.clone() for k, v in lora.state_dict().items()}
-    path, start, losses = place(kind, base, recipe, stage), 0, []
-    if path.exists():
-        kept = torch.load(path, weights_only=True, map_location=device)
-        lora.load_state_dict(kept["model"])
-        average = kept["ema"]
-        optimiser.load_state_dict(kept["optimiser"])
-        start, losses = kept["step"], kept["losses"]
     quick = torch.compile(Controlled(kind, model, lora))
-    bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=kind, mininterval=5)
-    for step in bar:
+
+    def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng((base.seed, KINDS.index(kind), step))
         index = torch.from_numpy(rng.integers(stock["latents"].shape[0], size=recipe.batch))
         x0, condition = stock["latents"][index].float().to(device), stock["conditions"][index].float().to(device)
@@ -172,25 +162,10 @@ def train_adapter(kind: str, base: Recipe, recipe: AdapterRecipe, stage: str = "
         noise = torch.from_numpy(rng.standard_normal(tuple(x0.shape), np.float32)).to(device)
         t = loop.noise_levels(rng, recipe.batch).to(device)
         guidance = torch.ones(recipe.batch, device=device)
-        with loop.fast_matrices(device):
-            v = quick(torch.lerp(x0, noise, t[:, None, None, None]), t, words.to(device), guidance, condition)
-        loss = F.mse_loss(v.float(), noise - x0)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(lora.parameters(), 1.0)
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.muon_lr * schedule(step, recipe.steps, warm_up=30)
-        with loop.fast_matrices(device):
-            optimiser.step()
-        decay = min(0.995, (step + 1) / (step + 10))
-        for name, value in lora.state_dict().items():
-            average[name].lerp_(value, 1 - decay)
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
-        if (step + 1) % 250 == 0 or step + 1 == recipe.steps:
-            state = {"model": lora.state_dict(), "ema": average, "optimiser": optimiser.state_dict()}
-            checkpoints.save(path, {**state, "step": step + 1, "losses": losses})
-            loop.plot(path.with_suffix(".png"), losses)
+        v = quick(torch.lerp(x0, noise, t[:, None, None, None]), t, words.to(device), guidance, condition)
+        return F.mse_loss(v.float(), noise - x0)
+
+    loop.learn(place(kind, base, recipe, stage), lora, recipe.steps, recipe.muon_lr, loss_of)
     export_adapter(kind, base, recipe, stage)
 
 

@@ -53,7 +53,11 @@ def plot(file: Path, losses: list[float]) -> None:
 
 
 def learn(name: Path, module: nn.Module, steps: int, lr: float, loss_of: Callable[[int], Tensor]) -> dict[str, Tensor]:
-    """Muon on the matrices of `module`; returns the average of its weights. Goes on where it was stopped."""
+    """Train `module` with Muon, and return the average of its weights. Continues at the checkpoint `name`, if any.
+
+    Args:
+        loss_of: from the number of a step to its loss; runs in the precision of `fast_matrices`.
+    """
     device = device_of()
     optimiser = Muon(module.parameters(), lr=lr, weight_decay=0.0)
     average = {k: v.detach().clone() for k, v in module.state_dict().items()}

@@ -1,7 +1,7 @@
 """Pick a step cache for a model: from a table of presets, or by trying.
 
-Every number in the table says where it comes from. Thresholds and intervals of papers hold for the number of steps they
-name; shorter runs move more from step to step, and want gentler settings.
+Every number in the table names its source. Thresholds and intervals of papers hold for the number of steps they name.
+Shorter runs change more from step to step, and need gentler settings.
 """
 
 from __future__ import annotations
@@ -40,27 +40,29 @@ class Setting:
     amount: float = 1.0  # interval, or the threshold of the gate
     order: int = 1
     forecast: str = "Taylor (paper)"
-    first: int = 3
-    last: int = 0
+    first_full: int = 3
+    last_full: int = 0
     to_end: bool = True  # spacing to the last step
     source: str = ""
 
     @property
     def words(self) -> str:
-        """As a person would type it into the method's own node."""
+        """The setting as a person would type it into the method's own node."""
         if self.method == "none":
             return "nothing"
         if self.method == "Confidence-Gated Taylor":
-            return f"{self.method}, threshold {self.amount:.3g}, warm_up {self.first}, {self.forecast} {self.order}"
-        return f"{self.method}, interval {self.amount:.0f}, first_full {self.first}, {self.forecast} {self.order}"
+            return (
+                f"{self.method}, threshold {self.amount:.3g}, warm_up {self.first_full}, {self.forecast} {self.order}"
+            )
+        return f"{self.method}, interval {self.amount:.0f}, first_full {self.first_full}, {self.forecast} {self.order}"
 
 
-def gate(threshold: float, source: str, first: int = 5) -> Setting:
-    return Setting("Confidence-Gated Taylor", threshold, first=first, last=1, source=source)
+def gate(threshold: float, source: str, first_full: int = 5) -> Setting:
+    return Setting("Confidence-Gated Taylor", threshold, first_full=first_full, last_full=1, source=source)
 
 
-def every(interval: int, source: str, order: int = 1, first: int = 3) -> Setting:
-    return Setting("TaylorSeer", interval, order, first=first, source=source)
+def every(interval: int, source: str, order: int = 1, first_full: int = 3) -> Setting:
+    return Setting("TaylorSeer", interval, order, first_full=first_full, source=source)
 
 
 GUESS = "a guess, nobody has measured it"
@@ -73,23 +75,23 @@ PRESETS: dict[str, tuple[Setting, Setting, Setting]] = {  # quality, balanced, f
     ),
     "FLUX.1 schnell": (
         Setting("none", source="4 steps leave nothing to forecast from"),
-        Setting("Delta-DiT", 2, 0, first=1, to_end=False, source=GUESS),
-        Setting("Delta-DiT", 2, 0, first=1, to_end=False, source=GUESS),
+        Setting("Delta-DiT", 2, 0, first_full=1, to_end=False, source=GUESS),
+        Setting("Delta-DiT", 2, 0, first_full=1, to_end=False, source=GUESS),
     ),
     "Wan": (
         gate(0.18, f"{CG}, 50 steps", 6),
         gate(0.25, GUESS, 6),
         gate(0.36, f"{CG}, 50 steps, 4.1 x", 6),
     ),
-    "HunyuanVideo": (every(3, GUESS), every(4, GUESS), every(5, f"{TAYLOR}, 50 steps, 5 x", first=1)),
+    "HunyuanVideo": (every(3, GUESS), every(4, GUESS), every(5, f"{TAYLOR}, 50 steps, 5 x", first_full=1)),
     "QwenImage": (every(3, GUESS), every(4, GUESS), every(5, GUESS)),
     "SD3": (every(2, GUESS), every(3, GUESS), every(4, GUESS)),
-    "HiDream": (every(2, GUESS), every(3, GUESS), every(4, f"{TAYLOR}, order 2, 4 x", order=2, first=1)),
+    "HiDream": (every(2, GUESS), every(3, GUESS), every(4, f"{TAYLOR}, order 2, 4 x", order=2, first_full=1)),
 }
 OTHERS = (every(2, GUESS), every(3, GUESS), every(4, GUESS))
 HERE = "measured here, on the embedded model with 28 steps"
-EMBEDDED = tuple(  # order 2 loses where gaps are wide and guidance amplifies what is wrong
-    replace(every(n, HERE, order, first=1), forecast="Newton, steps") for n, order in ((2, 2), (3, 2), (4, 1))
+EMBEDDED = tuple(  # order 2 loses at wide gaps, where guidance amplifies its errors
+    replace(every(n, HERE, order, first_full=1), forecast="Newton, steps") for n, order in ((2, 2), (3, 2), (4, 1))
 )
 
 
@@ -109,7 +111,7 @@ def is_embedded(model: ModelPatcher) -> bool:
 
 
 def preset(model: ModelPatcher, quality: Quality) -> Setting:
-    """The setting for a model of this family. Where its blocks are out of reach, one that does without them."""
+    """The setting for a model of this family. If its blocks are out of reach, a setting that needs no blocks."""
     table = EMBEDDED if is_embedded(model) else PRESETS.get(family_name(model), OTHERS)
     setting = table[QUALITIES.index(quality)]
     if setting.method in ("Confidence-Gated Taylor", "Delta-DiT") and not in_reach(model):
@@ -120,22 +122,22 @@ def preset(model: ModelPatcher, quality: Quality) -> Setting:
 def cache_for(
     model: ModelPatcher, setting: Setting, report: StepCacheReport, node: str = "Accelerate DiT"
 ) -> StepCache:
-    """The step cache of a setting. `node` is the display name of who asks, for errors."""
+    """The step cache of a setting. `node` is the display name of the node that asks, for errors."""
     form, coordinate = FORECASTS[setting.forecast]
     forecaster = Forecaster(setting.order, form, coordinate)
     policy: Policy
     tap: Tap
     if setting.method == "Confidence-Gated Taylor":
         policy, tap = (
-            FirstBlockGate(setting.amount, setting.first),
+            FirstBlockGate(setting.amount, setting.first_full),
             LastBlockTap(*require_blocks(model, node), gated=True),
         )
     elif setting.method == "Delta-DiT":
-        policy = Interval(int(setting.amount), setting.first, setting.to_end)
+        policy = Interval(int(setting.amount), setting.first_full, setting.to_end)
         tap = SpanTap(*require_blocks(model, node), stages=Stages())
     else:
-        policy, tap = Interval(int(setting.amount), setting.first, setting.to_end), tap_for(model, "auto", node)
-    return StepCache(setting.method, policy, tap, forecaster, Guard(setting.last), report=report)
+        policy, tap = Interval(int(setting.amount), setting.first_full, setting.to_end), tap_for(model, "auto", node)
+    return StepCache(setting.method, policy, tap, forecaster, Guard(setting.last_full), report=report)
 
 
 def accelerated(
@@ -152,7 +154,7 @@ def accelerated(
 
 @dataclass(frozen=True)
 class Trial:
-    """What one setting came to. `psnr_db` is infinite where nothing differs."""
+    """The result of one setting. `psnr_db` is infinite if nothing differs."""
 
     setting: Setting
     computed: float  # fraction of the evaluations
@@ -160,19 +162,19 @@ class Trial:
     psnr_db: float
 
 
-Sample = Callable[[ModelPatcher], Tensor]  # samples a MODEL and gives what is compared, [B, ...]
+Sample = Callable[[ModelPatcher], Tensor]  # samples a MODEL and returns what we compare, [B, ...]
 
 
 def tune(
     model: ModelPatcher, sample: Sample, floor_db: float, trials: int, tell: Callable[[int], None] = lambda done: None
 ) -> tuple[Setting, list[Trial]]:
-    """Try settings, and take the one that computes least and keeps the floor.
+    """Try settings, and take the one that computes least without falling below the floor.
 
-    The first run computes everything. Where the model has block hooks, it also measures the errors of the gate, and
-    the thresholds that are tried are quantiles of those.
+    The first run computes everything. If the model has block hooks, that run also measures the errors of the gate, and
+    the gates to try get quantiles of them as thresholds.
 
     Args:
-        floor_db: PSNR that must be kept, in dB, averaged over the pictures.
+        floor_db: lowest PSNR allowed, in dB, averaged over the pictures.
         trials: how many settings to try.
         tell: called with the number of runs done.
 
@@ -187,7 +189,7 @@ def tune(
     if not in_reach(model):
         reference, errors = sample(model), []
     else:
-        probe = cache_for(model, gate(CLOSED, "", first=2), watch)
+        probe = cache_for(model, gate(CLOSED, "", first_full=2), watch)
         reference = sample(attach(model, probe))
         errors = watch.runs[-1].errors if watch.runs else []
     tell(1)
@@ -212,20 +214,20 @@ def tune(
     return replace(best.setting, source="tried here"), found
 
 
-CLOSED = 1e-12  # a threshold above 0 under which no error falls: the gate measures and never opens
+CLOSED = 1e-12  # a threshold above 0 that no error falls below: the gate measures and never opens
 
 
 def candidates(errors: Sequence[float]) -> list[Setting]:
-    """What to try, the most promising first: intervals, and gates at quantiles of the errors that were measured."""
+    """The settings to try, the most promising first: intervals, and gates at quantiles of the measured errors."""
     tried = "tried here"
     early = [
-        replace(every(n, tried, order, first=1), forecast="Newton, steps")
+        replace(every(n, tried, order, first_full=1), forecast="Newton, steps")
         for n, order in ((3, 2), (5, 1), (2, 2), (4, 1))
     ]
     settings = [every(3, tried), every(5, tried), every(2, tried), every(4, tried)]
     if errors:
         quantiles = torch.tensor(sorted(errors)).quantile(torch.tensor([0.9, 0.7, 0.5]), interpolation="higher")
-        gates = [gate(float(q) * 1.01, tried, first=3) for q in quantiles]
+        gates = [gate(float(q) * 1.01, tried, first_full=3) for q in quantiles]
         settings = [settings[0], gates[1], settings[1], gates[0], settings[2], gates[2], settings[3]]
     mixed = [setting for pair in zip_longest(settings, early) for setting in pair if setting is not None]
     return [*mixed, every(7, tried), every(10, tried)]

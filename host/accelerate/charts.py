@@ -1,4 +1,4 @@
-"""Small charts as IMAGEs, drawn with the library that ComfyUI draws with."""
+"""Small charts as IMAGEs, drawn with Pillow, which ComfyUI has."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def trade_off(points: Sequence[tuple[float, float, str]], floor: float, chosen: 
     """Quality over speed-up as an IMAGE `[1, 640, 960, 3]`.
 
     Args:
-        points: (evaluations over those computed, PSNR in dB, what it is). An infinite PSNR is drawn at the top.
-        floor: PSNR that was asked for.
+        points: (all evaluations / computed ones, PSNR in dB, label). An infinite PSNR is drawn at the top.
+        floor: lowest PSNR allowed.
         chosen: the point to mark, or None.
     """
     image = Image.new("RGB", (WIDTH, HEIGHT), GROUND)
@@ -29,21 +29,21 @@ def trade_off(points: Sequence[tuple[float, float, str]], floor: float, chosen: 
     low, high = min(finite) - 3, max(finite) + 3
     most = max([2.0, *(speed for speed, _, _ in points)]) * 1.08
 
-    def place(speed: float, db: float) -> tuple[float, float]:
+    def point(speed: float, db: float) -> tuple[float, float]:
         x = LEFT + (speed - 1) / (most - 1) * (WIDTH - LEFT - RIGHT)
         y = TOP + (high - min(db, high)) / (high - low) * (HEIGHT - TOP - BOTTOM)
         return x, y
 
     for step in range(1, int(most) + 1):
-        x, _ = place(step, low)
+        x, _ = point(step, low)
         draw.line((x, TOP, x, HEIGHT - BOTTOM), fill=GREY)
         draw.text((x, HEIGHT - BOTTOM + 10), f"{step} x", fill=INK, font=small, anchor="ma")
     spacing = 5 if high - low < 40 else 10
     for db in range(int(low // spacing + 1) * spacing, int(high) + 1, spacing):
-        _, y = place(1, db)
+        _, y = point(1, db)
         draw.line((LEFT, y, WIDTH - RIGHT, y), fill=GREY)
         draw.text((LEFT - 10, y), f"{db}", fill=INK, font=small, anchor="rm")
-    _, y = place(1, floor)
+    _, y = point(1, floor)
     draw.line((LEFT, y, WIDTH - RIGHT, y), fill=BAD, width=3)
     draw.text((WIDTH - RIGHT, y + 4), f"floor {floor:g} dB", fill=BAD, font=small, anchor="ra")
     draw.text((LEFT, 16), "PSNR to the full picture, dB", fill=INK, font=font)
@@ -52,11 +52,11 @@ def trade_off(points: Sequence[tuple[float, float, str]], floor: float, chosen: 
     for number, (speed, db, _) in enumerate(points):
         if isnan(db):
             continue
-        x, y = place(speed, db)
+        x, y = point(speed, db)
         size = 11 if number == chosen else 7
         draw.ellipse((x - size, y - size, x + size, y + size), fill=GOOD if db >= floor else BAD, outline=INK)
         draw.text((x + (24 if number == chosen else 14), y), str(number + 1), fill=INK, font=small, anchor="lm")
     if chosen is not None:
-        x, y = place(*points[chosen][:2])
+        x, y = point(*points[chosen][:2])
         draw.ellipse((x - 17, y - 17, x + 17, y + 17), outline=GOOD, width=3)
     return torch.from_numpy(np.asarray(image).copy())[None].float() / 255

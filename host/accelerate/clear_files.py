@@ -1,7 +1,7 @@
-"""CLEAR's files as ComfyUI weight patches: where they lie, how they are read, and how they go onto a MODEL.
+"""CLEAR's files as ComfyUI weight patches: find them, read them, and put them on a MODEL.
 
-The tensors replace the model's own, so they go in front of all other patches of a weight: LoRAs act on top of them,
-whichever node comes first. Core applies them where and when it applies LoRAs, to fp8 weights too.
+The tensors replace the model's own, so they go in front of all other patches of a weight. LoRAs then act on top of
+them, whatever the order of nodes. Core applies them where and when it applies LoRAs, to fp8 weights too.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ NODE = "Apply CLEAR"  # its display name
 
 @dataclass(frozen=True, eq=False)
 class ClearFile:
-    """A file that was read. The radius it was trained for is known from its published name only."""
+    """A loaded file. Only its published name tells the radius it was trained for."""
 
     name: str
     weights: ClearWeights
 
     def variant(self, radius: int, factor: int) -> Variant:
-        """The pattern to use with these weights. 0 stands for what they were trained with.
+        """The pattern to use with these weights. 0 means as trained.
 
         Raises:
-            ValueError: the radius is not known, or there are no weights for such cells.
+            ValueError: the radius is unknown, or the file has no weights for such cells.
         """
         published = variant_of(self.name)
         if not radius and published is None:
@@ -90,7 +90,7 @@ def with_weights(model: ModelPatcher, file: ClearFile) -> ModelPatcher:
 
 
 def _refuse_packed(model: ModelPatcher, key: str, columns: tuple[int, ...]) -> None:
-    """Rows can be replaced in floating point weights, fp8 too, and in core's own quantised ones, which it unpacks."""
+    """Refuse weights without replaceable rows. Floating point, fp8 and core's own quantised weights have them."""
     weight, _, _ = comfy.model_patcher.get_key_weight(model.model, key)
     usable = weight is not None and weight.dtype.is_floating_point and tuple(weight.shape[1:]) == tuple(columns)
     if not usable:

@@ -1,7 +1,7 @@
-"""Step caches of ComfyUI and of other packs: how each is recognised on a MODEL, whichever node came first.
+"""Step caches of ComfyUI and of other packs: how to recognise each on a MODEL, whatever the order of nodes.
 
-Two caches on one model forecast from each other's forecasts, and the picture falls apart without a word. So ours refuse
-to work beside another, when the node is made and again when the run starts.
+Two caches on one model forecast from each other's forecasts, and the picture falls apart without a warning. So ours
+refuse to work beside another: when their node runs, and again when sampling starts.
 
 | cache | pack | how it shows |
 |---|---|---|
@@ -13,9 +13,9 @@ to work beside another, when the node is made and again when the run starts.
 | First Block Cache | Comfy-WaveSpeed | a function around the model |
 | first-block cache | ComfyUI-nunchaku | a threshold on the wrapped model |
 
-Keys are those of `transformer_options`. Functions are told by the names of their module and of themselves, so versions
-and forks are found as well. What these packs leave behind on the module after a run, such as `teacache_state`, is no
-sign of a cache: without their function nothing reads it.
+Keys are those of `transformer_options`. We recognise functions by their own and their module's name, so we find other
+versions and forks too. Attributes that these packs leave on the module after a run, such as `teacache_state`, are no
+sign of a cache: nothing reads them without the pack's function.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ NUNCHAKU = "residual_diff_threshold_multi"  # 0 is off
 
 
 class ForeignCache(NamedTuple):
-    """A step cache beside the one that asks. `remedy`: what to do about it, in sentences."""
+    """Another step cache. `remedy`: what to do about it, in sentences."""
 
     name: str
     remedy: str = REMOVE
 
 
 def foreign_cache(model: ModelPatcher | None, model_options: dict) -> ForeignCache | None:
-    """The step cache of somebody else on a MODEL, or None.
+    """The step cache of ComfyUI or another pack on a MODEL, or None.
 
     Args:
         model_options: the MODEL's own, or those of its run.
@@ -76,7 +76,7 @@ def foreign_cache(model: ModelPatcher | None, model_options: dict) -> ForeignCac
 
 
 def functions(model: ModelPatcher | None, model_options: dict) -> Iterator[Any]:
-    """What other packs have put around the model."""
+    """The functions that other packs have put around the model."""
     yield model_options.get("model_function_wrapper")
     wrappers = [model_options.get("transformer_options", {}).get("wrappers", {}), getattr(model, "wrappers", {})]
     for by_key in (by_key for kinds in wrappers for by_key in kinds.values()):
@@ -97,11 +97,11 @@ def in_module(model: ModelPatcher) -> ForeignCache | None:
 
 
 def named(code: Any) -> str:
-    """The cache that a function belongs to, by its name and that of its module. Empty: none that is known."""
+    """The cache that a function belongs to, by its own and its module's name. Empty: no known cache."""
     if code is None or not pack_of(code):
         return ""
     code = unwrapped(code)
-    module = re.split(r"[/\\]", module_of(code))[-1]  # without the folders that the pack lies in
+    module = re.split(r"[/\\]", module_of(code))[-1]  # without the pack's folders
     words = f"{module}.{getattr(code, '__qualname__', type(code).__qualname__)}"
     words = re.sub("[^a-z0-9]", "", words.lower())
     return next((name for word, name in WORDS.items() if word in words), "")

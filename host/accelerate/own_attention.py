@@ -1,14 +1,14 @@
-"""The attention of a picture's own tokens on ComfyUI's models: who may take it over, and its arguments in one layout.
+"""The attention over a picture's own tokens on ComfyUI's models: take it over, with its arguments in one layout.
 
-Hook: one `optimized_attention_override` per feature, on the run's own options, behind whatever was installed before.
-Features do not read attention arguments themselves: `take_over` hands them an `OwnAttention`, queries, keys and values
-of the picture's own tokens in one layout, and passes on to the earlier function what is no such call:
+Hook: one `optimized_attention_override` per feature, on the run's own options, behind all earlier ones. Features do not
+read attention arguments themselves. `take_over` hands them an `OwnAttention`: queries, keys and values of the picture's
+own tokens in one layout. It passes all other calls on to the earlier function:
 
 - cross-attention, attention of text alone, and every length but that of the token grid;
 - keys beside the model's own, unless they are those of `host/attention.py`, which every token sees;
-- masks that differ from query to query. A bias per key, as of padded text or EasyControl's influence, is kept.
+- masks that differ from query to query. A bias per key stays, as padded text and EasyControl's influence have it.
 
-A feature may pass a call on as well, by answering None. What computes a pattern is in `sparse_backends.py`.
+A feature passes a call on by answering None. `sparse_backends.py` computes the patterns.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class OwnAttention:
 
     q: `[B, H, L, d]`. k, v: `[B, H, L + extra, d]`, rotated.
     bias: added to the logits of every key, `[B or 1, H or 1, 1, L + extra]`, or None.
-    scale: factor on the logits that the model asks for, or None for `d^-1/2`.
-    layer: names the attention within the model; its first two entries are block type and number where known.
+    scale: the model's own factor on the logits, or None for `d^-1/2`.
+    layer: names the attention within the model; its first two entries are block type and number if known.
     """
 
     q: Tensor
@@ -63,7 +63,7 @@ def take_over(model_options: dict, attend: Attend, passed_on: Callable[[str], No
     """Have `attend` answer the attention of the picture's own tokens in this run, `[B, H, L, d]`, or None to pass on.
 
     Args:
-        passed_on: told in words why a call of self-attention was not offered to `attend`.
+        passed_on: called with the reason, in words, for each call of self-attention that `attend` does not get.
     """
     token_grid.install(model_options)
     options = model_options["transformer_options"]
@@ -87,7 +87,7 @@ OTHER_LENGTH = "self-attention of another length than the picture's"
 
 
 def own_attention(args: tuple, kwargs: dict) -> OwnAttention | str | None:
-    """The arguments of ComfyUI's attention in one layout; a reason in words, or None for attention of other tokens."""
+    """The arguments of ComfyUI's attention in one layout. A reason in words, or None, if other tokens attend."""
     options = kwargs.get("transformer_options") or {}
     tokens: token_grid.Tokens | None = options.get(token_grid.TOKENS)
     if tokens is None or not tokens.grids:
@@ -115,7 +115,7 @@ def own_attention(args: tuple, kwargs: dict) -> OwnAttention | str | None:
 
 
 def _by_head(x: Tensor, heads: int, reshaped: bool) -> Tensor:
-    """`[B, H, L, d]` from that, from `[B, L, H * d]` or from `[B, L, H, d]`, which SD3 has for its values."""
+    """`[B, H, L, d]`, unchanged or from `[B, L, H * d]` or `[B, L, H, d]`, the layout of SD3's values."""
     if reshaped:
         return x
     if x.ndim == 4:
@@ -124,17 +124,17 @@ def _by_head(x: Tensor, heads: int, reshaped: bool) -> Tensor:
 
 
 def extra_keys(options: dict) -> int:
-    """How many keys `host/attention.py` has put behind those of the block that is running."""
+    """How many keys `host/attention.py` has put behind those of the running block."""
     block = (options.get("block_type", ""), options.get("block_index", -1))
     given = [keys.conditions for keys in options.get(EXTRA_KEYS, ())]
     return sum(parts[0][block][0].shape[2] for parts in given if all(block in part for part in parts))
 
 
 def key_bias(mask: Tensor | None, q: Tensor, keys: int) -> Tensor | str | None:
-    """What a mask adds to the logits of each key, `[B or 1, H or 1, 1, keys]`, or in words why it is none such.
+    """A mask as a bias on the logits of each key, `[B or 1, H or 1, 1, keys]`, or in words why it is not one.
 
     Args:
-        mask: as ComfyUI has it: `[Lq, keys]`, `[B, Lq, keys]` or `[B, H, Lq, keys]`, additive or bool.
+        mask: in ComfyUI's layout: `[Lq, keys]`, `[B, Lq, keys]` or `[B, H, Lq, keys]`, additive or bool.
     """
     if mask is None:
         return None
@@ -153,7 +153,7 @@ def key_bias(mask: Tensor | None, q: Tensor, keys: int) -> Tensor | str | None:
 
 
 def require_known_tokens(model: ModelPatcher, node: str) -> None:
-    """Refuse models of which it is not known where their tokens are. `node` is the display name of who asks.
+    """Refuse models whose token order we do not know. `node` is the display name of the node that asks.
 
     Raises:
         ValueError: such a model.
@@ -171,5 +171,5 @@ def require_known_tokens(model: ModelPatcher, node: str) -> None:
 
 
 def makes_sparse(description: object) -> bool:
-    """Whether a description on a MODEL makes its attention sparse, which one may: it says `sparse_attention = True`."""
+    """Whether a description makes attention sparse: its class says `sparse_attention = True`. A MODEL may have one."""
     return getattr(description, "sparse_attention", False)

@@ -1,4 +1,4 @@
-"""Re-ttention on ComfyUI's models: the door through which its settings get on the MODEL.
+"""Re-ttention on ComfyUI's models: puts its settings on the MODEL.
 
 Hooks and state are in `re_ttention_run.py`, the method in `models/accelerate/re_ttention.py`.
 """
@@ -23,10 +23,10 @@ def bind(settings: ReTtention, run: Run, model_options: dict) -> None:
 
 
 def attach(model: ModelPatcher, settings: ReTtention) -> ModelPatcher:
-    """A clone of `model` that is sampled with these settings.
+    """A clone of `model` that samples with these settings.
 
     Raises:
-        ValueError: its attention is sparse already, or out of reach.
+        ValueError: the model's attention is sparse already, or out of reach.
     """
     require_known_tokens(model, "Apply Re-ttention")
     if any(makes_sparse(other) for other in attached(model)):

@@ -1,4 +1,4 @@
-"""What people are told about a run of Re-ttention."""
+"""The report of a run of Re-ttention, for people and scripts."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ LETTERS: dict[Kind, str] = {"full": "#", "refresh": "R", "sparse": "."}
 
 
 @dataclass(eq=False)
-class RunReport:
-    """What was done in one run of a sampler. It is filled while that goes on."""
+class ReTtentionRunReport:
+    """One run of a sampler, filled while it goes on."""
 
     kinds: dict[int, set[Kind]] = field(default_factory=dict)  # by evaluation
     patterns: dict[Grid, Pattern] = field(default_factory=dict)
-    left_full: Counter[str] = field(default_factory=Counter)  # calls of attention that were not ours, by the reason
-    backends: Counter[str] = field(default_factory=Counter)  # calls, by what computed the kept pairs
-    pairs: int = 0  # query-key pairs computed where attention is ours
-    pairs_in_full: int = 0  # what full attention would have computed there
-    failed: dict[str, str] = field(default_factory=dict)  # why FlexAttention was given up, by what it was for
-    planned: tuple[int, int] = (0, 0)  # most bytes to be kept between evaluations: on the device, in host memory
-    held: int = 0  # bytes kept at the end of the run, on both
-    origin: Origin = field(default_factory=running)  # who runs the sampler
+    left_full: Counter[str] = field(default_factory=Counter)  # attention calls that we passed on, by the reason
+    backends: Counter[str] = field(default_factory=Counter)  # calls, by the backend that computed the kept pairs
+    pairs: int = 0  # query-key pairs that we computed
+    pairs_in_full: int = 0  # pairs that full attention would have computed there
+    failed: dict[str, str] = field(default_factory=dict)  # why FlexAttention failed, by its task
+    planned: tuple[int, int] = (0, 0)  # most bytes between evaluations: on the device, in host memory
+    held: int = 0  # bytes at the end of the run, in both
+    origin: Origin = field(default_factory=running)  # the node that runs the sampler
 
     @property
     def evaluations(self) -> str:
-        """A letter each: # full, R refresh, . sparse, - attention was not called."""
+        """A letter each: # full, R refresh, . sparse, - no call of attention."""
         letters = {}
         for number, kinds in self.kinds.items():
             letters[number] = LETTERS["refresh" if "refresh" in kinds else "sparse" if "sparse" in kinds else "full"]
@@ -44,7 +44,7 @@ class RunReport:
         return f"Re-ttention: {self.evaluations or 'nothing was sparse'}{share}"
 
     def text(self) -> str:
-        """Several lines: what was kept, when, at which cost."""
+        """Several lines: kept pairs, evaluations, cost."""
         lines = []
         for grid, pattern in self.patterns.items():
             lines.append(f"{in_words(grid)}: {in_words(pattern)}, {kept_ratio(pattern, grid):.1%} of all pairs")
@@ -68,12 +68,12 @@ class RunReport:
         return values | {"bytes_planned": sum(self.planned), "bytes_held": self.held}
 
 
-class ReTtentionReport(NodeReport[RunReport]):
+class ReTtentionReport(NodeReport[ReTtentionRunReport]):
     def __init__(self, settings: str = "", off: bool = False):
         super().__init__("Re-ttention", settings if off else f"Re-ttention: {settings}", off=off)
 
-    def start(self) -> RunReport:
-        return self.keep(RunReport())
+    def start(self) -> ReTtentionRunReport:
+        return self.record(ReTtentionRunReport())
 
 
 def in_words(thing: Grid | Pattern) -> str:

@@ -1,15 +1,16 @@
-"""Re-ttention during one run: which evaluation is full, what each layer remembers of it, and what is refused.
+"""Re-ttention during one run: which evaluations are full, what each layer remembers of them, and the limit on memory.
 
-Hook: `optimized_attention_override`, behind whatever was there before, for the attention of the picture's own tokens
-as `own_attention.py` reads it. State: for each condition (`run.lane`) and layer its rho, its R and the number of its
-computed evaluations. A step cache that skips a layer does not call it, so only what is computed counts. Where blocks
-could be skipped and ComfyUI does not number them (SD3, LTX), `number_blocks` does. All of it goes with the run.
+Hook: `optimized_attention_override`, behind all earlier ones, for the attention over the picture's own tokens as
+`own_attention.py` reads it. State: rho, R and the number of computed evaluations, for each condition (`run.lane`) and
+layer. A step cache that skips a layer does not call it, so only computed evaluations count. If ComfyUI does not number
+the blocks (SD3, LTX), `number_blocks` does, because blocks may be skipped. The state goes with the run.
 
-Forgotten before: rho and R of a condition when the strength of a scheduled LoRA changes, and when more than two
-evaluations of the model went by without it, as prompts that are over and context windows that have moved on do.
+A condition's rho and R go earlier when the strength of a scheduled LoRA changes, or when more than two evaluations of
+the model pass without the condition. Prompts that have ended and context windows that have moved on stay away like
+this.
 
-A call of the model is computed in one way: full while all its conditions start, sparse if all may be, else it is a
-refresh. PixArt and others that do not let attention be reached are refused by the node.
+Each call of the model is one kind: full while all its conditions start, sparse if all of them may be, else a refresh.
+The node refuses models whose attention it cannot reach, such as PixArt.
 """
 
 from __future__ import annotations
@@ -52,14 +53,14 @@ from .sparse_backends import Backend, has_flex
 
 logger = logging.getLogger(__name__)
 
-UNUSED = 2  # evaluations that a condition may be away, as in a step cache
+UNUSED = 2  # evaluations that a condition may stay away, as in a step cache
 SIGMA = "dit_toolkit.re_ttention.sigma"  # in transformer_options: the noise level of the call, a float
 WEIGHTS = "dit_toolkit.re_ttention.weights"  # in transformer_options: scheduled LoRAs and their strength in the call
 
 
 @dataclass
 class Layer:
-    """What one layer remembers of one condition. rho `[rows, H, L]`; R as it is stored."""
+    """What one layer remembers of one condition. rho is `[rows, H, L]`, R is in its stored form."""
 
     computed: int = 0  # evaluations
     refreshed: int | None = None  # `computed` at the last refresh
@@ -72,7 +73,7 @@ class Layer:
         return sum(x.nbytes for x in (self.rho,) if x is not None) + (0 if self.rest is None else self.rest.bytes)
 
     def forget_unless(self, shape: tuple[int, ...], device: torch.device) -> None:
-        """Drop what belongs to other pictures than these."""
+        """Drop statistics of another shape or device."""
         if self.rho is not None and (self.rho.shape != shape or self.rho.device != device):
             self.forget()
 
@@ -87,7 +88,7 @@ class Lane:
 
     layers: dict[Hashable, Layer] = field(default_factory=dict)
     weights: tuple = ()  # scheduled LoRAs and their strength
-    used: int = -1  # the evaluation it was last in, as `ReTtentionRun.passes` counts them
+    used: int = -1  # its last evaluation, as `ReTtentionRun.passes` counts them
 
     def forget(self) -> None:
         for layer in self.layers.values():
@@ -99,13 +100,13 @@ class Lane:
 
 
 class Call(NamedTuple):
-    """One attention call, and what belongs to it in this run."""
+    """One attention call, with its pattern and state in this run."""
 
     own: OwnAttention
     pattern: Pattern
     chunk: Chunk
     layers: list[Layer]  # one for each condition of the chunk
-    full: Callable[[], Tensor]  # attention as it is without us, `[B, H, L, d]`
+    full: Callable[[], Tensor]  # attention without us, `[B, H, L, d]`
 
     @property
     def sigma(self) -> float:
@@ -129,12 +130,12 @@ class ReTtentionRun:
         self.run = run
         self.backend = Backend()
         self.planned: dict[tuple[Condition, Hashable], tuple[int, int]] = {}  # bytes, by condition and layer
-        self.allowed = -1  # bytes that were found to fit
-        self.alone = True  # nobody else changes attention
-        self.dense_failed = ""  # why full attention is not computed by FlexAttention any more
+        self.allowed = -1  # bytes that we know to fit
+        self.alone = True  # no other node changes attention
+        self.dense_failed = ""  # why FlexAttention no longer computes full attention
         self.lock = threading.Lock()  # with several GPUs, conditions run in threads
-        self.evaluation = -1  # of the run, the last one that reached the model
-        self.passes = -1  # evaluations that did: those that a step cache answers do not make a condition older
+        self.evaluation = -1  # the run's last one that reached the model
+        self.passes = -1  # evaluations that reached the model: a step cache's forecasts make no condition older
 
     def install(self, model_options: dict) -> None:
         token_grid.install(model_options)
@@ -165,7 +166,7 @@ class ReTtentionRun:
     def apply_model(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds
     ):
-        """APPLY_MODEL: the noise level of the call, read once from the device for all layers, and whose turn it is."""
+        """APPLY_MODEL: read the call's noise level from the device once for all layers, and note its conditions."""
         hooks = getattr(getattr(executor.class_obj.current_patcher, "current_hooks", None), "hooks", ())
         weights = tuple((hook.hook_ref, hook.strength) for hook in hooks)
         options = {**(transformer_options or {}), SIGMA: float(t.flatten()[0]), WEIGHTS: weights}
@@ -174,7 +175,7 @@ class ReTtentionRun:
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
     def visit(self, chunk: Chunk, weights: tuple) -> None:
-        """Let go of conditions that stay away, and of what was taken with LoRAs of another strength."""
+        """Forget conditions that stay away, and statistics from another LoRA strength."""
         with self.lock:
             if self.evaluation != self.run.evaluation:
                 self.evaluation, self.passes = self.run.evaluation, self.passes + 1
@@ -186,7 +187,7 @@ class ReTtentionRun:
         return self.run.lane(self, condition, Lane)
 
     def _use(self, condition: Condition, weights: tuple) -> Lane:
-        """The lane of a condition that is computed now, without what was taken with LoRAs of another strength."""
+        """The lane of a condition that is computed now, without statistics from another LoRA strength."""
         lane = self._lane(condition)
         if lane.weights != weights:
             lane.forget()
@@ -194,14 +195,14 @@ class ReTtentionRun:
         return lane
 
     def _let_go(self) -> None:
-        """Forget the conditions that were in none of the last `UNUSED` + 1 evaluations of the model."""
+        """Forget the conditions that the last `UNUSED` + 1 evaluations of the model did not have."""
         gone = {each for each, _ in self.planned if self.passes - 1 - self._lane(each).used > UNUSED}
         for condition in gone:
             self._lane(condition).forget()
         self.planned = {key: size for key, size in self.planned.items() if key[0] not in gone}
 
     def call_of(self, own: OwnAttention | str | None, without_us: Callable[[], Tensor], by_head: bool) -> Call | None:
-        """What to compute ourselves, or None where attention stays as it is."""
+        """The call to compute ourselves, or None if attention stays as it is."""
         if own is None or isinstance(own, str):
             return self._leave(own)
         chunk, grid = chunk_of(own.options), own.grid
@@ -218,7 +219,7 @@ class ReTtentionRun:
             out = without_us()
             return out if by_head else out.unflatten(2, (own.q.shape[1], -1)).transpose(1, 2)
 
-        # Used here, too: a pass for a feature of ours, as FreeCus makes, does not come by way of APPLY_MODEL.
+        # Again here, because passes of our own features, such as FreeCus's, skip APPLY_MODEL.
         lanes = [self._use(each, own.options[WEIGHTS]) for each in chunk.conditions]
         layers = [lane.layers.setdefault(own.layer, Layer()) for lane in lanes]
         return Call(own, pattern, chunk, layers, full)
@@ -228,7 +229,7 @@ class ReTtentionRun:
             self.report.left_full[reason] += 1
 
     def attend(self, call: Call) -> Tensor:
-        """Attention of the picture's own tokens, `[B, H, L, d]`: full, or as good as."""
+        """Attention over the picture's own tokens, `[B, H, L, d]`: full, or its sparse estimate."""
         kind = self._kind(call)
         self._plan(call, kind)
         compute = {"full": self._full, "refresh": self._refresh, "sparse": self._sparse}[kind]
@@ -252,7 +253,7 @@ class ReTtentionRun:
         return call.full()
 
     def _refresh(self, call: Call) -> Tensor:
-        """Full attention, and what the layers need until the next time."""
+        """Full attention, and new statistics for the layers."""
         own = call.own
         full, full_lse = self._full_and_log_sum_exp(call)
         sparse, sparse_lse = self.backend.attend(own, call.pattern, with_lse=True)
@@ -267,7 +268,7 @@ class ReTtentionRun:
         return full
 
     def _full_and_log_sum_exp(self, call: Call) -> tuple[Tensor, Tensor]:
-        """In one pass where a kernel returns both and nobody else changes attention, else in two."""
+        """In one pass if a kernel returns both and no other node changes attention, else in two."""
         own = call.own
         if self.alone:
             together = self._flex(own) if own.bias is None and has_flex(own.q.device) else None
@@ -279,7 +280,7 @@ class ReTtentionRun:
         return call.full(), full_log_sum_exp(own.q, own.k, own.bias, scale=own.scale)
 
     def _flex(self, own: OwnAttention) -> tuple[Tensor, Tensor] | None:
-        """Both by FlexAttention, or None. Its failure here is none of the sparse evaluations' business."""
+        """Both by FlexAttention, or None. A failure here leaves the sparse evaluations' FlexAttention on."""
         if self.dense_failed:
             return None
         try:
@@ -292,7 +293,7 @@ class ReTtentionRun:
             return None
 
     def _sparse(self, call: Call) -> Tensor:
-        """The kept keys, scaled by what they weighed among all, and what all others contributed."""
+        """Attention over the kept keys, scaled by their share of the full softmax, plus the stored rest."""
         sparse = self.backend.attend(call.own, call.pattern).out
         rho = _joined([layer.rho for layer in call.layers])
         rest = _joined([restore(layer.rest, sparse) for layer in call.layers])
@@ -306,7 +307,7 @@ class ReTtentionRun:
         return out
 
     def _plan(self, call: Call, kind: Kind) -> None:
-        """Add up what will be kept, and refuse it as soon as all is known: in the second evaluation, or a refresh."""
+        """Add up the memory to keep. Refuse too much once all is known: in the second evaluation, or a refresh."""
         _, heads, tokens, head_dim = call.own.q.shape
         size = memory(call.chunk.rows, tokens, heads, head_dim, self.settings.storage, call.own.q.element_size())
         known = all((each, call.own.layer) in self.planned for each in call.chunk.conditions)
@@ -329,13 +330,13 @@ class ReTtentionRun:
         self.allowed = device + host
 
     def _free(self, where: torch.device) -> int:
-        """Bytes free on a device, those that ComfyUI would give back included."""
+        """Bytes free on a device, including those that ComfyUI would give back."""
         if where.type == "cpu" or self.run.model is None:
             return int(comfy.model_management.get_free_memory(where))  # pyright: ignore[reportArgumentType]
         return int(self.run.model.get_free_memory(where))
 
     def close(self, completed: bool) -> None:
-        """At the end of the run: what was held, one line for the log, and nothing stays."""
+        """At the end of the run: complete the report, and write one line to the log."""
         self.report.held = sum(lane.bytes for lane in self.run.lanes_of(self))
         self.report.backends = self.backend.used
         failed = {"refreshes": self.dense_failed, "kept pairs": self.backend.failed}
@@ -345,6 +346,6 @@ class ReTtentionRun:
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    """The rows of all conditions, `[B, ...]`; None where there are none."""
+    """The rows of all conditions, `[B, ...]`; None if there are none."""
     found = [part for part in parts if part is not None]
     return torch.cat(found) if len(found) > 1 else next(iter(found), None)

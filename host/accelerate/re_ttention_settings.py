@@ -19,10 +19,10 @@ STORAGE: dict[str, Storage] = {
 
 @dataclass(frozen=True, eq=False)
 class ReTtention:
-    """Keep a share `keep` of the keys, in the evaluations that `schedule` leaves sparse.
+    """Keep a share `keep` of the keys in the evaluations that `schedule` makes sparse.
 
     min_tokens: attention over fewer tokens stays full.
-    max_bytes: refuse to keep more. None: a quarter of the memory that is free when sampling starts.
+    max_bytes: most memory between evaluations. None: a quarter of the memory that is free when sampling starts.
     """
 
     keep: float

@@ -1,7 +1,7 @@
-"""What a node's report keeps of the runs of samplers, and the words and values that the node Acceleration Report reads.
+"""A node's report on the runs of samplers, which the node Acceleration Report reads as text and as values.
 
-A report belongs to one node and keeps its latest runs. Who reads it says of which runs: those of the samplers that are
-wired to the reader.
+A report belongs to one node and holds its latest runs. The reader chooses among them: the runs of the samplers that are
+wired to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NOT_BEFORE = "No sampler that 'after' leads back to has run with this model. Con
 
 
 class ReportedRun(Protocol):
-    """What a report keeps of one run of a sampler."""
+    """A report's record of one run of a sampler."""
 
     @property
     def origin(self) -> Origin: ...
@@ -33,21 +33,21 @@ RunT = TypeVar("RunT", bound=ReportedRun)
 
 @dataclass(eq=False)
 class NodeReport(Generic[RunT]):
-    """Of one node: its settings in words, and its latest runs. This is what travels to the node Acceleration Report."""
+    """One node's settings in words, and its latest runs. A link carries it to the node Acceleration Report."""
 
     method: str
     settings: str = ""
-    node: str | None = None  # its id in the workflow, where the page shows its runs
+    node: str | None = None  # its id in the workflow, under which the page shows its runs
     off: bool = False  # the node gave its model back as it came
     runs: list[RunT] = field(default_factory=list)
-    kept = 16
+    most_runs = 16
 
-    def keep(self, run: RunT) -> RunT:
-        self.runs = [*self.runs[1 - self.kept :], run]
+    def record(self, run: RunT) -> RunT:
+        self.runs = [*self.runs[1 - self.most_runs :], run]
         return run
 
     def text(self, runs: Sequence[RunT] | None = None) -> str:
-        """Settings, and these runs; the latest one if it is not said which."""
+        """The settings and these runs; by default the latest run."""
         if self.off:
             return f"{self.method} is off: the model is as it came."
         runs = self.runs[-1:] if runs is None else runs

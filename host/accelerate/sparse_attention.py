@@ -17,13 +17,12 @@ from torch import Tensor
 
 from ...models.accelerate.clear import PIXELS, TEXT, estimate, proportional_scale
 from ...models.accelerate.sparse_attention import Grid, Pattern, covers, kept_ratio
-from ..attention import Block
 from ..families import flux
 from ..offers import Offer, offer
 from ..part_of_run import WHOLE_RUN, PartOfRun
 from ..run import KEY, Run, attached
 from ..run import attach as attach_description
-from ..transformer import transformer_of
+from ..transformer import Block, transformer_of
 from .own_attention import OwnAttention, take_over
 from .sparse_backends import Backend
 
@@ -39,9 +38,9 @@ class SparseAttention:
 
     min_tokens: shorter attention, text included, stays dense.
     scale: "log-proportional" for pictures larger than those of the training.
-    cells: weights of pooled cells by block, `[f, f]`; blocks that are not in it take the mean.
-    layers: blocks that are sparse; None for all.
-    part: of the run that it acts in.
+    cells: weights of pooled cells by block, `[f, f]`; other blocks take the mean.
+    layers: the sparse blocks; None for all.
+    part: the part of the run with the pattern.
     """
 
     name: str  # for the log
@@ -61,7 +60,7 @@ class SparseAttention:
             raise ValueError(f"scale must be one of {', '.join(get_args(Scale))}, got '{self.scale}'.")
 
     def neutral(self, grid: Grid) -> bool:
-        """Whether this is the model's own attention: all pairs are kept, under its own scale, and no keys are added."""
+        """Whether this is the model's own attention: all pairs, its own scale, no added keys."""
         return covers(self.pattern, grid) and not self.pattern.pool and self.scale == "as trained"
 
 
@@ -76,7 +75,7 @@ class Sparse:
         self.active = f"dit_toolkit.sparse.{id(self)}"
 
     def sampler_sample(self, executor, *args, **kwargs):
-        """SAMPLER_SAMPLE: say once what was done, however the run ends."""
+        """SAMPLER_SAMPLE: write one line to the log, however the run ends."""
         try:
             return executor(*args, **kwargs)
         finally:
@@ -94,7 +93,7 @@ class Sparse:
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
     def attend(self, call: OwnAttention) -> Tensor | None:
-        """One attention call, or None where it stays dense."""
+        """One attention call, or None if it stays dense."""
         settings, grid = self.settings, call.grid
         block = call.layer[:2]
         if not call.options.get(self.active, False) or (settings.layers is not None and block not in settings.layers):
@@ -116,7 +115,7 @@ class Sparse:
             self.dense[reason] += 1
 
     def summary(self) -> str:
-        """What was sparse, by which backend, what was not and why."""
+        """One line: which calls were sparse, by which backend, and why others were not."""
         parts = [
             f"{grid.length} tokens ({grid.frames} x {grid.height} x {grid.width}), {share:.1%} of the pairs"
             for grid, share in self.seen.items()
@@ -141,7 +140,7 @@ def attach(model: ModelPatcher, settings: SparseAttention) -> ModelPatcher:
     """A clone of `model` whose attention follows the pattern.
 
     Raises:
-        ValueError: it follows one already.
+        ValueError: it follows a pattern already.
     """
     if any(isinstance(other, SparseAttention) for other in attached(model)):
         raise ValueError(f"{settings.name}: the model's attention is sparse already. Remove one of the two nodes.")
@@ -152,9 +151,9 @@ SIDES = (1024, 1536, 2048, 4096)  # pixels, in the report
 
 
 def report(model: ModelPatcher, settings: SparseAttention) -> str:
-    """What the pattern keeps and can save for square pictures, a line per size, for people.
+    """The share of pairs that the pattern keeps, and the speed-up it allows, for square pictures; a line per size.
 
-    Which sizes stay dense is in `settings.min_tokens`, which is 0 where none does.
+    Sizes below `settings.min_tokens` stay dense; 0 leaves none dense.
     """
     pattern = settings.pattern
     lines = [f"{pattern}, scale {settings.scale}"]

@@ -1,7 +1,7 @@
-"""What computes a sparse pattern: FlexAttention, tiles, or dense attention under a mask, and the plans they reuse.
+"""Backends that compute a sparse pattern: FlexAttention, tiles, or dense attention under a mask.
 
-State: `Plans`, tilings and block masks by pattern, grid and device. They are values, so they outlive the run; the four
-used last are kept, and large ones only for the run.
+State: `Plans`, the tilings and block masks they reuse, by pattern, grid and device. Plans are plain values, so they may
+outlive the run: the four used last stay, large ones only until the run ends.
 """
 
 from __future__ import annotations
@@ -18,41 +18,41 @@ import torch
 from torch import Tensor
 
 from ...models.accelerate.sparse_attention import Attended, Pattern, masked
-from ...models.accelerate.sparse_attention_flex import Blocks, blocks, flex
+from ...models.accelerate.sparse_attention_flex import FlexPlan, flex, flex_plan
 from ...models.accelerate.sparse_attention_tiles import Tiling, tile, tiled
 from .own_attention import OwnAttention
 
 logger = logging.getLogger(__name__)
 
 KEPT_PLANS, KEPT_BYTES = 4, 64 << 20
-MASKED_AT_MOST = 4608 * 4608  # pairs for which a whole mask may be made, where tiles save nothing
+MASKED_AT_MOST = 4608 * 4608  # most pairs for one whole mask, if tiles save nothing
 TILES_WORTH = 0.55  # of the pairs: with more, tiles are slower than dense attention (measured on a CPU)
 
 
 class Plans:
-    """Tilings and block masks, the last few that were used."""
+    """The tilings and block masks used last."""
 
     def __init__(self, count: int = KEPT_PLANS, size: int = KEPT_BYTES):
         self.count, self.size = count, size
-        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self._plans: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()  # with several GPUs, conditions run in threads
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         with self._lock:
-            plan = self._kept.pop(key, None) or make()
-            self._kept[key] = plan
-            while len(self._kept) > self.count:
-                self._kept.popitem(last=False)
+            plan = self._plans.pop(key, None) or make()
+            self._plans[key] = plan
+            while len(self._plans) > self.count:
+                self._plans.popitem(last=False)
             return plan
 
     def drop_large(self) -> None:
-        """Give back what is too large to be kept while nothing runs."""
+        """Drop the plans that are too large to hold between runs."""
         with self._lock:
-            for key in [key for key, plan in self._kept.items() if plan.size > self.size]:
-                del self._kept[key]
+            for key in [key for key, plan in self._plans.items() if plan.size > self.size]:
+                del self._plans[key]
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._plans)
 
 
 PLANS = Plans()
@@ -60,10 +60,10 @@ PLANS = Plans()
 
 @dataclass
 class Backend:
-    """Computes patterns during one run. FlexAttention where it can be had, tiles where not, or once it has failed."""
+    """Computes patterns during one run: by FlexAttention if it works, else in tiles."""
 
     plans: Plans = field(default_factory=lambda: PLANS)
-    failed: str = ""  # why FlexAttention is not used any more
+    failed: str = ""  # why FlexAttention is off
     used: Counter[str] = field(default_factory=Counter)
 
     def attend(
@@ -91,7 +91,7 @@ class Backend:
         if has_flex(device) and not self.failed:
             try:
                 key = (pattern, grid, device, call.extra)
-                plan: Blocks = self.plans.get(key, lambda: blocks(pattern, grid, call.extra, device))
+                plan: FlexPlan = self.plans.get(key, lambda: flex_plan(pattern, grid, call.extra, device))
                 result = flex(call.q, call.k, call.v, plan, **settings)
             except comfy.model_management.OOM_EXCEPTION:
                 raise
@@ -111,7 +111,7 @@ class Backend:
 
 
 def has_flex(device: torch.device) -> bool:
-    """Whether FlexAttention may be tried there. On a CPU it compiles as well, for longer than the tiles take."""
+    """Whether to try FlexAttention there. On a CPU it compiles too, for longer than the tiles take."""
     return device.type == "cuda"
 
 

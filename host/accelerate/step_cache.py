@@ -1,7 +1,7 @@
-"""Step caches: the door through which their settings get on the MODEL.
+"""Step caches: puts their settings on the MODEL.
 
-Hooks: PREDICT_NOISE opens and closes an evaluation, APPLY_MODEL visits each chunk of it, and taps in between wrap
-blocks (`step_cache_taps.py`). State: `step_cache_run.py`, for one run and each condition of it.
+Hooks: PREDICT_NOISE opens and closes an evaluation, APPLY_MODEL visits each chunk of it, and taps wrap blocks below it
+(`step_cache_taps.py`). State: `step_cache_run.py`, for one run and each condition of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .step_cache_taps import tap_in_run
 
 
 def bind(cache: StepCache, run: Run, model_options: dict) -> None:
-    """Nodes behind ours may have brought another cache, or another class for the model: looked at once more."""
+    """Check once more: nodes behind ours may have added another cache, or another class for the model."""
     other = foreign_cache(run.model, model_options)
     if other:
         raise ValueError(conflict(cache.method, other))
@@ -28,10 +28,10 @@ def bind(cache: StepCache, run: Run, model_options: dict) -> None:
 
 
 def attach(model: ModelPatcher, cache: StepCache) -> ModelPatcher:
-    """A clone of `model` that is sampled with `cache`.
+    """A clone of `model` that samples with `cache`.
 
     Raises:
-        ValueError: the model has a step cache already, ours or another one.
+        ValueError: the model has a step cache already, ours or another pack's.
     """
     ours = next((ForeignCache(each.method) for each in runs.attached(model) if isinstance(each, StepCache)), None)
     earlier = ours or foreign_cache(model, model.model_options)

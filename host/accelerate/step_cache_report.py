@@ -1,9 +1,7 @@
-"""What a step cache did, for people: live events for the page, a summary for the log and the report output.
+"""The report of a step cache, filled while samplers run: live events for the page, a summary for the log, and a text.
 
-It is filled while samplers run.
-
-The page receives `dit_toolkit.run_start`, `dit_toolkit.evaluation` and `dit_toolkit.run_end`, each with the id of the
-node that asked for the cache and of the prompt that runs. Only the page that sent the prompt receives them.
+The page receives `dit_toolkit.run_start`, `dit_toolkit.evaluation` and `dit_toolkit.run_end`, each with the ids of the
+step cache's node and of the running prompt. Only the page that sent the prompt receives them.
 """
 
 from __future__ import annotations
@@ -35,19 +33,19 @@ class Entry:
 
 
 @dataclass
-class RunReport:
+class StepCacheRunReport:
     """One run of a sampler."""
 
     number: int
     method: str
-    planned: int | None  # evaluations, as far as the schedule and the sampler tell
+    planned: int | None  # evaluations, if schedule and sampler tell
     notes: list[str] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
-    bytes_held: int = 0  # most at any time
+    bytes_held: int = 0  # the most at any time
     started: float = field(default_factory=time.perf_counter)
-    seconds: float | None = None  # of the whole run, once it is over
+    seconds: float | None = None  # of the whole run; None until it is over
     interrupted: bool = False
-    origin: Origin = NOBODY  # who runs the sampler
+    origin: Origin = NOBODY  # the node that runs the sampler
 
     @property
     def computed(self) -> int:
@@ -55,10 +53,10 @@ class RunReport:
 
     @property
     def speedup(self) -> float | None:
-        """Time that all evaluations would have taken, over the time they took. None before there is a computed one.
+        """Time that computing all evaluations would have taken / time they took. None before the first computed one.
 
-        The first evaluation is left out of the median, as it warms up. An evaluation lasts until the next one begins:
-        the sampler's own work and previews are part of it.
+        The median leaves out the first evaluation, which warms up. An evaluation lasts until the next one begins, so it
+        includes the sampler's own work and previews.
         """
         full = [entry.seconds for entry in self.entries if entry.computed]
         spent = sum(entry.seconds for entry in self.entries)
@@ -83,7 +81,7 @@ class RunReport:
         return [entry.error for entry in self.entries if entry.error is not None]
 
     def values(self) -> dict[str, Any]:
-        """For scripts, every evaluation of it."""
+        """For scripts, with every evaluation."""
         return {
             "method": self.method,
             "summary": self.summary,
@@ -95,7 +93,7 @@ class RunReport:
         }
 
     def text(self) -> str:
-        """Several lines: the summary, then what a reader needs to set the knobs."""
+        """Several lines: the summary, then numbers that help to choose the settings."""
         lines = [f"{self.method}: {self.summary}"]
         lines.append("evaluations: " + "".join("#" if entry.computed else "." for entry in self.entries))
         reasons = Counter(entry.reason for entry in self.entries if entry.computed)
@@ -110,20 +108,20 @@ class RunReport:
 
 
 @dataclass(eq=False)
-class StepCacheReport(NodeReport[RunReport]):
-    """Of a step cache."""
+class StepCacheReport(NodeReport[StepCacheRunReport]):
+    """The report of one step cache node."""
 
-    def start(self, planned: int | None) -> RunReport:
+    def start(self, planned: int | None) -> StepCacheRunReport:
         number = self.runs[-1].number + 1 if self.runs else 1
-        run = self.keep(RunReport(number, self.method, planned, origin=running()))
+        run = self.record(StepCacheRunReport(number, self.method, planned, origin=running()))
         self._send("run_start", run, planned=planned, method=self.method)
         return run
 
-    def add(self, run: RunReport, entry: Entry) -> None:
+    def add(self, run: StepCacheRunReport, entry: Entry) -> None:
         run.entries.append(entry)
         self._send("evaluation", run, speedup=run.speedup, **asdict(entry))
 
-    def end(self, run: RunReport, completed: bool) -> None:
+    def end(self, run: StepCacheRunReport, completed: bool) -> None:
         run.seconds = time.perf_counter() - run.started
         run.interrupted = not completed
         forecast = len(run.entries) - run.computed
@@ -131,17 +129,17 @@ class StepCacheReport(NodeReport[RunReport]):
         self._send("run_end", run, summary=run.summary, interrupted=run.interrupted, **values)
         logger.info("%s: %s", run.method, run.summary)
 
-    def _send(self, event: str, run: RunReport, **values: Any) -> None:
+    def _send(self, event: str, run: StepCacheRunReport, **values: Any) -> None:
         server = page_server()
         if self.node is None or run.origin.prompt is None or server is None or not server.client_id:
-            return  # sent to nobody, it would reach every page
+            return  # without a receiver, the event would reach every page
         data = {"node": self.node, "prompt_id": run.origin.prompt, "run": run.number, **values}
         server.send_sync(f"dit_toolkit.{event}", data, server.client_id)
 
 
 def page_server() -> Any:
-    """ComfyUI's server, or None where there is no page to tell: in scripts and tests."""
+    """ComfyUI's server, or None without a page, as in scripts and tests."""
     import sys
 
-    server = sys.modules.get("server")  # never started by us
+    server = sys.modules.get("server")  # we never start it
     return getattr(getattr(server, "PromptServer", None), "instance", None)

@@ -1,12 +1,12 @@
-"""A step cache during a run: what is computed, what is kept for each condition, and when it is thrown away.
+"""A step cache during a run: what it computes, what it keeps for each condition, and when it throws that away.
 
-One decision holds for all conditions of an evaluation. A chunk is forecast only if every lane in it can be; otherwise
-all of it is computed, and recorded. Lanes are per condition, so positive and negative prompts, areas, context windows
-and the extra passes of guidance nodes never mix.
+One decision holds for all conditions of an evaluation. The cache forecasts a chunk only if it can forecast every lane
+in it. Otherwise it computes and records all of it. Each condition has a lane, so positive and negative prompts, areas,
+context windows and the extra passes of guidance nodes never mix.
 
-Thrown away: everything at the end of the run, and when sigma rises by more than 1 % (a restart); a lane when the shape,
-dtype or device of its input or the strength of a scheduled LoRA changes, or when it went unused for more than two
-evaluations.
+The cache throws everything away at the end of the run, and when sigma rises by more than 1 % (a restart). It throws a
+lane away when the shape, dtype or device of its input or the strength of a scheduled LoRA changes, or when the lane
+goes unused for more than two evaluations.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ from ...models.accelerate.taylorseer import Forecaster, Point, weighted_sum
 from ..offers import Offer, offer
 from ..part_of_run import begun
 from ..run import KEY, VISIT, Chunk, Run, chunk_of
-from .step_cache_report import Entry, RunReport
+from .step_cache_report import Entry, StepCacheRunReport
 from .step_cache_settings import StepCache
 
 logger = logging.getLogger(__name__)
 
 Tensors = tuple[Tensor, ...]
 
+FIRST_BLOCK = "block 0"  # the history of the block that a gate looks at
 ANY_MODEL = "Apply TaylorSeer with tap 'prediction' works on every model."
 
 
 class History:
-    """What was computed at one tap for one condition: the newest points, as many as the forecast reads."""
+    """The newest computed values at one tap for one condition, as many as the forecast reads."""
 
     def __init__(self, forecaster: Forecaster):
         self.forecaster = forecaster
@@ -52,16 +53,16 @@ class History:
         self.values: list[Tensors] = []
 
     def add(self, point: Point, values: Tensors) -> None:
-        """The newest point. It replaces its predecessor where the two are at the same place.
+        """Add the newest point. It replaces its predecessor if the two are too near for a difference.
 
-        Points of other shapes are dropped: Flux KV Cache takes the reference tokens out after the first evaluation.
+        Points of other shapes go: Flux KV Cache takes the reference tokens out after the first evaluation.
         """
         if self.values and [x.shape for x in values] != [x.shape for x in self.values[0]]:
             self.points, self.values = [], []
-        if self.points and self.forecaster.same_place(point, self.points[0]):
+        if self.points and self.forecaster.too_near(point, self.points[0]):
             self.points, self.values = self.points[1:], self.values[1:]
-        keep = self.forecaster.order
-        self.points, self.values = [point, *self.points[:keep]], [values, *self.values[:keep]]
+        order = self.forecaster.order
+        self.points, self.values = [point, *self.points[:order]], [values, *self.values[:order]]
 
     def forecast(self, at: Point, device: torch.device) -> Tensors:
         weights = self.forecaster.weights(self.points, at)
@@ -75,11 +76,11 @@ class History:
 
 @dataclass(eq=False)
 class Lane:
-    """One condition. `histories` by the name of the tap's point of capture."""
+    """One condition. `histories`: by the name of what the tap captures."""
 
     signature: tuple = ()
-    used: int = -1  # evaluation
-    full: int = 0  # evaluations computed
+    used: int = -1  # its last evaluation
+    full: int = 0  # computed evaluations
     histories: dict[str, History] = field(default_factory=dict)
     change: Change = field(default_factory=Change)
 
@@ -92,7 +93,7 @@ class Lane:
 
     @property
     def newest_bytes(self) -> int:
-        """Of the newest point of each history."""
+        """Bytes of the newest point of each history."""
         return sum(x.nbytes for history in self.histories.values() for x in history.values[0])
 
 
@@ -100,18 +101,18 @@ class Lane:
 class Visit:
     """One call of the model under a step cache."""
 
-    run: StepCacheRun
+    cache: StepCacheRun
     chunk: Chunk
     lanes: list[Lane]
     point: Point
     choice: Choice
     device: torch.device
-    parts: tuple[str, ...] = ()  # names of the histories that the tap forecasts from
+    parts: tuple[str, ...] = ()  # the histories that the tap forecasts from, by name
     transformer: Any = None
-    captured: dict[str, Tensors] = field(default_factory=dict)  # for the whole batch, owned by nobody else
-    entry: dict[str, Tensor] = field(default_factory=dict)  # streams at the door of the span
+    captured: dict[str, Tensors] = field(default_factory=dict)  # for the whole batch, in memory of its own
+    entry: dict[str, Tensor] = field(default_factory=dict)  # input streams of the span's first block
     injected: bool = False
-    misfit: bool = False  # what is stored has another shape than what it should take the place of
+    misfit: bool = False  # the stored values do not have the shape of what they replace
 
     def forecast(self, name: str) -> Tensors:
         """The forecast for the whole batch of the chunk."""
@@ -119,22 +120,22 @@ class Visit:
         return parts[0] if len(parts) == 1 else tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
 
     def record(self) -> None:
-        """Keep what was captured, now that the call is over: an interrupt may come from inside any layer."""
-        offload = self.run.settings.offload
+        """Keep the captured values once the call is over: an interrupt may come inside any layer."""
+        offload = self.cache.settings.offload
         for name, tensors in self.captured.items():
             for i, lane in enumerate(self.lanes):
                 rows = self.chunk.part(i)
                 kept = tuple(x[rows].to("cpu") if offload else x[rows] for x in tensors)
-                history = lane.histories.setdefault(name, History(self.run.forecaster_of(name)))
+                history = lane.histories.setdefault(name, History(self.cache.forecaster_of(name)))
                 history.add(self.point, kept)
         for lane in self.lanes:
             lane.full += 1
-            for name in lane.histories.keys() - self.captured.keys():  # of another span, or of blocks taken from us
+            for name in lane.histories.keys() - self.captured.keys():  # of another span
                 del lane.histories[name]
 
     def settle(self, error: float) -> None:
-        """The probe's answer, see `StepCacheRun.settle`."""
-        self.choice = self.run.settle(error)
+        """Take the probe's answer, see `StepCacheRun.settle`."""
+        self.choice = self.cache.settle(error)
         if self.choice is FORECAST and not self.ready():
             self.choice = COMPUTE
 
@@ -143,17 +144,17 @@ class Visit:
         return all(self.holds_enough(lane) for lane in self.lanes)
 
     def holds_enough(self, lane: Lane) -> bool:
-        return lane.full >= self.run.settings.policy.first and all(part in lane.histories for part in self.parts)
+        return lane.full >= self.cache.settings.policy.min_full and all(part in lane.histories for part in self.parts)
 
 
 class StepCacheRun:
-    """All of one step cache in one run of a sampler."""
+    """One step cache in one run of a sampler."""
 
     def __init__(self, settings: StepCache, run: Run):
         self.settings, self.run = settings, run
         self.steps = steps_of(run.sigmas)
         self.total = evaluations_of(self.steps, run.sampler, ends=bool(run.sigmas) and run.sigmas[-1] == 0)
-        self.report: RunReport = settings.report.start(self.total)
+        self.report: StepCacheRunReport = settings.report.start(self.total)
         self.lock = threading.Condition()  # with several GPUs, chunks of one evaluation run in threads
         self.index = -1  # evaluations since the start or the last reset
         self.last_full: int | None = None
@@ -161,9 +162,9 @@ class StepCacheRun:
         self.sigma = inf
         self.choice, self.reason = COMPUTE, ""
         self.error: float | None = None
-        self.computed = self.forecast = 0  # chunks of this evaluation
-        self.began = time.perf_counter()  # the evaluation
-        self.short = self.steps is not None and len(self.steps) <= settings.policy.first + 1
+        self.computed = self.forecast = 0  # chunks of this evaluation, by choice
+        self.began = time.perf_counter()  # when the evaluation began
+        self.short = self.steps is not None and len(self.steps) <= settings.policy.min_full + 1
         if self.steps is None:
             self.report.notes.append("The schedule does not fall evenly to its end, so the last steps are not guarded.")
         if self.short:
@@ -182,7 +183,7 @@ class StepCacheRun:
 
     def forecaster_of(self, name: str) -> Forecaster:
         policy = self.settings.policy
-        if name == "first" and isinstance(policy, FirstBlockGate):
+        if name == FIRST_BLOCK and isinstance(policy, FirstBlockGate):
             return Forecaster(0 if policy.compare == "residual" else policy.order)
         return self.settings.forecaster
 
@@ -191,24 +192,24 @@ class StepCacheRun:
         return self.run.model.get_model_object("model_sampling") if self.run.model is not None else None
 
     def behind(self, percent: float) -> bool:
-        """Whether this evaluation lies at or behind a part of the run, 0 to 1."""
+        """Whether this evaluation lies at or behind `percent`, 0 to 1, of the run."""
         return begun(percent, self.sigma, self.model_sampling)
 
     # evaluations
 
     def predict_noise(self, executor, x: Tensor, timestep: Tensor, *args, **kwargs) -> Tensor:
         """PREDICT_NOISE: one evaluation by the sampler."""
-        self.begin(float(timestep.flatten()[0]))  # waits for a GPU, so the clock is read at the same place each time
+        self.begin(float(timestep.flatten()[0]))  # waits for the GPU, so the clock always reads at the same point
         self.tick()
         try:
             result = executor(x, timestep, *args, **kwargs)
         finally:
-            self.settle(inf)  # nobody waits for a probe that failed
+            self.settle(inf)  # so that no thread waits for a failed probe
         self.finish(time.perf_counter() - self.began)
         return result
 
     def tick(self) -> None:
-        """An evaluation lasts until the next begins: what a GPU has still to do when the call returns is its own."""
+        """Read the clock. An evaluation lasts until the next begins, so it includes work still queued on a GPU."""
         now = time.perf_counter()
         if self.report.entries:
             self.report.entries[-1] = replace(self.report.entries[-1], seconds=now - self.began)
@@ -260,10 +261,10 @@ class StepCacheRun:
         return sum(step < self.sigma * (1 - 1e-5) for step in self.steps)
 
     def settle(self, error: float) -> Choice:
-        """The answer to a probe. The first one holds for the whole evaluation.
+        """Take the answer to a probe. The first answer holds for the whole evaluation.
 
-        It is that of the first condition of the first chunk. ComfyUI puts prompts side by side or calls the model for
-        one after the other, as memory allows, but that condition comes first either way: one seed has one picture.
+        It belongs to the first condition of the first chunk. ComfyUI batches prompts or calls the model for one after
+        the other, as memory allows, but that condition always comes first. So one seed gives one picture.
         """
         with self.lock:
             if self.choice is PROBE:
@@ -282,7 +283,7 @@ class StepCacheRun:
         with self.lock:
             while self.choice is PROBE:
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                self.lock.wait(1.0)  # seconds until the next look at whether the user stopped it
+                self.lock.wait(1.0)  # seconds between checks for an interrupt
 
     def finish(self, seconds: float) -> None:
         full = self.forecast == 0
@@ -292,7 +293,7 @@ class StepCacheRun:
         held = sum(lane.bytes for lane in lanes)
         self.report.bytes_held = max(self.report.bytes_held, held)
         for lane in lanes:
-            if self.run.evaluation - lane.used > 2:  # its prompt is over, or away for so long that it must start anew
+            if self.run.evaluation - lane.used > 2:  # its prompt has ended, or was away too long
                 lane.clear()
         reason = "new" if full and self.choice is FORECAST else self.reason  # a lane had nothing to forecast from
         error = self.error if self.error is not None and isfinite(self.error) else None
@@ -322,8 +323,8 @@ class StepCacheRun:
                 given = offer(given, Offer(self.settings.method, "block replacement", instead=ANY_MODEL))
             return executor(x, t, c_concat, c_crossattn, control, given, **conds)
 
-        denoised = self.settings.tap.run(visit, call, executor.class_obj, x, t)
-        self.settle(inf)  # the first chunk decides, also where its probe did not run
+        denoised = self.settings.tap.denoise(visit, call, executor.class_obj, x, t)
+        self.settle(inf)  # the first chunk decides, even if its probe did not run
         with self.lock:
             if visit.choice is FORECAST:
                 self.forecast += 1
@@ -338,7 +339,7 @@ class StepCacheRun:
         return denoised
 
     def visit(self, base: Any, x: Tensor, text: Tensor | None, chunk: Chunk) -> Visit:
-        """This chunk's lanes, cleared where they no longer fit, and what is to be done with it."""
+        """This chunk's lanes, cleared if their input changed, and the choice for it."""
         lanes = [self.run.lane(self, condition, Lane) for condition in chunk.conditions]
         hooks = getattr(getattr(base.current_patcher, "current_hooks", None), "hooks", ())
         weights = tuple((hook.hook_ref, hook.strength) for hook in hooks)  # scheduled LoRAs change during a run
@@ -348,7 +349,7 @@ class StepCacheRun:
             if lane.signature != signature:
                 lane.clear()
             lane.signature, lane.used = signature, self.run.evaluation
-        point = Point(self.index, self.sigma, place_in(self.run.sigmas, self.sigma) if self.steps else None)
+        point = Point(self.index, self.sigma, fractional_step(self.run.sigmas, self.sigma) if self.steps else None)
         parts = self.settings.tap.parts(self)
         visit = Visit(self, chunk, lanes, point, self.choice, x.device, parts, base.diffusion_model)
         if isinstance(self.settings.policy, InputChange):
@@ -369,7 +370,7 @@ def steps_of(sigmas: Sequence[float]) -> list[float] | None:
     return list(sigmas[:-1])
 
 
-PER_STEP = {  # evaluations of the samplers that need more than one, and one for the last step
+PER_STEP = {  # samplers with several evaluations a step; their last step has one
     "sample_heun": 2,
     "sample_exp_heun_2_x0": 2,
     "sample_exp_heun_2_x0_sde": 2,
@@ -387,9 +388,9 @@ IRREGULAR = ("sample_heunpp2", "dpm_adaptive_function")
 
 
 def evaluations_of(steps: Sequence[float] | None, sampler: str, ends: bool = True) -> int | None:
-    """How often a sampler calls the model; None where the schedule does not tell.
+    """The number of evaluations of a run; None if the schedule does not tell.
 
-    ends: the schedule goes down to 0, and its last step needs one evaluation whatever the sampler.
+    ends: the schedule goes down to 0, so its last step needs one evaluation with any sampler.
     """
     if steps is None or sampler in IRREGULAR:
         return None
@@ -397,7 +398,7 @@ def evaluations_of(steps: Sequence[float] | None, sampler: str, ends: bool = Tru
     return each * (len(steps) - 1) + (1 if ends else each)
 
 
-def place_in(sigmas: Sequence[float], sigma: float) -> float:
+def fractional_step(sigmas: Sequence[float], sigma: float) -> float:
     """Where a sigma lies in a falling schedule: 2.5 is half-way from `sigmas[2]` to `sigmas[3]`."""
     for i, (high, low) in enumerate(pairwise(sigmas)):
         if sigma >= low:
@@ -406,5 +407,5 @@ def place_in(sigmas: Sequence[float], sigma: float) -> float:
 
 
 def thinned(x: Tensor) -> Tensor:
-    """Every eighth row and column, as EasyCache compares; fewer are left out where a side is short."""
+    """Every eighth row and column, as EasyCache compares; more of them if a side is short."""
     return x[..., :: max(1, min(8, x.shape[-2] // 16)), :: max(1, min(8, x.shape[-1] // 16))]

@@ -17,20 +17,20 @@ NO_GUARD = Guard()
 
 
 class Tap(Protocol):
-    """Where a step cache stores and forecasts: `step_cache_taps.py` has them, and the types that only a run knows."""
+    """Where a step cache stores and forecasts, see `step_cache_taps.py`, which also has the exact types."""
 
     name: str  # as people see it
-    wraps_blocks: bool  # works by what blocks ask for
+    wraps_blocks: bool  # needs blocks that ask for their replacement
 
-    def install(self, run: Any, model_options: dict) -> None:
+    def install(self, cache: Any, model_options: dict) -> None:
         """Add hooks below APPLY_MODEL, for this run."""
 
-    def parts(self, run: Any) -> tuple[str, ...]:
-        """The names of the histories that this evaluation would be forecast from."""
+    def parts(self, cache: Any) -> tuple[str, ...]:
+        """The names of the histories for a forecast of this evaluation."""
         ...
 
-    def run(self, visit: Any, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:
-        """The denoised latent of one chunk: forecast, or computed with `visit.captured` filled."""
+    def denoise(self, visit: Any, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:
+        """The denoised latent of one chunk: forecast, or computed while filling `visit.captured`."""
         ...
 
 
@@ -38,11 +38,11 @@ class Tap(Protocol):
 class StepCache:
     """Compute what `policy` and `guard` say, forecast the rest at `tap`.
 
-    part: of the run in which forecasts are allowed.
-    offload: keep what is stored in the computer's memory instead of the GPU's.
+    part: the part of the run that may have forecasts.
+    offload: store in the computer's memory instead of the GPU's.
     """
 
-    method: str  # as the node is called
+    method: str  # for people and errors
     policy: Policy
     tap: Tap
     forecaster: Forecaster
@@ -51,4 +51,4 @@ class StepCache:
     offload: bool = False
     report: StepCacheReport = field(default_factory=lambda: StepCacheReport("step cache"))
 
-    outermost = True  # what is skipped need not be prepared by others
+    outermost = True  # decides before others prepare for the call

@@ -7,8 +7,8 @@
 | `SpanTap` | what a span of blocks changed | the blocks outside the span | with block hooks |
 | `ModuleTap` | the output of every attention and MLP | modulation | FLUX.1 |
 
-Blocks are wrapped for one run. In a forecast, wrapped blocks hand their input on, and the last one of the span returns
-the forecast. Whatever was added between skipped blocks, as ControlNet does, is part of what was stored: it counts once.
+A run wraps blocks for itself. In a forecast, wrapped blocks hand their input on, and the last one of the span returns
+the forecast. The stored values include what ControlNet and others add between skipped blocks, so it counts once.
 """
 
 from __future__ import annotations
@@ -27,18 +27,15 @@ from torch import Tensor
 from ...models.accelerate.cg_taylor import FirstBlockGate, gate_error
 from ...models.accelerate.delta_dit import Span, Stages
 from ...models.accelerate.policies import COMPUTE, FORECAST, PROBE
-from ..blocks import Key, wrap_block
+from ..blocks import RunBlock, Wrap, wrap_block
 from ..compiled import untraced
 from ..families import Family, family_of, flux
+from ..families.family import BlockKey
 from ..offers import ask
 from ..run import VISIT
 from ..transformer import core_name, stranger, transformer_of
-from .step_cache_run import StepCacheRun, Visit
+from .step_cache_run import FIRST_BLOCK, StepCacheRun, Visit
 from .step_cache_settings import Tap
-
-RunBlock = Callable[[dict], dict]
-Wrap = Callable[[dict, RunBlock], dict]
-
 
 TapName = Literal["auto", "last block", "prediction", "every module"]
 
@@ -47,20 +44,20 @@ TapName = Literal["auto", "last block", "prediction", "every module"]
 class PredictionTap:
     """The model's raw output m, from the denoised latent x0 = A * x - B * m.
 
-    A and B are read off the model's own sampling, so this holds for flow, EPS and v-prediction. Nothing is skipped
-    where B vanishes.
+    A and B come from the model's own sampling, so this holds for flow, EPS and v-prediction. If B vanishes, the
+    evaluation is computed.
     """
 
     name = "prediction"
     wraps_blocks = False
 
-    def install(self, run: StepCacheRun, model_options: dict) -> None:
+    def install(self, cache: StepCacheRun, model_options: dict) -> None:
         pass
 
-    def parts(self, run: StepCacheRun) -> tuple[str, ...]:
+    def parts(self, cache: StepCacheRun) -> tuple[str, ...]:
         return ("prediction",)
 
-    def run(self, visit: Visit, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:
+    def denoise(self, visit: Visit, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:
         skip, scale = input_and_output_weight(base.model_sampling, sigma, x)
         usable = bool((scale.abs() > 1e-4).all())
         if visit.choice is FORECAST and usable:
@@ -82,7 +79,7 @@ def input_and_output_weight(sampling: Any, sigma: Tensor, x: Tensor) -> tuple[Te
 
 @untraced
 def visit_of(args: dict) -> Visit | None:
-    """The step cache's visit that a block is called in; None where it is not for the block, or out of its reach."""
+    """The step cache's visit around a block's call. None in passes without one, and in other packs' forward passes."""
     options = args.get("transformer_options", {})  # forward passes of other packs may leave them out
     ask(options, "block replacement")
     return options.get(VISIT)
@@ -93,50 +90,50 @@ class BlockTap(ABC):
     """A span of blocks, skipped in a forecast. The two taps below are its two uses."""
 
     family: Family
-    keys: tuple[Key, ...]
+    block_keys: tuple[BlockKey, ...]
     wraps_blocks = True
 
     @property
     @abstractmethod
     def payload(self) -> Literal["output", "residual"]:
-        """What is stored: what the span gave, or what it changed."""
+        """What to store: the span's output, or its change."""
 
     @abstractmethod
-    def span(self, run: StepCacheRun) -> Span:
-        """First block skipped, and first block behind the span, in this evaluation."""
+    def span(self, cache: StepCacheRun) -> Span:
+        """The first skipped block and the first block behind the span, in this evaluation."""
 
-    def parts(self, run: StepCacheRun) -> tuple[str, ...]:
-        start, stop = self.span(run)
+    def parts(self, cache: StepCacheRun) -> tuple[str, ...]:
+        start, stop = self.span(cache)
         return (f"{start}:{stop}",) if start < stop else ()
 
-    def install(self, run: StepCacheRun, model_options: dict) -> None:
-        for position, key in enumerate(self.keys):
+    def install(self, cache: StepCacheRun, model_options: dict) -> None:
+        for position, key in enumerate(self.block_keys):
             wrap_block(model_options, key, self.wrapped(position))
 
-    def run(self, visit: Visit, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:
+    def denoise(self, visit: Visit, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:
         if not visit.parts:
             visit.choice = COMPUTE
         denoised = call()
-        if visit.choice is PROBE:  # another node took our place in block 0
+        if visit.choice is PROBE:  # another node replaced our wrap of block 0
             visit.choice = COMPUTE
-        if visit.choice is FORECAST and not visit.injected:  # or in the block that would have received the forecast
+        if visit.choice is FORECAST and not visit.injected:  # or of the block that returns the forecast
             visit.choice = COMPUTE
             visit.captured.clear()
             denoised = call()
         return denoised
 
     def wrapped(self, position: int) -> Wrap:
-        """What block number `position` does instead."""
+        """The wrap of block number `position`."""
 
         @untraced  # what it finds in the options changes from call to call
         def wrap(args: dict, run_block: RunBlock) -> dict:
             visit = visit_of(args)
             if visit is None or not visit.parts:
                 return run_block(args)
-            start, stop = self.span(visit.run)
+            start, stop = self.span(visit.cache)
             if position == start:
                 self.enter(visit, position, args)
-            probing = position == 0 and isinstance(visit.run.settings.policy, FirstBlockGate)
+            probing = position == 0 and isinstance(visit.cache.settings.policy, FirstBlockGate)
             if probing and visit.choice is not FORECAST:
                 out = self.probe(visit, args, run_block)
             elif visit.choice is FORECAST and start <= position < stop:
@@ -154,13 +151,13 @@ class BlockTap(ABC):
     @torch.compiler.disable()
     def enter(self, visit: Visit, position: int, args: dict) -> None:
         if self.payload == "residual":  # cloned: blocks, and ControlNet after them, write in place
-            names = self.family.streams(self.keys[position][0])
+            names = self.family.streams(self.block_keys[position][0])
             visit.entry = {name: args[name].clone() for name in names}
 
     @untraced
     def probe(self, visit: Visit, args: dict, run_block: RunBlock) -> dict:
-        """Run block 0, and let it decide where it has to."""
-        gate: Any = visit.run.settings.policy
+        """Run block 0, and let it decide if the policy asked for a probe."""
+        gate: Any = visit.cache.settings.policy
         before = args["img"].clone() if gate.compare == "residual" else None
         out = run_block(args)
         self.judge(visit, gate, out["img"], before)
@@ -172,11 +169,11 @@ class BlockTap(ABC):
         if visit.choice is PROBE:
             visit.settle(self.error(visit, gate, value))
         if visit.choice is not FORECAST:
-            visit.captured["first"] = (value.clone() if value is img else value,)
+            visit.captured[FIRST_BLOCK] = (value.clone() if value is img else value,)
 
     def error(self, visit: Visit, gate: FirstBlockGate, value: Tensor) -> float:
-        """How far block 0 is off its forecast, for the first condition of the call: see `StepCacheRun.settle`."""
-        history = visit.lanes[0].histories.get("first")
+        """The error of block 0's forecast, for the first condition of the call: see `StepCacheRun.settle`."""
+        history = visit.lanes[0].histories.get(FIRST_BLOCK)
         if history is None:
             return inf
         (guess,), actual = history.forecast(visit.point, visit.device), value[visit.chunk.part(0)]
@@ -186,17 +183,17 @@ class BlockTap(ABC):
     def inject(self, visit: Visit, position: int, args: dict) -> dict:
         """The forecast, as the result of the last block of the span."""
         stored = visit.forecast(visit.parts[0])
-        kind = self.keys[position][0]
+        kind = self.block_keys[position][0]
         names = self.family.streams(kind)
         here = {name: args[name] for name in names}
         if self.payload == "residual":
-            start, _ = self.span(visit.run)
-            here = self.family.joined(visit.entry, self.keys[start][0], kind)
-        rows = slice(None) if position < len(self.keys) - 1 else self.family.picture(args, {"img": here["img"]})
+            start, _ = self.span(visit.cache)
+            here = self.family.joined(visit.entry, self.block_keys[start][0], kind)
+        rows = slice(None) if position < len(self.block_keys) - 1 else self.family.picture(args, {"img": here["img"]})
         if [x.shape for x in stored] != [here[name][:, rows].shape for name in names][: len(stored)]:
-            return self.unchanged(position, args)  # not injected: the call is made again, and computed
+            return self.unchanged(position, args)  # not injected: `denoise` calls the model again, and computes
         visit.injected = True
-        if position < len(self.keys) - 1:
+        if position < len(self.block_keys) - 1:
             if self.payload == "residual":
                 return {name: here[name] + value for name, value in zip(names, stored, strict=True)}
             return dict(zip(names, stored, strict=True))
@@ -206,18 +203,18 @@ class BlockTap(ABC):
 
     @torch.compiler.disable()
     def capture(self, visit: Visit, position: int, args: dict, out: dict) -> None:
-        kind = self.keys[position][0]
+        kind = self.block_keys[position][0]
         names = self.family.streams(kind)
-        if position == len(self.keys) - 1:
+        if position == len(self.block_keys) - 1:
             rows = self.family.picture(args, out)
             values = {"img": out["img"][:, rows]}
         else:
             rows, values = slice(None), {name: out[name] for name in names}
         if self.payload == "residual":
             if not visit.entry:
-                return  # another node took our place at the door of the span
-            start, _ = self.span(visit.run)
-            entry = self.family.joined(visit.entry, self.keys[start][0], kind)
+                return  # another node replaced our wrap of the span's first block
+            start, _ = self.span(visit.cache)
+            entry = self.family.joined(visit.entry, self.block_keys[start][0], kind)
             tensors = tuple(value - entry[name][:, rows] for name, value in values.items())
         else:
             tensors = tuple(value.clone() for value in values.values())
@@ -225,15 +222,15 @@ class BlockTap(ABC):
         visit.entry = {}
 
     def unchanged(self, position: int, args: dict) -> dict:
-        return {name: args[name] for name in self.family.streams(self.keys[position][0])}
+        return {name: args[name] for name in self.family.streams(self.block_keys[position][0])}
 
 
 @dataclass(frozen=True)
 class LastBlockTap(BlockTap):
     """The picture's tokens behind the last block, before the head. With a gate, block 0 always runs.
 
-    residual: store what the skipped blocks changed, instead of what they gave.
-    or_prediction: let the prediction tap stand in where the blocks of a run are out of reach.
+    residual: store the change that the skipped blocks make, instead of their output.
+    or_prediction: let the prediction tap stand in if the blocks of a run are out of reach.
     """
 
     gated: bool = False
@@ -245,13 +242,13 @@ class LastBlockTap(BlockTap):
     def payload(self) -> Literal["output", "residual"]:
         return "residual" if self.residual else "output"
 
-    def span(self, run: StepCacheRun) -> Span:
-        return (1 if self.gated else 0), len(self.keys)
+    def span(self, cache: StepCacheRun) -> Span:
+        return (1 if self.gated else 0), len(self.block_keys)
 
 
 @dataclass(frozen=True)
 class SpanTap(BlockTap):
-    """What a span of blocks changed; the span moves with the stage of sampling (Delta-DiT)."""
+    """The change that a span of blocks makes; the span moves with the stage of sampling (Delta-DiT)."""
 
     stages: Stages = field(default_factory=Stages)
     name = "block span"
@@ -260,34 +257,34 @@ class SpanTap(BlockTap):
     def payload(self) -> Literal["output", "residual"]:
         return "residual"
 
-    def span(self, run: StepCacheRun) -> Span:
-        return self.stages.span(len(self.keys), early=not run.behind(self.stages.boundary))
+    def span(self, cache: StepCacheRun) -> Span:
+        return self.stages.span(len(self.block_keys), early=not cache.behind(self.stages.boundary))
 
 
 @dataclass(frozen=True)
 class ModuleTap:
     """The output of every attention and MLP, before its gate, as TaylorSeer's authors store it. FLUX.1 only.
 
-    Modulation is computed in a forecast too, so gates are those of the current noise level. Memory is the price: two
-    points hold 4.3 GB for one 1024 px picture of FLUX.1.
+    A forecast computes modulation too, so gates belong to the current noise level. Memory is the price: two points hold
+    4.3 GB for one 1024 px picture of FLUX.1.
 
-    max_bytes: refuse to hold more. None: a quarter of the memory that is free when sampling starts.
+    max_bytes: most bytes to hold. None: a quarter of the memory that is free when sampling starts.
     """
 
     family: Family
-    keys: tuple[Key, ...]
+    block_keys: tuple[BlockKey, ...]
     max_bytes: int | None = None
     name = "every module"
     wraps_blocks = True
 
-    def install(self, run: StepCacheRun, model_options: dict) -> None:
-        for key in self.keys:
+    def install(self, cache: StepCacheRun, model_options: dict) -> None:
+        for key in self.block_keys:
             wrap_block(model_options, key, self.wrapped(key))
 
-    def parts(self, run: StepCacheRun) -> tuple[str, ...]:
-        return tuple(f"{kind} {index}" for kind, index in self.keys)
+    def parts(self, cache: StepCacheRun) -> tuple[str, ...]:
+        return tuple(f"{kind} {index}" for kind, index in self.block_keys)
 
-    def run(self, visit: Visit, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:
+    def denoise(self, visit: Visit, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:
         denoised = call()
         if visit.misfit:
             visit.choice = COMPUTE
@@ -296,8 +293,8 @@ class ModuleTap:
             self.refuse_if_too_large(visit, base)
         return denoised
 
-    def wrapped(self, key: Key) -> Wrap:
-        """What block `key` does instead."""
+    def wrapped(self, key: BlockKey) -> Wrap:
+        """The wrap of block `key`."""
         part = f"{key[0]} {key[1]}"
 
         @untraced
@@ -318,52 +315,55 @@ class ModuleTap:
         return wrap
 
     def refuse_if_too_large(self, visit: Visit, base: Any) -> None:
-        """After the first computed call of these conditions, when the size of one point is known.
+        """Check after the first computed call of these conditions, when the size of one point is known.
 
-        Conditions that were called apart count, too.
+        Conditions from other calls count too.
         """
         if any(lane.full for lane in visit.lanes):
             return
         one = sum(x.nbytes for tensors in visit.captured.values() for x in tensors)
-        one += sum(lane.newest_bytes for lane in visit.run.run.lanes_of(visit.run))
-        needed = one * (visit.run.settings.forecaster.order + 1)
+        one += sum(lane.newest_bytes for lane in visit.cache.run.lanes_of(visit.cache))
+        needed = one * (visit.cache.settings.forecaster.order + 1)
         limit = self.max_bytes
         if limit is None:
-            where = torch.device("cpu") if visit.run.settings.offload else visit.device
+            where = torch.device("cpu") if visit.cache.settings.offload else visit.device
             limit = int(free_memory(base, where)) // 4
         if needed > limit:
             visit.captured.clear()
             raise ValueError(
-                f"{visit.run.settings.method} on every module would hold {needed / 2**20:.0f} MiB for this size, "
+                f"{visit.cache.settings.method} on every module would hold {needed / 2**20:.0f} MiB for this size, "
                 f"{limit / 2**20:.0f} MiB are allowed. Set 'tap' to 'last block', or raise 'max_memory'."
             )
 
 
 def free_memory(base: Any, where: torch.device) -> float:
-    """Bytes free on a device, those that ComfyUI would give back included."""
+    """Bytes free on a device, including those that ComfyUI would give back."""
     if where.type == "cpu" or base.current_patcher is None:
         return float(comfy.model_management.get_free_memory(where))  # pyright: ignore[reportArgumentType]
     return float(base.current_patcher.get_free_memory(where))
 
 
-def blocks_of(model: ModelPatcher) -> tuple[Family, tuple[Key, ...]] | None:
-    """The block hooks of a MODEL, or None where ComfyUI offers none for its family."""
+BlockHooks = tuple[Family, tuple[BlockKey, ...]]  # a model's family, and the blocks that can be wrapped
+
+
+def block_hooks(model: ModelPatcher) -> BlockHooks | None:
+    """The block hooks of a MODEL, or None if ComfyUI offers none for its family."""
     family = family_of(model)
-    return (family, family.keys(transformer_of(model))) if family.kinds else None
+    return (family, family.block_keys(transformer_of(model))) if family.kinds else None
 
 
 def in_reach(model: ModelPatcher) -> bool:
-    """Whether blocks can be wrapped for sure. A forward pass of somebody else's may leave their replacements out."""
-    return blocks_of(model) is not None and stranger(model) is None
+    """Whether wraps of blocks surely work. Another pack's forward pass may ignore them."""
+    return block_hooks(model) is not None and stranger(model) is None
 
 
-def require_blocks(model: ModelPatcher, node: str, instead: str = "tap 'prediction'") -> tuple[Family, tuple[Key, ...]]:
-    """The block hooks of a MODEL. `node` is the display name of who asks, `instead` what works on every model.
+def require_blocks(model: ModelPatcher, node: str, instead: str = "tap 'prediction'") -> BlockHooks:
+    """The block hooks of a MODEL. `node` is the node that asks, by its display name, `instead` works on every model.
 
     Raises:
         ValueError: ComfyUI offers none for this family.
     """
-    blocks = blocks_of(model)
+    blocks = block_hooks(model)
     if blocks is None:
         who = stranger(model)
         why = f"ComfyUI offers no such hook for {core_name(model)}" if who is None else str(who)
@@ -374,7 +374,7 @@ def require_blocks(model: ModelPatcher, node: str, instead: str = "tap 'predicti
 
 
 def tap_for(model: ModelPatcher, name: TapName, node: str, max_bytes: int | None = None) -> Tap:
-    """The tap that a user chose for this MODEL. `node` is the display name of who asks.
+    """The tap that a user chose for this MODEL. `node` is the display name of the node that asks.
 
     Raises:
         ValueError: the model has no such tap.
@@ -390,7 +390,7 @@ def tap_for(model: ModelPatcher, name: TapName, node: str, max_bytes: int | None
 
 
 def tap_in_run(tap: Tap, model: ModelPatcher, node: str) -> Tap:
-    """The tap in a run of `model`, to which nodes behind the step cache may have brought a class or forward of theirs.
+    """The tap for a run of `model`, since nodes behind the step cache may have put a class or forward pass into it.
 
     Raises:
         ValueError: its blocks cannot be wrapped any more, and no other tap may stand in.

@@ -1,4 +1,4 @@
-"""LoRAs that run beside the model, as ComfyUI models: core moves, offloads and maps them as it does any other."""
+"""LoRAs that run beside the model, as ComfyUI models: core moves, offloads and maps them like any other model."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ def patcher(
 
     Args:
         make: builds the module from `operations`, `device` and `dtype`.
-        disable_dynamic: as core's factories have it: no dynamic VRAM.
+        disable_dynamic: no dynamic VRAM, as in core's factories.
     """
     offload = comfy.model_management.unet_offload_device()
     lora = make(operations=comfy.ops.manual_cast, device=offload, dtype=next(iter(weights.values())).dtype)
     kind = ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     made = kind(lora, load_device=comfy.model_management.get_torch_device(), offload_device=offload)
     for name, weight in lora.named_parameters():
-        weight.data = weight.data.to(weights[name].dtype)  # copying would bring all tensors to that of the first
+        weight.data = weight.data.to(weights[name].dtype)  # else loading would cast all to the dtype of the first
     lora.load_state_dict(dict(weights), assign=made.is_dynamic())  # after the patcher: dynamic VRAM maps the file
     lora.requires_grad_(False)
     return made
 
 
 def beside(model: ModelPatcher, adapter: ModelPatcher) -> ModelPatcher:
-    """The adapter on the device that `model` computes on: itself, or a copy as core makes them for another GPU.
+    """The adapter on the device of `model`: itself, or a copy, made the way core copies models to another GPU.
 
     Raises:
-        ValueError: it has to be copied, and was not read from a file.
+        ValueError: it needs a copy, and does not come from a file.
     """
     device = model.load_device
     if adapter.load_device == device:
         return adapter
     if adapter.cached_patcher_init is None:
         raise ValueError(
-            f"This LoRA cannot be copied to {device}, as no file is known that it came from. Load it anew."
+            f"This LoRA cannot be copied to {device}, because it does not come from a file. Load it from one."
         )
     if device.type == "cpu" and adapter.is_dynamic():
         adapter = adapter.clone(disable_dynamic=True)

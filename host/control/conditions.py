@@ -1,16 +1,16 @@
 """Condition images on ComfyUI's MODEL: their tokens run once beside the model and reach it as keys and values.
 
-The engine of every feature whose images travel this way: EasyControl, try-on. A feature derives its description from
-`ConditionImage`, says where its images lie and how it is called, and hands over its LoRA.
+EasyControl and try-on both work this way. A feature derives its description from `ConditionImage`, sets there its name
+and where its images lie, and hands over its LoRA.
 
-Hooks: an APPLY_MODEL wrapper looks up, for every condition of the call, the keys and values of
-`models/control/conditions.py` and hands them to the attention patch of `host/attention.py`; PREPARE_SAMPLING asks core
+Hooks: for every condition of a call, an APPLY_MODEL wrapper looks up the keys and values of
+`models/control/conditions.py` and hands them to the attention patch of `host/attention.py`. PREPARE_SAMPLING asks core
 to leave room for them. The picture's own stream keeps its tokens, so ControlNets, caches, masks and samplers see
 nothing new.
 
 Settings: `conditions_settings.py`. State: `conditions_run.py`. The LoRA is an additional model of the MODEL: core moves
-and offloads it, and base weights are never touched. It is found by its uuid: where core spreads a MODEL over several
-GPUs, it copies each additional model once for every device, whatever the keys it stands under.
+and offloads it, and base weights stay untouched. The run finds the LoRA by its uuid, because core copies each
+additional model once per device when it spreads a MODEL over several GPUs, whatever its keys.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def attach(
     """A clone of `model` on which the condition acts; `model` itself where `image` is off.
 
     Args:
-        image: its `adapter` is filled in here.
-        adapter: the LoRA; None for plain tokens, which only the base weights see.
+        image: the description; this function fills in its `adapter`.
+        adapter: the LoRA; None for plain tokens, which run through the base weights alone.
         made_for: hidden size, double and single blocks of the model that the LoRA was trained for.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Condition images during a run: one `Encoder` per condition, one `Lane` per prompt it is encoded for.
+"""Condition images during a run: one `Encoder` per condition image, one `Lane` per prompt.
 
-A lane is per prompt, hook group and device, and per context window where pictures have texts or condition images of
-their own. Its keys and values are computed again when anything they were made from differs: pooled text, guidance, the
-picture's token grid, RoPE options, dtype or weight patches.
+There is one lane per prompt, hook group and device, and one per context window if pictures have texts or condition
+images of their own. The encoder computes a lane's keys and values again when a source of them differs: pooled text,
+guidance, the picture's token grid, RoPE options, dtype or weight patches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...models.control.conditions import encode_condition
 from ...models.control.positions import GridSize, tokens_in_tile
-from ..attention import BlockKeys, ExtraKeys, with_keys
+from ..attention import ExtraKeys, KeysByBlock, with_keys
 from ..families import flux
 from ..run import Chunk, Run, attached, chunk_of
 from ..tiles import Tile
@@ -31,15 +31,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of the model, as the encoder needs it."""
+    """One call of the model, with all that the encoder needs."""
 
     base: Any  # ComfyUI's BaseModel
     lora: Any  # the adapter, or None for plain tokens
     chunk: Chunk
     options: dict  # transformer_options
     x: Tensor  # [conditions * rows, C, h, w]
-    channels: int  # of the latent as the transformer sees it, concatenated ones included
-    conds: dict  # what the conditioning carries: "y", "guidance"
+    channels: int  # of the transformer's input, concatenated ones included
+    conds: dict  # from the conditioning: "y", "guidance"
 
     @property
     def transformer(self) -> Any:
@@ -48,7 +48,7 @@ class Call:
     @property
     def picture(self) -> tuple[int, int]:
         """Rows and columns of the picture's own tokens."""
-        return flux.token_grid(self.transformer, *self.x.shape[-2:])
+        return flux.grid_size(self.transformer, *self.x.shape[-2:])
 
     @cached_property
     def like(self) -> Tensor:
@@ -58,7 +58,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """All that a condition's keys and values depend on, beside the settings."""
+    """All that a condition's keys and values depend on, apart from the settings."""
 
     latent: Tensor  # [N, C, h, w]
     pooled: Tensor | None  # [1 or rows, P]
@@ -81,22 +81,22 @@ class Source:
 
 @dataclass
 class Lane:
-    """Keys and values for one prompt, and what they were made from."""
+    """Keys and values for one prompt, and their source."""
 
     source: Source | None = None
-    keys: BlockKeys = field(default_factory=dict)
+    keys: KeysByBlock = field(default_factory=dict)
 
 
 class Encoder:
-    """One condition during one run: finds or computes its keys and values for each call of the model."""
+    """One condition image during one run: finds or computes its keys and values for each call of the model."""
 
     def __init__(self, settings: ConditionImage, run: Run):
         self.settings = settings
         self.run = run
-        self.reported = False
+        self.logged = False
 
     def reserve(self, executor, model: ModelPatcher, noise_shape, conds, *args, **kwargs):
-        """PREPARE_SAMPLING: ask for as much more memory as a larger latent would need, so that the keys find room."""
+        """PREPARE_SAMPLING: make room for the keys, by asking for the memory of a larger latent."""
         if not self.settings.offloaded:
             latent = self.settings.latent
             prompts = sum(len(prompt) for prompt in conds.values())
@@ -110,7 +110,7 @@ class Encoder:
     ):
         """APPLY_MODEL: hand this condition's keys and values to the attention patch."""
         base, options = executor.class_obj, transformer_options or {}
-        # Not given: the negative model of a guider with two models.
+        # A guider with two models may lack this image on its negative model.
         given = any(each is self.settings for each in attached(base.current_patcher))
         if given and self.settings.part.includes(float(t.flatten()[0]), base.model_sampling):
             channels = x.shape[1] + (0 if c_concat is None else c_concat.shape[1])
@@ -131,8 +131,8 @@ class Encoder:
             f"{self.settings.node} before the node that spreads the model over several GPUs."
         )
 
-    def keys(self, call: Call, i: int) -> BlockKeys:
-        """Keys and values for condition `i` of the call, from its lane where they still hold."""
+    def keys(self, call: Call, i: int) -> KeysByBlock:
+        """Keys and values for condition `i` of the call, from its lane if its source is the same."""
         source, condition = self.source(call, call.chunk.part(i)), call.chunk.conditions[i]
         if self.settings.cache == "off":
             return self.encode(call, source, condition.tile)
@@ -140,13 +140,13 @@ class Encoder:
             condition = replace(condition, window=None)  # every window needs the same keys
         lane = self.run.lane(self, condition, Lane)
         if not source.same_as(lane.source):
-            lane.source, lane.keys = None, {}  # give the old ones back before making new ones
+            lane.source, lane.keys = None, {}  # free the old ones before making new ones
             lane.keys = self.encode(call, source, condition.tile)
             lane.source = source  # only now: an interrupt may come from inside any layer
         return lane.keys
 
     def source(self, call: Call, part: slice) -> Source:
-        """What the keys of these batch rows are made from; one row where all rows agree."""
+        """The source of the keys of these batch rows; one row if all rows agree."""
         given = (call.conds.get("y"), call.conds.get("guidance"))
         pooled, guidance = (None if x is None else x[part].to(call.like) for x in given)
         if not call.transformer.params.guidance_embed:
@@ -173,42 +173,42 @@ class Encoder:
             )
         return latent
 
-    def encode(self, call: Call, source: Source, tile: Tile | None) -> BlockKeys:
-        """Run the condition through the model's image branch. The only place where that happens."""
+    def encode(self, call: Call, source: Source, tile: Tile | None) -> KeysByBlock:
+        """Run the condition through the model's image branch. Nothing else does."""
         settings, transformer = self.settings, call.transformer
         self.refuse_if_too_large(call, source)
         latent = source.latent.to(call.x.device)
-        grid = flux.token_grid(transformer, *latent.shape[-2:])
+        grid = flux.grid_size(transformer, *latent.shape[-2:])
         ids, inside = self.laid_out(call, grid, tile, latent.device)
         keys = encode_condition(
             transformer,
             call.lora,
-            flux.tokens(call.base, latent, call.channels),
+            flux.latent_tokens(call.base, latent, call.channels),
             flux.modulation_vector(transformer, 0.0, source.guidance, source.pooled, call.like),
             flux.rotations(transformer, ids, call.options),
             attention=flux.attention,
             apply_rope=flux.apply_rope,
             strength=settings.strength,
-            keep=partial(_kept, inside=inside, offload=settings.offloaded),
+            store=partial(_stored, inside=inside, offload=settings.offloaded),
         )
-        self.report(call, source, grid)
+        self.log_once(call, source, grid)
         return flux.by_block(transformer, keys)
 
     def laid_out(
         self, call: Call, grid: GridSize, tile: Tile | None, device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
-        """Where the condition's tokens lie, `[T, 3]`, and which of them count, by number; None for all.
+        """Position ids of the condition's tokens, `[T, 3]`, and the numbers of those to use; None for all.
 
-        In a tile, a condition that lies over the picture counts as far as it lies over the tile. One that lies beside
-        the picture lies beside each tile.
+        In a tile, use the part of a condition over the picture that lies over the tile. A condition beside the picture
+        lies beside each tile.
 
         Raises:
-            ValueError: it is not known which part of the picture the tile is.
+            ValueError: the tile's part of the picture is unknown.
         """
         settings = self.settings
-        place = settings.places[settings.kind]
+        position_ids = settings.position_ids[settings.kind]
         if tile is None or settings.kind not in settings.over:
-            return place(grid, call.picture, device), None
+            return position_ids(grid, call.picture, device), None
         if not tile.found:
             height, width = (8 * side for side in tile.whole)
             raise ValueError(
@@ -216,20 +216,20 @@ class Encoder:
                 f"tell where they lie, so each would get all of {settings.name}. Cut picture and condition into tiles "
                 "before sampling instead; the help page says how."
             )
-        whole = flux.token_grid(call.transformer, *tile.whole)
-        first = (tile.top / call.transformer.patch_size, tile.left / call.transformer.patch_size)
-        ids = place(grid, whole, device) - torch.tensor([0.0, *first], device=device)
-        return ids, tokens_in_tile(grid, whole, first, call.picture).to(device)
+        whole = flux.grid_size(call.transformer, *tile.whole)
+        corner = (tile.top / call.transformer.patch_size, tile.left / call.transformer.patch_size)
+        ids = position_ids(grid, whole, device) - torch.tensor([0.0, *corner], device=device)
+        return ids, tokens_in_tile(grid, whole, corner, call.picture).to(device)
 
     def refuse_if_too_large(self, call: Call, source: Source) -> None:
-        """Before anything is computed, with what to do about it."""
+        """Before computing anything, refuse keys that do not fit into free memory."""
         offloaded = self.settings.offloaded
         needed = size_of_keys(call.base, source.latent, source.rows)
         free: Any
         if offloaded:
             free = comfy.model_management.get_free_memory(torch.device("cpu"))
         else:
-            free = call.base.current_patcher.get_free_memory(call.x.device)  # counts what core would give back
+            free = call.base.current_patcher.get_free_memory(call.x.device)  # includes what core would give back
         if needed > free:
             size = self.settings.size_input
             remedy = f"Lower {size}" if offloaded else f"Set kv_cache to 'offload to CPU' or lower {size}"
@@ -238,11 +238,11 @@ class Encoder:
                 f"{free / 2**20:.1f} MiB are free. {remedy}."
             )
 
-    def report(self, call: Call, source: Source, grid: tuple[int, int]) -> None:
-        """One line per run."""
-        if self.reported:
+    def log_once(self, call: Call, source: Source, grid: tuple[int, int]) -> None:
+        """Write one line per run."""
+        if self.logged:
             return
-        self.reported = True
+        self.logged = True
         has, takes = source.latent.shape[1], call.channels
         logger.info(
             "%s %s: %s, %d tokens, %.1f MiB of keys and values per prompt%s",
@@ -258,7 +258,7 @@ class Encoder:
 def size_of_keys(base: Any, latent: Tensor, rows: int) -> int:
     """Bytes of all keys and values of `rows` conditions like `latent`."""
     transformer = base.diffusion_model
-    tokens = math.prod(flux.token_grid(transformer, *latent.shape[-2:]))
+    tokens = math.prod(flux.grid_size(transformer, *latent.shape[-2:]))
     blocks = len(transformer.double_blocks) + len(transformer.single_blocks)
     item = comfy.model_management.dtype_size(base.get_dtype_inference())
     return 2 * blocks * rows * tokens * transformer.hidden_size * item
@@ -268,8 +268,8 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
-def _kept(x: Tensor, inside: Tensor | None, offload: bool) -> Tensor:
-    """Keys or values `[N, H, T, d]` as they are kept: those of the tokens `inside`, in host memory where asked for."""
+def _stored(x: Tensor, inside: Tensor | None, offload: bool) -> Tensor:
+    """Keys or values `[N, H, T, d]` in their stored form: of the tokens `inside` only, in host memory if offloaded."""
     if inside is not None:
         x = x.index_select(2, inside)
     if not offload:

@@ -1,4 +1,4 @@
-"""Condition images: the settings that hang on the MODEL, which each feature of this kind derives its own from."""
+"""Condition images: the settings that hang on the MODEL. Each feature of this kind derives its own from them."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from ..part_of_run import WHOLE_RUN, PartOfRun
 PATCH = 16  # pixels per token
 
 Cache = Literal["on GPU", "offload to CPU", "off"]
-Place = Callable[..., Tensor]  # (own token grid, the picture's, device) to position ids [T, 3]
+PositionIds = Callable[..., Tensor]  # (own token grid, the picture's, device) to ids [T, 3]
 
 
 @dataclass(frozen=True, eq=False)
 class ConditionImage:
-    """One condition on one MODEL. Neutral values: `strength` 0 and `influence` 0 are off, `influence` 1 is as trained.
+    """One condition image on one MODEL. Neutral: `strength` 0 or `influence` 0 is off; `influence` 1 is as trained.
 
-    adapter: uuid that all clones of the LoRA have, on every device; None without one. name: the file's, for messages.
-    latent: as a VAE gives it, `[N, C, h, w]`; N is 1, or one per picture of the batch.
-    kind: where the image lies, a key of `places`.
+    adapter: uuid of the LoRA, the same in all its clones on every device; None without a LoRA. name: the file's.
+    latent: straight from a VAE, `[N, C, h, w]`; N is 1, or the number of pictures in the batch.
+    kind: where the image lies, a key of `position_ids`.
     strength: factor on the LoRA. influence: factor on the weight of the condition's keys in every softmax, 0 to 1.
-    part: of the run that it acts in.
+    part: the part of the run in which it acts.
     """
 
-    feature: ClassVar[str]  # as users call it
-    node: ClassVar[str]  # display name of the node that hangs it on the MODEL
-    images: ClassVar[str]  # what is given, in the plural
+    feature: ClassVar[str]  # its name for users
+    node: ClassVar[str]  # display name of its node
+    images: ClassVar[str]  # its images, in the plural
     kind_input: ClassVar[str]  # inputs of the node, for messages
     size_input: ClassVar[str]
     prefix: ClassVar[str]  # of its keys among the additional models
-    places: ClassVar[Mapping[str, Place]]
-    over: ClassVar[frozenset[str]]  # kinds that lie over the picture: a tile of it sees its own part of them
+    position_ids: ClassVar[Mapping[str, PositionIds]]
+    over: ClassVar[frozenset[str]]  # kinds that lie over the picture: each tile sees its own part
 
     adapter: UUID | None
     name: str
@@ -50,7 +50,7 @@ class ConditionImage:
 
     def __post_init__(self):
         check_numbers(self.strength, self.influence)
-        choices = ((self.kind_input, self.kind, tuple(self.places)), ("kv_cache", self.cache, get_args(Cache)))
+        choices = ((self.kind_input, self.kind, tuple(self.position_ids)), ("kv_cache", self.cache, get_args(Cache)))
         for title, value, allowed in choices:
             if value not in allowed:
                 raise ValueError(f"{title} must be one of {', '.join(allowed)}, got '{value}'.")
@@ -66,7 +66,7 @@ class ConditionImage:
 
 
 def check_numbers(strength: float, influence: float = 1.0) -> None:
-    """Refuse what means nothing. ComfyUI does not check values that come over a link, and NaN passes its checks."""
+    """Refuse meaningless numbers. ComfyUI does not check values from a link, and NaN passes its checks."""
     if not math.isfinite(strength):
         raise ValueError(f"strength must be a finite number, got {strength}.")
     if not 0 <= influence <= 1:  # NaN too

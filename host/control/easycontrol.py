@@ -1,4 +1,4 @@
-"""EasyControl on ComfyUI's MODEL: its description, and how it brings images to size.
+"""EasyControl on ComfyUI's MODEL: its description, and how it resizes images.
 
 Hooks, memory and cache are those of `conditions.py`.
 """
@@ -22,7 +22,7 @@ Padding = Literal["grey", "black"]
 
 
 class EasyControl(ConditionImage):
-    """One condition of EasyControl. spatial: it lies over the picture. subject: below it."""
+    """One condition image of EasyControl. spatial: it lies over the picture. subject: below it."""
 
     feature = "EasyControl"
     node = "Apply EasyControl"
@@ -30,7 +30,7 @@ class EasyControl(ConditionImage):
     kind_input = "kind"
     size_input = "condition_size"
     prefix = "dit_toolkit.easycontrol"
-    places = {"spatial": spatial_ids, "subject": subject_ids}  # noqa: RUF012
+    position_ids = {"spatial": spatial_ids, "subject": subject_ids}  # noqa: RUF012
     over = frozenset({"spatial"})
 
 
@@ -39,7 +39,7 @@ def attach(model: ModelPatcher, file: EasyControlFile, slot: int, latent: Tensor
 
     Args:
         slot: which LoRA of the file.
-        latent: the condition as a VAE gives it, `[N, C, h, w]`.
+        latent: the condition image straight from a VAE, `[N, C, h, w]`.
         settings: the other fields of `ConditionImage`.
 
     Raises:
@@ -53,8 +53,8 @@ def attach(model: ModelPatcher, file: EasyControlFile, slot: int, latent: Tensor
 def prepare_image(image: Tensor, kind: Kind, size: int, padding: Padding = "grey") -> Tensor:
     """Bring an IMAGE `[N, H, W, C]`, C being 1, 3 or 4, to `size` x `size` pixels, as the authors' pipeline does.
 
-    spatial: stretched; the positions undo the aspect ratio. subject: the long side becomes `size`, both sides are cut
-    down to whole tokens, and the rest is filled evenly around it.
+    spatial: stretched; the positions undo that. subject: scaled until its long side is `size`, both sides rounded down
+    to whole tokens, then padded evenly on all sides.
 
     Returns:
         `[N, size, size, 3]`.

@@ -1,4 +1,4 @@
-"""EasyControl checkpoints as ComfyUI models: where they lie, and how they are loaded."""
+"""EasyControl checkpoints as ComfyUI models: finds and loads them."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class EasyControlFile:
 
     @property
     def known_kind(self) -> Kind | None:
-        """What kind of condition it is for, if the file or its published name says so."""
+        """The kind of condition it is for, if the file or its published name says so."""
         return self.checkpoint.kind or published_kind(self.name)
 
     @property
     def report(self) -> str:
-        """One line: what was found in the file."""
+        """One line: the contents of the file."""
         kind = "not known, set it in Apply EasyControl"
         if self.known_kind:
             kind = self.known_kind
@@ -57,12 +57,12 @@ class EasyControlFile:
         return f"{self.name}: {self.checkpoint.summary}; kind {kind}"
 
     def kind(self, asked: Kind | Literal["auto"]) -> Kind:
-        """What kind of condition to use it for: "auto" is what the file or its name says.
+        """The kind of condition to use it for: "auto" follows the file or its name.
 
-        A name that only sounds like the other kind may be the user's own, so it is left with a warning.
+        A name that only sounds like the other kind may be the user's own choice, so that is just a warning.
 
         Raises:
-            ValueError: `asked` is the other kind than the file is known to be for, or "auto" finds none.
+            ValueError: `asked` contradicts the kind that the file is known to be for, or "auto" finds none.
         """
         known, guess = self.known_kind, likely_kind(self.name)
         if asked == "auto":
@@ -109,7 +109,7 @@ def from_state(
 
 
 def load_patchers(path: str, disable_dynamic: bool = False) -> list[ModelPatcher]:
-    """The factory core calls for another copy of the adapters."""
+    """The factory that core calls for another copy of the adapters."""
     name = os.path.basename(path)
     checkpoint = parse(model_files.read(path, name).tensors, name)
     return [_patcher(checkpoint, slot, disable_dynamic) for slot in checkpoint.slots]

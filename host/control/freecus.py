@@ -1,12 +1,13 @@
-"""FreeCus on ComfyUI's MODEL: a subject carried from a picture into a new one, without training.
+"""FreeCus on ComfyUI's MODEL: carries a subject from a picture into a new one, without training.
 
-Hooks: an APPLY_MODEL wrapper hands the attention patch of `host/attention.py` keys that do not exist yet. The first
-vital block that asks for them has the model denoise the reference, at the same evaluation; an evaluation that a step
-cache forecasts asks for nothing and costs nothing. PREPARE_SAMPLING asks core to leave room for keys and values.
+Hooks: an APPLY_MODEL wrapper hands the attention patch of `host/attention.py` keys that do not exist yet. When the
+first vital block asks for them, the model denoises the reference at the same evaluation. If a step cache forecasts the
+evaluation, no block asks, and the reference costs nothing. PREPARE_SAMPLING asks core to leave room for keys and
+values.
 
-The reference pass is the plain model: same prompt, timestep, guidance and LoRAs, attention as sparse as the picture's,
-no ControlNet, no reference latents of an edit model, no other feature's keys, no step cache, no wrappers around the
-transformer; its conditions are lanes of their own.
+The reference pass is the plain model: same prompt, timestep, guidance and LoRAs, and attention as sparse as the
+picture's. It has no ControlNet, no reference latents of an edit model, no other feature's keys, no step cache and no
+wrappers around the transformer. Its conditions have lanes of their own.
 
 Settings: `freecus_settings.py`. State: `freecus_run.py`, for one run.
 """
@@ -52,7 +53,7 @@ def attach(
     fit: Fit = "crop",
     **settings: Any,
 ) -> ModelPatcher:
-    """A clone of `model` that carries the subject of `image` into what it draws.
+    """A clone of `model` that carries the subject of `image` into its pictures.
 
     Args:
         image: `[1, H, W, C]`. mask: `[1, H, W]` or `[H, W]`, 0 to 1, or None for the whole picture.
@@ -84,7 +85,7 @@ def attach(
 
 
 def checked(image: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask as `[1, H, W]`, once it and the picture are known to be of use."""
+    """Check picture and mask; return the mask as `[1, H, W]`."""
     if image.ndim != 4 or image.shape[0] != 1:
         raise ValueError(
             f"{NODE} takes one reference picture, got {image.shape[0]}. Chain the node, once for each picture."

@@ -1,4 +1,4 @@
-"""FreeCus during a run: the reference as this run needs it, and one pass of the reference per call of the model."""
+"""FreeCus during a run: prepares the reference, and runs one pass of it per call of the model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from ...models.control.freecus import reference_latent, reference_sigma, subject_keys
 from .. import token_grid
-from ..attention import Block, BlockKeys, ExtraKeys, TextScale, with_keys, with_recorder, with_text_scale
+from ..attention import ExtraKeys, KeysByBlock, KeysValues, TextScale, with_keys, with_recorder, with_text_scale
 from ..families import flux
 from ..offers import found_in
 from ..run import CHUNK, VISIT, Run, chunk_of
-from ..transformer import REMOVE
+from ..transformer import REMOVE, Block
 from .freecus_settings import FreeCus
 
-uncompiled: Any = torch.compiler.disable  # its types do not know methods
+uncompiled: Any = torch.compiler.disable  # its type stubs do not cover methods
 
 logger = logging.getLogger(__name__)
 
@@ -36,27 +36,25 @@ NO_CONCAT = (
     "second one in their channels, and the reference has none. Use FLUX.1-dev, with a ControlNet or EasyControl."
 )
 
-KeysValues = tuple[Tensor, Tensor]  # [rows, H, S, d] each
-
 
 @dataclass(eq=False)
 class Recording:
-    """Keys and values of the subject in the vital blocks, as the reference pass goes by."""
+    """Records the subject's keys and values in the vital blocks during the reference pass."""
 
     blocks: frozenset[Block]
     tokens: Tensor  # [S]
     scale: float
-    kept: dict[Block, KeysValues] = field(default_factory=dict)
+    keys: dict[Block, KeysValues] = field(default_factory=dict)
 
     def wants(self, block: Block) -> bool:
         return block in self.blocks
 
     def record(self, block: Block, k: Tensor, v: Tensor, text: int) -> None:
-        self.kept[block] = subject_keys(k, v, self.tokens, text, self.scale)
+        self.keys[block] = subject_keys(k, v, self.tokens, text, self.scale)
 
 
 class SubjectKeys(Mapping):
-    """Keys and values for one condition of a call. Nothing is computed before a block asks."""
+    """Keys and values for one condition of a call, computed when the first block asks."""
 
     def __init__(self, reference: ReferencePass, rows: slice):
         self.reference, self.rows = reference, rows
@@ -79,9 +77,9 @@ class SubjectKeys(Mapping):
 
 @dataclass(eq=False)
 class ReferencePass:
-    """The reference, denoised beside one call of the model, once and only if somebody asks.
+    """One pass of the reference beside one call of the model, made only if a block asks.
 
-    which: conditions of the call that see it, by number. The other fields are what the call was given.
+    which: the conditions of the call that see the reference, by number. The other fields are the call's arguments.
     """
 
     run: ReferenceRun
@@ -108,12 +106,12 @@ class ReferencePass:
 
     @cached_property
     def keys(self) -> dict[Block, KeysValues]:
-        """By block, the conditions that see it one after the other."""
+        """Keys and values by block, for the conditions that see the reference, in order."""
         return self.compute()
 
-    @uncompiled  # all the way down: a graph would keep what the first call found in transformer_options
+    @uncompiled  # recursively: a graph would repeat what the first call found in transformer_options
     def compute(self) -> dict[Block, KeysValues]:
-        """Run the model on the reference. The only place where that happens."""
+        """Run the model on the reference. Nothing else does."""
         settings, chunk = self.run.settings, chunk_of(self.options)
         level = self.run.level(self.sigma, self.base.model_sampling)
         noise = self.run.noise_of(chunk.rows, self.options, self.x.device)
@@ -133,7 +131,7 @@ class ReferencePass:
 
         self.plain(x, self._rows(self.t), None, text, None, options, **conds)
         self.run.passes += 1
-        return recording.kept
+        return recording.keys
 
     def _rows(self, value: Any) -> Any:
         """The part of an argument that belongs to the conditions that see the reference."""
@@ -146,19 +144,19 @@ class ReferencePass:
 
 
 class ReferenceRun:
-    """One reference during one run. Made before the model is loaded: the VAE comes first."""
+    """One reference during one run. Encodes it before core loads the model."""
 
     def __init__(self, settings: FreeCus, run: Run):
         self.settings, self.run = settings, run
         self.passes = 0  # of the reference
-        self.reported = False
+        self.logged = False
         noise, model = run.noise, run.model
         if noise is None or model is None or noise.ndim != 4:
             raise ValueError("Apply FreeCus needs a picture latent [B, C, h, w] to work on. Use an image latent.")
         base: Any = model.model
         self.noise = self._noise(noise)
         self.size = (noise.shape[-2], noise.shape[-1])
-        self.grid = flux.token_grid(flux.require_flux1(model, "Apply FreeCus"), *self.size)
+        self.grid = flux.grid_size(flux.require_flux1(model, "Apply FreeCus"), *self.size)
         self.tokens = settings.reference.tokens(*self.size, self.grid)
         latent = settings.reference.latent(*self.size)
         if latent.shape[1] != noise.shape[1]:
@@ -170,13 +168,13 @@ class ReferenceRun:
         run.on_close(self.close)
 
     def _noise(self, noise: Tensor) -> Tensor:
-        """The reference's own noise, or the picture's, `[B, C, h, w]`. A run that starts without any has its own."""
+        """The reference's own noise, or the picture's, `[B, C, h, w]`. A run without noise gets noise of its own."""
         seed = self.settings.seed
         if seed is None and torch.count_nonzero(noise):
             return noise
         if seed is None:
             logger.info("FreeCus: this run starts without noise, so the reference has noise of its own, from seed 0")
-        own = torch.Generator().manual_seed(seed or 0)  # not the global one: the samplers draw from that
+        own = torch.Generator().manual_seed(seed or 0)  # not the global generator, which the samplers use
         return comfy.sample.prepare_noise_inner(noise, own)  # core's numbers
 
     def level(self, sigma: float, model_sampling: Any) -> float:
@@ -198,10 +196,9 @@ class ReferenceRun:
         return noise.to(device)
 
     def reserve(self, executor, model: ModelPatcher, noise_shape, conds, *args, **kwargs):
-        """PREPARE_SAMPLING: ask for as much more memory as a larger latent would need, so that the pass finds room.
+        """PREPARE_SAMPLING: make room for the reference pass, by asking for the memory of a larger latent.
 
-        Beside the reference pass stand its keys and values and the streams, queries, keys and values of the block that
-        asked for it.
+        It needs room for its keys and values, beside the streams, queries, keys and values of the block that asks.
         """
         prompts = 1 if self.settings.prompts == "positive only" else len(conds)
         rows = noise_shape[0] * prompts
@@ -213,7 +210,7 @@ class ReferenceRun:
     def apply_model(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds
     ):
-        """APPLY_MODEL: promise the keys of the subject, and scale those of the text."""
+        """APPLY_MODEL: hand over the subject's keys, made on demand, and scale those of the text."""
         base, options = executor.class_obj, transformer_options or {}
         sigma, chunk = float(t.flatten()[0]), chunk_of(options)
         every = self.settings.prompts != "positive only"
@@ -230,23 +227,23 @@ class ReferenceRun:
                 raise ValueError(NO_CONCAT)
             reference = ReferencePass(self, executor.original, base, sigma, which, x, t, c_crossattn, options, conds)
             options = self.promise(options, reference)
-            self.report(base, chunk.rows)
+            self.log_once(base, chunk.rows)
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
     def promise(self, options: dict, reference: ReferencePass) -> dict:
-        """transformer_options of a call, with keys that are made when they are asked for."""
+        """transformer_options of a call, with keys that are made when a block asks for them."""
         chunk, which, settings = chunk_of(options), reference.which, self.settings
         seeing = {i: slice(n * chunk.rows, (n + 1) * chunk.rows) for n, i in enumerate(which)}
         first = seeing[which[0]]
         count = range(len(chunk.conditions))
-        keys: list[BlockKeys] = [SubjectKeys(reference, seeing.get(i, first)) for i in count]
+        keys: list[KeysByBlock] = [SubjectKeys(reference, seeing.get(i, first)) for i in count]
         blind = frozenset(i for i in count if i not in seeing)
         factors = [settings.text_key_scale if i in seeing else 1.0 for i in count]
         options = with_keys(options, ExtraKeys(keys, blind=blind, feature="Apply FreeCus"))
         return with_text_scale(options, TextScale(settings.blocks, factors))
 
     def bytes(self, base: Any, rows: int) -> int:
-        """Of all keys and values of the subject for this many pictures."""
+        """Bytes of the subject's keys and values for this many pictures."""
         return 2 * len(self.settings.blocks) * rows * len(self.tokens) * self._token(base)
 
     @staticmethod
@@ -254,11 +251,11 @@ class ReferenceRun:
         """Bytes of one token."""
         return base.diffusion_model.hidden_size * comfy.model_management.dtype_size(base.get_dtype_inference())
 
-    def report(self, base: Any, rows: int) -> None:
-        """One line per run."""
-        if self.reported:
+    def log_once(self, base: Any, rows: int) -> None:
+        """Write one line per run."""
+        if self.logged:
             return
-        self.reported = True
+        self.logged = True
         logger.info(
             "FreeCus: %d of %d tokens show the subject; %d layers, %.1f MiB of keys and values",
             len(self.tokens),
@@ -268,7 +265,7 @@ class ReferenceRun:
         )
 
     def close(self, completed: bool) -> None:
-        """Nothing of the run's stays, whoever holds this."""
+        """Drop all tensors of the run."""
         if completed and not self.passes:
             logger.warning(
                 "FreeCus never acted in this run. Either no step lies between start_percent and end_percent, or all "

@@ -1,6 +1,6 @@
 """FreeCus: the settings that hang on the MODEL, and the reference brought to the size of the picture.
 
-The reference is encoded when a run starts, since only then its size is known.
+A run encodes the reference when it starts, because only then the size is known.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...models.control.freecus import KEY_SCALE, REFERENCE_SHIFT, ShiftMode, in_bytes, reference_sigma, subject_tokens
+from ...models.control.pixels import Fit
 from ...models.control.positions import GridSize
-from ..attention import Block
 from ..families import flux
 from ..part_of_run import WHOLE_RUN, PartOfRun
+from ..transformer import Block
 
 NODE = "Apply FreeCus"
 PIXELS = 8  # of one cell of the latent
 
-Fit = Literal["crop", "pad", "stretch"]
 Prompts = Literal["positive only", "positive and negative"]
 
 
@@ -32,18 +32,18 @@ class Reference:
     """The picture of a subject, brought to the size of the output when a run starts.
 
     image: `[1, H, W, C]`, 0 to 1.
-    mask: of the subject, `[1, h, w]` of any size over the whole image; None is all of it.
+    mask: of the subject, `[1, h, w]` of any size, over the whole image; None selects all of it.
     """
 
     image: Tensor
     mask: Tensor | None
     vae: Any
     fit: Fit = "crop"
-    _kept: dict[GridSize, Tensor] = field(default_factory=dict)  # no state: the same size gives the same latent
+    _latents: dict[GridSize, Tensor] = field(default_factory=dict)  # by size
 
     def latent(self, height: int, width: int) -> Tensor:
-        """As the VAE gives it, `[1, C, height, width]`."""
-        if (height, width) not in self._kept:
+        """The reference's latent straight from the VAE, `[1, C, height, width]`."""
+        if (height, width) not in self._latents:
             pixels = self.image[..., :3].movedim(-1, 1)
             if pixels.shape[1] == 1:
                 pixels = pixels.expand(-1, 3, -1, -1)  # grey
@@ -55,15 +55,15 @@ class Reference:
                     f"{height} x {width}. Connect the VAE of the FLUX.1 model."
                 )
             flux.require_latent(encoded, f"{NODE}: the reference")
-            self._kept.clear()
-            self._kept[height, width] = encoded
-        return self._kept[height, width]
+            self._latents.clear()
+            self._latents[height, width] = encoded
+        return self._latents[height, width]
 
     def tokens(self, height: int, width: int, grid: GridSize) -> Tensor:
         """Numbers of the subject's tokens, `[S]`, on a latent of this size.
 
         Raises:
-            ValueError: where none is left.
+            ValueError: no token shows the subject.
         """
         if self.mask is None:
             mask = self.image.new_ones((1, 1, *self.image.shape[1:3]))
@@ -84,12 +84,12 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class FreeCus:
-    """One reference on one MODEL. Off is an empty range, which is refused; there is no neutral scale.
+    """One reference on one MODEL. It has no neutral value: no scale turns it off, and an empty part is an error.
 
     blocks: the vital ones. key_scale: on the subject's keys. text_key_scale: on the text's own, in these blocks.
     shift_mode, reference_shift: the reference's noise level, see `models/control/freecus.py`.
-    part: of the run that it acts in.
-    seed: of the reference's own noise; None takes the noise that the picture starts from, as published.
+    part: the part of the run in which it acts.
+    seed: seed of the reference's own noise; None takes the picture's starting noise, as published.
     prompts: which prompts see the reference.
     """
 
@@ -103,7 +103,7 @@ class FreeCus:
     seed: int | None = None
     prompts: Prompts = "positive only"
 
-    innermost = True  # its pass of the reference goes by what sparse attention has said of the call
+    innermost = True  # its reference pass needs what sparse attention adds to the call
 
     def __post_init__(self):
         for title, value in (("key_scale", self.key_scale), ("text_key_scale", self.text_key_scale)):
@@ -121,7 +121,7 @@ def resize_picture(pixels: Tensor, height: int, width: int, crop: str = "disable
 
 
 def resize_mask(mask: Tensor, height: int, width: int, crop: str = "disabled") -> Tensor:
-    """By area where it shrinks: what is thinner than a pixel of the result leaves a trace."""
+    """Resize by area if the mask shrinks, so that parts thinner than a pixel leave a trace."""
     if tuple(mask.shape[-2:]) == (height, width):
         return mask
     shrinks = height < mask.shape[-2] or width < mask.shape[-1]

@@ -1,4 +1,4 @@
-"""Folders of picture sets, as In-Context LoRAs are trained on them, out of ComfyUI's input folder.
+"""Reads folders of picture sets, the training data of In-Context LoRAs, from ComfyUI's input folder.
 
 A folder holds 20 to 100 sets (In-Context LoRA, arXiv:2410.23775, section 3), each a folder of its own:
 
@@ -6,9 +6,9 @@ A folder holds 20 to 100 sets (In-Context LoRA, arXiv:2410.23775, section 3), ea
         set 1/  1.png  2.png  3.png  caption.txt
         set 2/  a.jpg  b.jpg  c.jpg  a.txt  b.txt  c.txt  summary.txt
 
-Pictures fill the panels in the order of their names, numbers counted as numbers. caption.txt is used as it is;
-otherwise the texts of the pictures are joined as a prompt is, with the layout's prefix and tags and, if there is one,
-summary.txt in front. ComfyUI's own nodes do the encoding and the training.
+Pictures fill the panels in the order of their names, 2 before 10. caption.txt is the caption as it stands. Without it,
+the texts of the pictures are joined like a prompt, with the layout's prefix and tags, and with summary.txt in front if
+there is one. ComfyUI's own nodes do the encoding and the training.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .. import picture_files
 
 logger = logging.getLogger(__name__)
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # those ComfyUI's dataset nodes read
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # as in ComfyUI's dataset nodes
 EXAMPLE = "example: one doll, two scenes"  # 20 sets of two, drawn for the embedded default
 EXAMPLE_SETS = Path(__file__).resolve().parents[2] / "web" / "examples" / "panel_sets"
 CAPTION, SUMMARY = "caption.txt", "summary.txt"
@@ -50,12 +50,12 @@ def read_sets(folder: str, layout: Layout, fit: Fit) -> list[PanelSet]:
     """Every set of one of `folders`, in the order of their names.
 
     Raises:
-        ValueError: for a folder without sets, a set with too many or too few pictures or captions (by its name), or
-            a path that leads out of the input folder.
-        FileNotFoundError: when there is no such folder.
+        ValueError: a folder without sets, a set with too many or too few pictures or captions, or a path out of the
+            input folder.
+        FileNotFoundError: no such folder.
     """
-    place = located(folder)
-    sets = [entry for entry in in_order(place) if entry.is_dir()]
+    path = located(folder)
+    sets = [entry for entry in in_order(path) if entry.is_dir()]
     if not sets:
         raise ValueError(f"{folder!r} has no sets: put the pictures of each set into a folder of their own inside it.")
     for one in sets:
@@ -67,8 +67,8 @@ def read_sets(folder: str, layout: Layout, fit: Fit) -> list[PanelSet]:
 
 
 def fingerprint(folder: str | None) -> str:
-    """Changes when a file below the folder does, so that ComfyUI reads it again."""
-    if folder is None:  # comes over a link: not known yet
+    """A hash that changes when a file below the folder does, so that ComfyUI reads the folder again."""
+    if folder is None:  # from a link, not known yet
         return ""
     entries = sorted(path for path in located(folder).rglob("*") if path.is_file())
     states = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in entries]
@@ -76,7 +76,7 @@ def fingerprint(folder: str | None) -> str:
 
 
 def folders() -> list[str]:
-    """What a node can offer: the sets that ship with the pack, and every folder of the input folder."""
+    """The choices of a node: the pack's own sets, and every folder of the input folder."""
     return [EXAMPLE, *folder_paths.get_input_subfolders()]
 
 
@@ -84,17 +84,17 @@ def located(folder: str) -> Path:
     if folder == EXAMPLE:
         return EXAMPLE_SETS
     root = folder_paths.get_input_directory()
-    place = Path(root, folder)
-    if not folder_paths.is_within_directory(root, str(place)) or place.resolve() == Path(root).resolve():
+    path = Path(root, folder)
+    if not folder_paths.is_within_directory(root, str(path)) or path.resolve() == Path(root).resolve():
         raise ValueError(f"{folder!r} is no folder inside ComfyUI's input folder. Choose one that is.")
-    if not place.is_dir():
+    if not path.is_dir():
         raise FileNotFoundError(f"There is no folder {folder!r} in ComfyUI's input folder. Refresh the page (R).")
-    return place
+    return path
 
 
-def in_order(place: Path) -> list[Path]:
-    """What is visible in a folder by name, 2 before 10."""
-    visible = [entry for entry in place.iterdir() if not entry.name.startswith(".")]
+def in_order(path: Path) -> list[Path]:
+    """The visible entries of a folder by name, 2 before 10."""
+    visible = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
     return sorted(visible, key=lambda entry: natural(entry.name))
 
 
@@ -108,7 +108,7 @@ def pictures_of(one: Path) -> list[Path]:
 
 
 def check(one: Path, layout: Layout) -> None:
-    """Everything a set can lack, by the name of the set."""
+    """Refuse a set that lacks pictures or captions, by its name."""
     pictures = pictures_of(one)
     if len(pictures) != layout.count:
         names = ", ".join(picture.name for picture in pictures) or "none"
@@ -129,7 +129,7 @@ def check(one: Path, layout: Layout) -> None:
 
 
 def captions_of(one: Path, pictures: list[Path]) -> list[Path]:
-    """The joint caption's file, or the files of the single ones."""
+    """The file of the joint caption, or one file per picture."""
     joint = one / CAPTION
     return [joint] if joint.is_file() else [picture.with_suffix(".txt") for picture in pictures]
 

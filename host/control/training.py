@@ -1,20 +1,20 @@
-"""What ComfyUI's Train LoRA needs of a MODEL to train it right: additions out of place, one caption per picture.
+"""Makes ComfyUI's Train LoRA train a MODEL correctly: additions out of place, one caption per picture.
 
-Three things go wrong in ComfyUI 0.30.0 on FLUX.1, and on its relatives:
+Three things go wrong in ComfyUI 0.30.0 on FLUX.1 and its relatives:
 
 - Their blocks add to their streams in place (`img += ...` in `comfy/ldm/flux/layers.py`). Autograd needs the value
-  before the addition and refuses, unless gradient checkpointing is on: that computes blocks a second time, partly from
-  streams that were overwritten meanwhile, and its gradients are wrong without a word.
-- Train LoRA hands in one condition per picture of a batch. The sampler's code takes them for parts of one prompt: each
-  is run on every picture, and the results are averaged. This one holds for every family.
-- With offloading, single layers are checkpointed by a function that gives no gradient to the weights of a layer whose
-  input asks for none, such as the first that reads the text.
+  before the addition, so it raises an error. With gradient checkpointing it does not: that computes blocks a second
+  time, partly from overwritten streams, and its gradients are silently wrong.
+- Train LoRA hands in one condition per picture of a batch. The sampler's code takes them for parts of one prompt: it
+  runs each on every picture and averages the results. This happens in every family.
+- With offloading, ComfyUI checkpoints single layers. Its function gives the weights of a layer no gradient if the
+  layer's input asks for none, such as the first layer that reads the text.
 
 Hooks, in training only: every block gets its streams as `Residual`, whose `+=` makes a new tensor. A CALC_COND_BATCH
-wrapper stacks the conditions of a batch, row by row, by ComfyUI's own rules of which can be stacked, and has them ask
-for gradients. Pictures whose conditions cannot be stacked, as with texts of different lengths, are computed apart.
+wrapper stacks the conditions of a batch, row by row, by ComfyUI's own rules for stacking, and makes them ask for
+gradients. It computes pictures apart if their conditions do not stack, for example texts of different lengths.
 
-No state: `Training` binds to the training run as to any other, and to none outside of training.
+No state: `Training` binds to training runs only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ..transformer import class_of, core_name, transformer_of
 
 NODE = "Prepare Model for Train LoRA"
 
-# Entries of a condition by which ComfyUI places it in the picture or in time, or runs something else beside it.
+# Entries that limit a condition to an area or a time, or run something else beside it.
 PLACED = ("area", "mask", "control", "gligen", "hooks", "default", "strength", "timestep_start", "timestep_end")
 
 Conditions = list[dict[str, Any]]
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 class Residual(Tensor):
-    """A tensor whose `+=` makes a new one. What anything else makes of it is a plain tensor, as of a Parameter."""
+    """A tensor whose `+=` makes a new one. All other operations on it give plain tensors, as on a Parameter."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
@@ -59,7 +59,7 @@ class Residual(Tensor):
 
 @dataclass(frozen=True)
 class Training:
-    """Gradients and captions of Train LoRA put right. Outside of training nothing is bound."""
+    """Corrects gradients and captions of Train LoRA. Outside training it binds nothing."""
 
 
 def bind(training: Training, run: Run, model_options: dict) -> None:
@@ -69,15 +69,15 @@ def bind(training: Training, run: Run, model_options: dict) -> None:
     add_wrapper_with_key(wrapper, f"{KEY}.training", CaptionPerPicture(), model_options, is_model_options=True)
     family = family_of(run.model)
     if family.in_place:
-        for key in family.keys(transformer_of(run.model)):
+        for key in family.block_keys(transformer_of(run.model)):
             wrap_block(model_options, key, out_of_place(family.streams(key[0])))
 
 
 def attach(model: ModelPatcher) -> ModelPatcher:
-    """A clone of `model` that Train LoRA trains right. Sampled, it is `model` to the last bit.
+    """A clone of `model` that Train LoRA trains correctly. It samples exactly as `model`, to the last bit.
 
     Raises:
-        ValueError: blocks of `model` overwrite what gradients are computed from where this module cannot keep it.
+        ValueError: blocks of `model` overwrite values that gradients need, and this module cannot prevent it.
     """
     kinds = {class_of(model, path) for path, _ in transformer_of(model).named_modules()}
     overwrites = any(issubclass(kind, DoubleStreamBlock | SingleStreamBlock) for kind in kinds)
@@ -90,10 +90,9 @@ def attach(model: ModelPatcher) -> ModelPatcher:
 
 
 def out_of_place(streams: Sequence[str]) -> Wrap:
-    """A wrap of blocks that add to `streams` of their args, each `[B, T, D]`, so that what came in stays as it was.
+    """A wrap for blocks that add to `streams` of their args, each `[B, T, D]`: their inputs stay unchanged.
 
-    It is a hook around the block, outside of what gradient checkpointing repeats: the block is repeated on the same
-    `Residual`, unchanged since.
+    The wrap stands outside gradient checkpointing, so a repeated block gets the same unchanged `Residual`.
     """
 
     def wrap(args: BlockArgs, run_block: RunBlock) -> dict[str, Any]:
@@ -104,7 +103,7 @@ def out_of_place(streams: Sequence[str]) -> Wrap:
 
 
 class CaptionPerPicture:
-    """CALC_COND_BATCH: as many conditions as pictures belong to the pictures one by one. Says once if it takes time."""
+    """CALC_COND_BATCH: gives each picture its own condition. Logs once if that takes several calls."""
 
     def __init__(self) -> None:
         self.told = False
@@ -131,7 +130,7 @@ class CaptionPerPicture:
 
 
 def grouped(captions: Conditions) -> list[list[int]]:
-    """Numbers of conditions that can be stacked, together; the groups and their members in the order they came."""
+    """Groups of conditions that stack, by number; groups and members in their first order."""
     groups: list[list[int]] = []
     for i, caption in enumerate(captions):
         group = next((rows for rows in groups if stackable(captions[rows[0]], caption)), None)
@@ -143,7 +142,7 @@ def grouped(captions: Conditions) -> list[list[int]]:
 
 
 def stackable(first: dict[str, Any], other: dict[str, Any]) -> bool:
-    """By ComfyUI's rules for one call of the model with several conditions."""
+    """Whether two conditions stack, by ComfyUI's rules for several conditions in one call of the model."""
     if any(name in caption for caption in (first, other) for name in PLACED):
         return False
     ours, theirs = of_one_picture(first), of_one_picture(other)
@@ -153,18 +152,18 @@ def stackable(first: dict[str, Any], other: dict[str, Any]) -> bool:
 def stacked(captions: Conditions) -> dict[str, Any]:
     """One condition with a row for each of `captions`, which must be `stackable`.
 
-    Its tensors are new ones. Those that came were made in inference mode, and autograd refuses to keep them. They ask
-    for gradients, which nobody reads: with offloading, ComfyUI's checkpoints of single layers give none to the weights
-    of a layer whose input asks for none.
+    Its tensors are new, because the given ones were made in inference mode, which autograd refuses. They ask for
+    gradients
+    that nobody reads: with offloading, ComfyUI gives a layer's weights no gradient if the layer's input asks for none.
     """
     first, *others = [of_one_picture(caption) for caption in captions]
     joint = {name: own._copy_with(own.concat([other[name] for other in others])) for name, own in first.items()}
     for value in joint.values():
         if isinstance(value.cond, Tensor) and value.cond.is_floating_point():
-            value.cond = value.cond.requires_grad_().clone()  # clone: no leaf, so a model may write into it
+            value.cond = value.cond.requires_grad_().clone()  # a clone is no leaf, so a model may write into it
     return {**captions[0], "model_conds": joint}
 
 
 def of_one_picture(caption: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of the model for one picture. Core makes some for as many as there are in the whole training set."""
+    """The model's inputs for one picture. Core makes some of them as large as the whole training set."""
     return {name: value.process_cond(batch_size=1, area=None) for name, value in caption["model_conds"].items()}

@@ -30,7 +30,7 @@ class Person(ConditionImage):
     kind_input = "position of the person"
     size_input = "person_size"
     prefix = "dit_toolkit.try_on"
-    places = {"over": spatial_ids}  # noqa: RUF012
+    position_ids = {"over": spatial_ids}  # noqa: RUF012
     over = frozenset({"over"})
 
 
@@ -43,7 +43,7 @@ class Garment(ConditionImage):
     kind_input = "garment_position"
     size_input = "garment_size"
     prefix = "dit_toolkit.try_on"
-    places = {"beside": beside_ids, "below": subject_ids}  # noqa: RUF012
+    position_ids = {"beside": beside_ids, "below": subject_ids}  # noqa: RUF012
     over = frozenset()
 
 
@@ -61,10 +61,10 @@ def attach(
     """A clone of `model` that puts the garment on the person; `model` itself where both strengths are 0.
 
     Args:
-        person, garment: as a VAE gives them, `[N, C, h, w]`; N is 1, or one per picture of the batch. Not read, and
-            None will do, where the branch has strength 0.
+        person, garment: latents straight from a VAE, `[N, C, h, w]`; N is 1, or the number of pictures in the batch.
+            May be None if the branch has strength 0.
         position: of the garment, "beside" or "below"; None takes the file's.
-        person_strength, garment_strength: factor on the LoRA of a branch. 0 takes the branch away.
+        person_strength, garment_strength: factor on the LoRA of a branch. 0 leaves the branch out.
         settings: part, cache of `ConditionImage`.
 
     Raises:
@@ -73,7 +73,7 @@ def attach(
     """
     transformer = flux.require_flux1(model, NODE)
     images: list[tuple[type[ConditionImage], str, Tensor, str, float]] = []
-    for kind, branch, latent, place, strength in (
+    for image_class, branch, latent, kind, strength in (
         (Person, "person", person, "over", person_strength),
         (Garment, "garment", garment, position or file.checkpoint.settings.position, garment_strength),
     ):
@@ -81,14 +81,14 @@ def attach(
             continue
         if latent is None:
             raise ValueError(f"Give a {branch}, or set {branch}_strength to 0.")
-        images.append((kind, branch, latent, place, strength))
+        images.append((image_class, branch, latent, kind, strength))
     counts = [latent.shape[0] for _, _, latent, _, _ in images]
     if len(counts) == 2 and 1 not in counts and counts[0] != counts[1]:
         raise ValueError(f"Got {counts[0]} persons and {counts[1]} garments. Give one of either, or as many of both.")
     size = size_of(transformer)
     made_for = size_made_for(file, transformer)
-    for kind, branch, latent, place, strength in images:
-        image = kind(None, f"{file.name} ({branch})", latent, place, strength, **settings)
+    for image_class, branch, latent, kind, strength in images:
+        image = image_class(None, f"{file.name} ({branch})", latent, kind, strength, **settings)
         model = conditions.attach(model, image, file.adapter(branch, size[1:]) if made_for == size else None, made_for)
     return model
 
@@ -99,12 +99,12 @@ def size_of(transformer: Any) -> tuple[int, int, int]:
 
 
 def size_made_for(file: TryOnFile, transformer: Any) -> tuple[int, int, int]:
-    """The size of the models that a file is made for, which is that of `transformer` where it fits.
+    """The size of the models that a file is made for: the size of `transformer` if the file fits it.
 
-    A file counts up to the last block it touches, unless it says more: the model may have more, not fewer.
+    A file that does not say its depth reaches up to the last block it touches. The model may have more, not fewer.
 
     Raises:
-        ValueError: it fits but for the MLP.
+        ValueError: only the size of the MLP does not fit.
     """
     checkpoint, (dim, double, single) = file.checkpoint, size_of(transformer)
     if checkpoint.dim != dim or checkpoint.double > double or checkpoint.single > single:
@@ -122,7 +122,7 @@ def brought_to(image: Tensor, long_side: int) -> Tensor:
     """An IMAGE `[N, H, W, C]` as `[N, h, w, 3]` in whole tokens.
 
     Args:
-        long_side: pixels that the longer side is brought to; 0 keeps its size.
+        long_side: pixels of the longer side; 0 keeps its size.
     """
     factor = long_side / max(image.shape[1:3]) if long_side else 1.0
     height, width = (max(round(side * factor / PATCH), 1) * PATCH for side in image.shape[1:3])

@@ -1,4 +1,4 @@
-"""Try-on LoRAs after MC-VTON as ComfyUI models: where they lie, and how they are loaded."""
+"""Try-on LoRAs after MC-VTON as ComfyUI models: finds and loads them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from . import adapters
 
 FOLDER = "try_on"
 
-Blocks = tuple[int, int]  # double and single blocks of the model
+Depth = tuple[int, int]  # double and single blocks of the model
 
 
 @dataclass(frozen=True, eq=False)
 class TryOnFile:
-    """A loaded file. Its adapters are built for the model they meet: a file may not know how many blocks that has."""
+    """A loaded file. It builds adapters for each model, because a file may not know the model's number of blocks."""
 
     name: str
     checkpoint: Checkpoint
     path: str | None = None
-    _adapters: dict[tuple[str, Blocks], ModelPatcher] = field(default_factory=dict)
+    _adapters: dict[tuple[str, Depth], ModelPatcher] = field(default_factory=dict)
 
-    def adapter(self, branch: str, blocks: Blocks) -> ModelPatcher | None:
-        """The LoRA of "person" or "garment", the same one for every MODEL of these blocks; None where it has none."""
+    def adapter(self, branch: str, blocks: Depth) -> ModelPatcher | None:
+        """The LoRA of "person" or "garment" for every MODEL with these blocks; None if the file has none."""
         if branch not in self.checkpoint.branches:
             return None
         key = (branch, blocks)
@@ -57,12 +57,12 @@ def read(path: str, name: str) -> Checkpoint:
     return parse(state, name, metadata)
 
 
-def load_patcher(path: str, branch: str, blocks: Blocks, disable_dynamic: bool = False) -> ModelPatcher:
-    """The factory core calls for another copy of an adapter."""
+def load_patcher(path: str, branch: str, blocks: Depth, disable_dynamic: bool = False) -> ModelPatcher:
+    """The factory that core calls for another copy of an adapter."""
     checkpoint = read(path, os.path.basename(path))
     return _patcher(checkpoint, checkpoint.branches[branch], blocks, disable_dynamic)
 
 
-def _patcher(checkpoint: Checkpoint, branch: Branch, blocks: Blocks, disable_dynamic: bool = False) -> ModelPatcher:
+def _patcher(checkpoint: Checkpoint, branch: Branch, blocks: Depth, disable_dynamic: bool = False) -> ModelPatcher:
     make = partial(BranchLora, checkpoint.dim, *blocks, branch.ranks, branch.scales, hidden=checkpoint.hidden)
     return adapters.patcher(make, branch.weights, disable_dynamic)

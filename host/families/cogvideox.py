@@ -1,4 +1,4 @@
-"""CogVideoX. Tokens: text, video. Attention is told no block. ComfyUI calls no block replacement."""
+"""CogVideoX. Tokens: text, video. Attention does not know its block. ComfyUI calls no block replacement."""
 
 from __future__ import annotations
 

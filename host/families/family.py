@@ -6,20 +6,19 @@ A feature never asks a model what it is. It asks `family_of(model)`:
 |---|---|
 | What do users call it? | `name` |
 | Where are the picture's tokens in a call, and where text and references? | `grids` |
-| Which blocks does it run, and in which order? | `keys`, `kinds` |
+| Which blocks does it run, and in which order? | `block_keys`, `kinds` |
 | What flows from block to block, and do blocks write into it? | `streams`, `joined`, `in_place` |
 | Which rows of the last block does the head read? | `picture` |
 | Does attention know the block that it is in? | `numbered` |
 
-`kinds` is empty where ComfyUI calls no block replacement. `grids` is None where nobody has looked. `OTHER`, any other
-model, answers neither: only its output, the prediction, is within reach of a feature.
+`kinds` is empty if ComfyUI calls no block replacement. `grids` is None if we do not know. `OTHER`, any other model,
+answers neither: features reach only its output, the prediction.
 
-What only one family has been asked so far stays a function in its file, as FLUX.1's positions and modulation do
-(`flux.py`); a feature that needs it says so with `require_flux1`. Once a second family answers the same question, the
-question moves here.
+A question that only one family answers stays a function in that family's file, as FLUX.1's positions and modulation do
+(`flux.py`). A feature that needs it calls `require_flux1`. Once a second family answers the question, it moves here.
 
-To add a family: a file here, its line in `FAMILIES` (`__init__.py`), and a tiny random model in
-`tests/host/families.py`, over which the tests of all families then run.
+To add a family, write a file here, add a line to `FAMILIES` (`__init__.py`), and add a tiny random model to
+`tests/host/families.py`. The tests of all families then run on it.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from torch import Tensor
 from ...models.accelerate.sparse_attention import Grid
 from ..compiled import untraced
 
-Key = tuple[str, int]  # ("double_block", 3), as in patches_replace["dit"]
+BlockKey = tuple[str, int]  # ("double_block", 3), as in patches_replace["dit"]
 BlockArgs = dict[str, Any]
 Grids = tuple[Grid, ...]
 
@@ -55,13 +54,13 @@ class Family:
 
     transformers: their exact classes. A subclass may run its blocks in another way, as LTX with sound and most
         relatives of Wan do.
-    among: whether a transformer of these classes is of this family, where several share a class.
-    listed: what lists of models call it, if not by its name.
+    among: whether a transformer of these classes is of this family, if several families share a class.
+    listed: its name in lists of models, if not `name`.
     tested: a tiny random model of it runs in the tests. The README lists no others.
-    grids: `(transformer, x, text, conds)` to the grid of every kind of attention in that call that has the picture's
-        tokens; to none where that is not known for sure. `x` is the latent, `[B, C, (frames,) h, w]`, `text` the number
-        of text tokens, `conds` the other arguments of the model.
-    kinds: of blocks that ComfyUI lets us wrap, in the order they run.
+    grids: `(transformer, x, text, conds)` to one grid for every kind of attention in that call that has the picture's
+        tokens; to none if that is not certain. `x` is the latent, `[B, C, (frames,) h, w]`, `text` the number of text
+        tokens, `conds` the other arguments of the model.
+    kinds: kinds of blocks that ComfyUI lets us wrap, in the order they run.
     in_place: blocks write into the streams of their args.
     numbered: transformer_options tell attention the type and number of its block.
     """
@@ -76,7 +75,7 @@ class Family:
     in_place: bool = False
     numbered: bool = True
 
-    def keys(self, transformer: Any) -> tuple[Key, ...]:
+    def block_keys(self, transformer: Any) -> tuple[BlockKey, ...]:
         """All blocks that can be wrapped, in the order they run."""
         return tuple((kind.kind, i) for kind in self.kinds for i in range(len(getattr(transformer, kind.modules))))
 
@@ -85,10 +84,10 @@ class Family:
         return self._kind(kind).streams
 
     def joined(self, streams: Mapping[str, Tensor], kind_from: str, kind_to: str) -> dict[str, Tensor]:
-        """The streams at the door of a `kind_to` block, from those at the door of a `kind_from` block before it.
+        """The input streams of a `kind_to` block, from the input streams of a `kind_from` block before it.
 
         Args:
-            streams: `img` and `txt` (where it is a stream), each `[B, T, D]`; taken as they are, never written.
+            streams: `img` and `txt` (if it is a stream), each `[B, T, D]`; never written to.
 
         Returns:
             The same, unless the model joins its streams there: then `img` is `[B, T_txt + T_img, D]`, text first.
@@ -104,10 +103,10 @@ class Family:
     def picture(self, args: BlockArgs, out: Mapping[str, Tensor]) -> slice:
         """The rows of `out["img"]` `[B, T, D]` that the head reads after the last block.
 
-        Reference tokens are among them wherever the model keeps them until then.
+        Reference tokens are among them if the model keeps them until then.
 
         Args:
-            args, out: what the last block was given and what came of it.
+            args, out: arguments and result of the last block.
         """
         if "txt" in args:
             return slice(0, out["img"].shape[1])

@@ -1,12 +1,12 @@
-"""FLUX.1 with Kontext and Fill, and what runs its code: FLUX.2, LongCat and Ovis, told apart here. Chroma has a file.
+"""FLUX.1 with Kontext and Fill, and the models that share its code: FLUX.2, LongCat and Ovis. Chroma has its own file.
 
 Tokens: text, picture, reference pictures. Double blocks: img, txt. Single blocks: img, which is text and picture
 joined, text first. Blocks write into their args. Between them: ControlNet. In float16 the model replaces infinities
 between double and single blocks, which `Family.joined` does not.
 
-Below the families: what EasyControl, FreeCus, try-on and the step caches ask of FLUX.1 alone, tokens, positions,
-modulation and the parts of a block. Everything goes through the live modules and core's own functions, so that fp8 and
-GGUF weights, offloading, weight patches and RoPE options apply.
+Below the families stand answers that only FLUX.1 gives, to EasyControl, FreeCus, try-on and the step caches: tokens,
+positions, modulation and the parts of a block. They go through the live modules and core's own functions, so that fp8
+and GGUF weights, offloading, weight patches and RoPE options apply.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...models.accelerate.sparse_attention import Grid
-from ..attention import Block, BlockKeys
-from ..transformer import class_of, core_name, transformer_of
+from ..attention import KeysByBlock, KeysValues
+from ..transformer import Block, class_of, core_name, transformer_of
 from .family import Family, Grids, cells, count, double_and_single_blocks
 
 apply_rope = apply_rope1  # (x, pe) to x rotated
-LARGEST = 1e4  # value of a latent: VAEs stay within some tens, and half precision ends at 65504
+LARGEST = 1e4  # value in a latent: VAEs stay within some tens, and half precision ends at 65504
 
 
 def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
@@ -64,11 +64,11 @@ FLUX1 = Family(
     in_place=True,
 )
 FLUX2 = replace(FLUX1, name="FLUX.2", among=like_flux2, listed="")
-LIKE_FLUX = replace(FLUX2, name="LongCat or Ovis", among=lambda transformer: True, tested=False)  # what is left
+LIKE_FLUX = replace(FLUX2, name="LongCat or Ovis", among=lambda transformer: True, tested=False)  # the rest
 
 
 def require_flux1(model: ModelPatcher, node: str) -> Flux:
-    """The transformer of a FLUX.1 model. `node` is the display name of who asks.
+    """The transformer of a FLUX.1 model. `node` is the display name of the node that asks.
 
     Raises:
         ValueError: `model` is of another family.
@@ -82,16 +82,16 @@ def is_flux1(model: Any) -> bool:
     """FLUX.1 dev, schnell, Fill, Kontext and fine-tunes: own modulation per block, pooled text, 2 x 2 patches.
 
     Args:
-        model: a MODEL, or what runs: a BaseModel or its transformer.
+        model: a MODEL, a running BaseModel, or its transformer.
     """
     return issubclass(class_of(model), Flux) and like_flux1(transformer_of(model))
 
 
 def require_latent(latent: Tensor, what: str) -> None:
-    """Refuse a latent that would turn the picture black. `what` it is, for messages.
+    """Refuse a latent that would turn the picture black. Messages call it `what`.
 
     Raises:
-        ValueError: no values at all, values that are no numbers, or far larger ones than any VAE gives.
+        ValueError: the latent is empty, or holds NaN, infinite values or far larger ones than any VAE gives.
     """
     if latent.numel() == 0:
         raise ValueError(f"{what} is empty: its latent is {list(latent.shape)}. Check the image.")
@@ -102,13 +102,13 @@ def require_latent(latent: Tensor, what: str) -> None:
         )
 
 
-def token_grid(transformer: Flux, height: int, width: int) -> tuple[int, int]:
+def grid_size(transformer: Flux, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of tokens of a latent of this size; odd sizes are padded up, as the model does."""
     patch = transformer.patch_size
     return (height + patch // 2) // patch, (width + patch // 2) // patch
 
 
-def tokens(base: Any, latent: Tensor, channels: int) -> Tensor:
+def latent_tokens(base: Any, latent: Tensor, channels: int) -> Tensor:
     """A latent as a VAE gives it, `[N, C, h, w]`, as tokens `[N, T, channels * 4]` in the model's scale.
 
     Models that take more channels than a latent has (Fill, control models) get zeros for the others.
@@ -121,11 +121,11 @@ def tokens(base: Any, latent: Tensor, channels: int) -> Tensor:
 def modulation_vector(
     transformer: Any, timestep: float, guidance: Tensor | None, pooled: Tensor | None, like: Tensor
 ) -> Tensor:
-    """The vector that modulates every block, `[B, D]`, as the model computes it for its own tokens.
+    """The vector that modulates every block, `[B, D]`, computed as the model computes its own.
 
     Args:
         timestep: noise level, 0 to 1.
-        guidance: `[B]`, read by guidance-distilled models only.
+        guidance: `[B]`; only guidance-distilled models read it.
         pooled: pooled text `[B, P]`, or None for zeros.
         like: sets dtype and device.
     """
@@ -152,13 +152,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return optimized_attention(q, k, v, q.shape[1], skip_reshape=True)
 
 
-def by_block(transformer: Flux, keys: list[tuple[Tensor, Tensor]]) -> BlockKeys:
-    """Keys and values listed double blocks first, under the names that attention patches see."""
+def by_block(transformer: Flux, keys: list[KeysValues]) -> KeysByBlock:
+    """Keys and values, given double blocks first, by the block names that attention patches see."""
     return dict(zip(block_names(transformer), keys, strict=True))
 
 
 def block_names(transformer: Flux) -> list[Block]:
-    """All blocks in the order they run, double blocks first, under the names that attention patches see."""
+    """The names of all blocks as attention patches see them, in the order they run, double blocks first."""
     doubles: list[Block] = [("double", i) for i in range(len(transformer.double_blocks))]
     return doubles + [("single", i) for i in range(len(transformer.single_blocks))]
 
@@ -170,7 +170,7 @@ def block(transformer: Any, kind: str, index: int) -> Any:
 
 
 def parts_of(block: Any) -> list[Any]:
-    """The modules of a block whose outputs are added to the stream behind a gate, in the order they run."""
+    """The modules of a block whose gated outputs are added to the stream, in the order they run."""
     if hasattr(block, "linear2"):
         return [block.linear2]
     return [block.img_attn.proj, block.img_mlp, block.txt_attn.proj, block.txt_mlp]
@@ -178,9 +178,9 @@ def parts_of(block: Any) -> list[Any]:
 
 @contextmanager
 def recorded_outputs(block: Any) -> Iterator[deque[Tensor]]:
-    """What `parts_of(block)` give while the block runs, in that order, `[B, T, D]` each.
+    """The outputs of `parts_of(block)` while the block runs, in that order, `[B, T, D]` each.
 
-    The attention of a block may run the whole model once more, for a reference: what comes last is the block's own.
+    The attention of a block may run the whole model once more, for a reference. So only the last outputs count.
     """
     parts = parts_of(block)
     outputs: deque[Tensor] = deque(maxlen=len(parts))
@@ -193,7 +193,7 @@ def recorded_outputs(block: Any) -> Iterator[deque[Tensor]]:
 
 
 def block_from_outputs(block: Any, args: dict, outputs: Sequence[Tensor]) -> dict:
-    """A block whose attention and MLPs gave `outputs`: only its modulation is computed.
+    """The result of a block from stored `outputs` of its attention and MLPs: computes its modulation only.
 
     Source: TaylorSeer, arXiv:2503.06923, on FLUX. `x + gate1 * attention + gate2 * mlp`, gates of the current `vec`.
     """

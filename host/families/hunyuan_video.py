@@ -1,7 +1,7 @@
-"""HunyuanVideo. HunyuanImage runs the same code, and was not run itself.
+"""HunyuanVideo. HunyuanImage runs the same code; we have not run it.
 
-Tokens: text with what is joined to it, reference picture, video. Blocks as in FLUX.1; they write into their args.
-Tokens of a reference stand before the picture's own, and are dropped before the head. Between blocks: ControlNet.
+Tokens: text with ByT5 and vision tokens, reference picture, video. Blocks as in FLUX.1; they write into their args. The
+model drops a reference's tokens before the head. Between blocks: ControlNet.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LTX video, without sound.
 
-Tokens: video; text in an attention of its own. With keyframes, and where the text is as long as the video: unknown.
-Blocks: img; txt is the same for all of them. They write into their args. Attention is told no block. Nothing runs
+Tokens: video; text in an attention of its own. Unknown with keyframes, or if the text is as long as the video. Blocks:
+img; txt is the same for all of them. They write into their args. Attention does not know its block. Nothing runs
 between blocks.
 """
 

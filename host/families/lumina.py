@@ -1,6 +1,6 @@
-"""Lumina 2, and Z-Image, which runs on its network and pads text and picture to multiples of 32 tokens.
+"""Lumina 2, and Z-Image, which shares its network and pads text and picture to multiples of 32 tokens.
 
-Tokens: text, padded in Z-Image, picture, padding. With reference pictures: unknown. Heads may share keys. ComfyUI calls
+Tokens: text (padded in Z-Image), picture, padding. Unknown with reference pictures. Heads may share keys. ComfyUI calls
 no block replacement.
 """
 

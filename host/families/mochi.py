@@ -1,7 +1,7 @@
 """Mochi 1.
 
-Tokens: video, then as much of the text as its mask lets through. Blocks: img, txt; they make new tensors, and the last
-one hands txt on as it is. Attention is told no block. Nothing runs between blocks.
+Tokens: video, then the part of the text that its mask lets through. Blocks: img, txt; they make new tensors, and the
+last one hands txt on unchanged. Attention does not know its block. Nothing runs between blocks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .family import Family, Grids, double_blocks
 
 
 def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
-    """ComfyUI refuses sizes that are no whole number of patches."""
+    """ComfyUI refuses sizes that are not a whole number of patches."""
     frames, height, width = x.shape[-3:]
     patch, shown = transformer.patch_size, conds.get("num_tokens", 256)
     return (Grid(height // patch, width // patch, frames, after=min(text, shown)),)

@@ -1,6 +1,6 @@
 """QwenImage, Edit included.
 
-Tokens: text, picture, reference pictures. A picture may have several layers: frames. Blocks: img, txt; they make new
+Tokens: text, picture, reference pictures. Layers of a picture count as frames. Blocks: img, txt; they make new
 tensors. Between them: `double_block` patches (DiffSynth), then ControlNet.
 """
 

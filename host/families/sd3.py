@@ -2,7 +2,7 @@
 
 Tokens: text, picture; some blocks have a second attention over the picture alone. Values reach attention by head,
 `[B, L, H, d]`, queries and keys flat. Blocks: img, txt; they make new tensors, and after the last one txt is None.
-Attention is told no block. Between blocks: ControlNet.
+Attention does not know its block. Between blocks: ControlNet.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .family import Family, Grids, cells, double_blocks
 
 
 def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
-    """Joint attention, and that of the picture alone. Unknown where another network reads the text first."""
+    """Joint attention, and that of the picture alone. Unknown if another network reads the text first."""
     if transformer.context_processor is not None:
         return ()
     picture = cells(x.shape[-2:], transformer.x_embedder.patch_size)

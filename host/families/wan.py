@@ -1,12 +1,12 @@
-"""Wan 2.1 and 2.2, and of their relatives VACE and Camera.
+"""Wan 2.1 and 2.2, and two of their relatives, VACE and Camera.
 
-Tokens: reference picture, video, reference videos; text in an attention of its own. Where the text is as long as the
-video, the two cannot be told apart: unknown. Blocks: img; txt is the same for all of them. They make new tensors.
+Tokens: reference picture, video, reference videos; text in an attention of its own. Unknown if the text is as long as
+the video, since length alone tells the two apart. Blocks: img; txt is the same for all of them. They make new tensors.
 Between them: `double_block` patches (Uni3C); in VACE then a block of the control videos, every few blocks.
 
-A first VACE block reads the embedded picture: who skips the first block of a VACE model with several control videos
-must return a clone of `img`. Nobody has looked into the blocks of the other relatives. Wan 2.2 runs the code that is
-tested, and was not run itself.
+The first VACE block reads the embedded picture. So a feature that skips the first block of a VACE model with several
+control videos must return a clone of `img`. We have not studied the blocks of the other relatives. Wan 2.2 runs the
+tested code; we have not run it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
 
 
 def _other_lengths(transformer: Any, text: int, clip: Tensor | None) -> set[int]:
-    """Of what attention over text and the features of a picture may have."""
+    """Lengths that attention over text and a picture's features may have."""
     lengths = {text, max(text, transformer.text_len)}
     return lengths if clip is None else lengths | {clip.shape[-2]} | {n + clip.shape[-2] for n in lengths}
 

@@ -6,9 +6,9 @@ Source: Huage001/CLEAR on Hugging Face, five files. They hold, for every block,
     single_transformer_blocks.{i}.attn.{to_q,to_k,to_v}.{weight,bias}            single blocks
     ...attn.processor.spatial_weight    [1, 1, 1, f, 1, f, 1]                    variants with pooled keys only
 
-These replace the model's own; they are no differences. ComfyUI keeps q, k and v in one layer: rows [q; k; v] of
-`double_blocks.{i}.img_attn.qkv` and the first rows of `single_blocks.{i}.linear1`, whose other rows are the MLP's.
-Every tensor becomes one patch of a slice of rows, so nothing is copied or joined.
+These are whole weights, no differences: they replace the model's own. ComfyUI keeps q, k and v in one layer: rows [q;
+k; v] of `double_blocks.{i}.img_attn.qkv` and the first rows of `single_blocks.{i}.linear1`, whose other rows are the
+MLP's. Every tensor becomes one patch of a slice of rows, without copies or joins.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..checkpoint import NUMBER, Keys, checked_weight, put, require
 
 Block = tuple[str, int]  # ("double" or "single", number)
 
-PLACES = {"to_q": 0, "to_k": 1, "to_v": 2}
+THIRDS = {"to_q": 0, "to_k": 1, "to_v": 2}
 LAYERS = {"double": ("to_q", "to_k", "to_v", "to_out.0"), "single": ("to_q", "to_k", "to_v")}
 FOLDERS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
 CELL = "processor.spatial_weight"
@@ -48,7 +48,7 @@ class Patch:
 
 @dataclass(frozen=True, eq=False)
 class ClearWeights:
-    """A file, understood."""
+    """A parsed file."""
 
     dim: int
     double: int
@@ -74,7 +74,7 @@ def parse(state: Mapping[str, Tensor], name: str) -> ClearWeights:
         name: of the file, for messages.
 
     Raises:
-        ValueError: keys that are unknown or missing, or tensors that do not fit each other.
+        ValueError: unknown or missing keys, or tensors that do not fit each other.
     """
     found: dict[tuple[str, int, str], Tensor] = {}
     for key, match, tensor in KEYS.read(state, name):
@@ -84,7 +84,7 @@ def parse(state: Mapping[str, Tensor], name: str) -> ClearWeights:
         axes = 7 if part == CELL else 2 if part.endswith("weight") else 1
         put(found, (kind, int(match["block"]), part), checked_weight(tensor, axes, key, name), key, name)
 
-    # A kind without any block lacks its first.
+    # Even a file without blocks of a kind must have the first: it then lacks that one.
     blocks = {kind: 1 + max((n for k, n, _ in found if k == kind), default=0) for kind in LAYERS}
     pooled = any(part == CELL for _, _, part in found)
     require(_published_names(blocks, pooled), state, name)
@@ -102,7 +102,7 @@ def parse(state: Mapping[str, Tensor], name: str) -> ClearWeights:
 
 
 def _published_names(blocks: Mapping[str, int], pooled: bool) -> Iterator[str]:
-    """All keys of a file with so many blocks of each kind."""
+    """All keys of a file with this many blocks of each kind."""
     for kind, count in blocks.items():
         parts = [f"{layer}.{end}" for layer in LAYERS[kind] for end in ("weight", "bias")] + [CELL] * pooled
         for n in range(count):
@@ -118,7 +118,7 @@ def _patch(kind: str, n: int, part: str, value: Tensor, dim: int, name: str) -> 
     if layer == "to_out.0":
         return Patch(f"double_blocks.{n}.img_attn.proj.{end}", 0, value)
     target = "linear1" if kind == "single" else "img_attn.qkv"
-    return Patch(f"{kind}_blocks.{n}.{target}.{end}", PLACES[layer] * dim, value)
+    return Patch(f"{kind}_blocks.{n}.{target}.{end}", THIRDS[layer] * dim, value)
 
 
 def _cell(value: Tensor, name: str) -> Tensor:

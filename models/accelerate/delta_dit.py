@@ -1,14 +1,14 @@
-"""Delta-DiT: skip a span of blocks, and add what it changed the last time.
+"""Delta-DiT: skip a span of blocks, and add the change it made the last time.
 
 Source: Delta-DiT, arXiv:2406.01125. For the blocks [a, b) as one map F, at a full evaluation s0
 
     D = F(x_s0) - x_s0        and until the next one        F(x_s) ~ x_s + D
 
-Early evaluations draw outlines, which the front blocks make, so the rear blocks are skipped there; late ones draw
-details, which the rear blocks make, so the front blocks are skipped.
+The front blocks make outlines, which early evaluations draw, so those skip the rear blocks. The rear blocks make
+details, which late evaluations draw, so those skip the front blocks.
 
-Limits: the paper's tables of spans and boundaries are not public. Three quarters of the depth, switched half-way, are
-our guess; with an interval of 2 they give the 1.6 x of its abstract.
+Limits: the paper's tables of spans and boundaries are not public. Three quarters of the depth, switched half-way, is
+our guess. With an interval of 2 it gives the 1.6 x of the paper's abstract.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Span = tuple[int, int]  # first block skipped, first block behind the span
 class Stages:
     """Which blocks are skipped when. Neutral value: `share=0`.
 
-    share: of the depth that is skipped, 0 to 1.
+    share: the skipped part of the depth, 0 to 1.
     boundary: percent of the model's noise schedule, 0 to 1, at which the span moves from the rear to the front.
     """
 

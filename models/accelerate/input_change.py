@@ -1,13 +1,13 @@
-"""Skip while the model's input has not moved far enough to change its output.
+"""Skip evaluations until the model's input has moved far enough to change its output.
 
 Source: EasyCache, arXiv:2507.02860. With x the input and v the output, the ratio
 
     k = mean |v - v'| / mean |x - x'|        between the last two computed evaluations
 
-says how strongly the output follows the input. Every evaluation adds `k * mean |x - x_previous| / mean |v|` to a sum;
-while the sum is below the threshold, the evaluation is skipped. A computed evaluation sets it to 0.
+says how strongly the output follows the input. Every evaluation adds `k * mean |x - x_previous| / mean |v|` to a sum.
+The evaluation is skipped while the sum is below the threshold. A computed evaluation sets the sum to 0.
 
-Works on every model: it looks at inputs and outputs only, never inside.
+Works on every model, because it looks at inputs and outputs only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class InputChange:
             raise ValueError(f"warm_up must be at least 2, got {self.warm_up}: the rule compares two evaluations.")
 
     @property
-    def first(self) -> int:
+    def min_full(self) -> int:
         return 2
 
     def choose(self, moment: Moment) -> tuple[Choice, str]:
@@ -53,7 +53,7 @@ class Change:
     full: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # x and v at the last computed one
 
     def grown(self, x: Tensor) -> float | None:
-        """The sum after this evaluation's input, or None while the ratio is not known."""
+        """The sum with this evaluation's input, or None while the ratio is unknown."""
         before, self.before = self.before, x.clone()
         if before is None or self.ratio is None or self.norm == 0 or before.shape != x.shape:
             return None
@@ -61,7 +61,7 @@ class Change:
         return self.total
 
     def computed(self, x: Tensor, v: Tensor) -> None:
-        """The output at this evaluation's input is known."""
+        """Take input and output of a computed evaluation: renew the ratio, set the sum to 0."""
         if self.full is not None and self.full[0].shape == x.shape:
             moved = float((x - self.full[0]).abs().mean())
             if moved > 0:

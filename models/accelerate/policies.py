@@ -1,10 +1,10 @@
-"""When a step cache computes an evaluation: policies that need nothing but numbers, and the guard that overrules them.
+"""When a step cache computes an evaluation: policies that need only numbers, and the guard that overrules them.
 
-A *policy* decides from plain numbers. It answers that an evaluation is computed, that it is forecast, or that only a
-look at the model's own activations can tell (`PROBE`). The gates that look are in `cg_taylor.py` and `input_change.py`;
-how a forecast is made is in `taylorseer.py`.
+A *policy* decides from plain numbers. Its choice for an evaluation is to compute it, to forecast it, or to look at the
+model's activations or input first (`PROBE`). `cg_taylor.py` and `input_change.py` have the gates that look;
+`taylorseer.py` makes the forecasts.
 
-Units: evaluations are counted from the start of a run, or from the last reset.
+Units: evaluations, counted from the start of a run or from the last reset.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ COMPUTE, FORECAST, PROBE = Choice.COMPUTE, Choice.FORECAST, Choice.PROBE
 
 @dataclass(frozen=True)
 class Moment:
-    """What a policy knows of the evaluation it decides on."""
+    """The numbers that a policy decides from, for one evaluation."""
 
     index: int  # of this evaluation, from 0
     since_full: int  # evaluations since the last computed one, at least 1; 0 if there was none
     left: int | None = None  # steps of the schedule after this one; None if the schedule does not tell
-    total: int | None = None  # evaluations of the whole run; None if nobody can tell
+    total: int | None = None  # evaluations of the whole run; None if unknown
 
 
 class Policy(Protocol):
-    """Frozen numbers that decide. `first` evaluations are always computed, also in a lane that starts later."""
+    """Frozen numbers that decide. A lane is forecast once it holds `min_full` computed evaluations."""
 
     @property
-    def first(self) -> int: ...
+    def min_full(self) -> int: ...
 
     def choose(self, moment: Moment) -> tuple[Choice, str]:
         """The choice, and one word why, for the report."""
@@ -47,29 +47,33 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Interval:
-    """Computed for the first few evaluations, then once every `every`.
+    """Compute the first few evaluations, then one in every `every`.
 
     Source: the fixed interval of TaylorSeer. Unit: evaluations. Neutral value: `every=1` computes everything.
     Published: every 6, first 3 on FLUX.1 with 50 steps; every 5, first 1 on HunyuanVideo and Wan 2.1.
 
-    to_end: ours, not the paper's. Stretch or shrink the interval a little, so that the last evaluation of the run is a
-        computed one and all gaps are alike. A forecast at the end has nothing behind it that could correct it.
+    to_end: ours, not the paper's. Stretch or shrink the interval a little, so that the last evaluation of the run is
+        computed and all gaps are alike. No later evaluation could correct a forecast at the end.
     """
 
     every: int
-    first: int = 3
+    first_full: int = 3
     to_end: bool = False
 
     def __post_init__(self):
         if self.every < 1:
             raise ValueError(f"interval must be at least 1, got {self.every}.")
-        if self.first < 1:
+        if self.first_full < 1:
             raise ValueError(
-                f"first_full must be at least 1, got {self.first}: a forecast needs a computed evaluation."
+                f"first_full must be at least 1, got {self.first_full}: a forecast needs a computed evaluation."
             )
 
+    @property
+    def min_full(self) -> int:
+        return self.first_full
+
     def choose(self, moment: Moment) -> tuple[Choice, str]:
-        if moment.index < self.first:
+        if moment.index < self.first_full:
             return COMPUTE, "first"
         if self.to_end and self.every > 1 and moment.total is not None and moment.index < moment.total:
             return (COMPUTE if moment.index in self.spread(moment.total) else FORECAST), "interval"
@@ -77,16 +81,16 @@ class Interval:
 
     def spread(self, total: int) -> set[int]:
         """The computed evaluations of a run of `total`, with the last one among them."""
-        start, stop = self.first - 1, total - 1
+        start, stop = self.first_full - 1, total - 1
         gaps = max(1, round((stop - start) / self.every))
-        return set(range(self.first)) | {start + round(i * (stop - start) / gaps) for i in range(gaps + 1)}
+        return set(range(self.first_full)) | {start + round(i * (stop - start) / gaps) for i in range(gaps + 1)}
 
 
 @dataclass(frozen=True)
 class Listed:
-    """Computed exactly where a list says so. Neutral value: everything listed.
+    """Compute exactly the listed evaluations. Neutral value: all of them.
 
-    full: one bool per evaluation, True is computed; repeated when the run is longer.
+    full: one bool per evaluation, True is computed; repeats if the run is longer.
     """
 
     full: tuple[bool, ...]
@@ -96,7 +100,7 @@ class Listed:
             raise ValueError("A schedule must begin with a computed evaluation: there is nothing to forecast from yet.")
 
     @property
-    def first(self) -> int:
+    def min_full(self) -> int:
         return 1
 
     def choose(self, moment: Moment) -> tuple[Choice, str]:
@@ -134,25 +138,25 @@ LONGEST = 1000  # evaluations in a run; longer runs repeat a list
 
 @dataclass(frozen=True)
 class Guard:
-    """Evaluations that are computed whatever the policy says. Neutral value: all zero or None.
+    """Evaluations to compute, whatever the policy says. Neutral values: 0 and None.
 
-    last: the last steps of the schedule, where it is known.
-    longest_gap: most forecasts in a row; None for no limit.
+    last_full: number of last steps to compute, if the schedule is known.
+    max_consecutive: most forecasts in a row; None for no limit.
     """
 
-    last: int = 0
-    longest_gap: int | None = None
+    last_full: int = 0
+    max_consecutive: int | None = None
 
     def __post_init__(self):
-        if self.last < 0:
-            raise ValueError(f"last_full must not be negative, got {self.last}.")
-        if self.longest_gap is not None and self.longest_gap < 1:
-            raise ValueError(f"max_consecutive must be at least 1, got {self.longest_gap}.")
+        if self.last_full < 0:
+            raise ValueError(f"last_full must not be negative, got {self.last_full}.")
+        if self.max_consecutive is not None and self.max_consecutive < 1:
+            raise ValueError(f"max_consecutive must be at least 1, got {self.max_consecutive}.")
 
     def reason(self, moment: Moment) -> str | None:
         """Why this evaluation must be computed, or None."""
-        if self.last and moment.left is not None and moment.left < self.last:
+        if self.last_full and moment.left is not None and moment.left < self.last_full:
             return "last"
-        if self.longest_gap is not None and moment.since_full > self.longest_gap:
+        if self.max_consecutive is not None and moment.since_full > self.max_consecutive:
             return "gap"
         return None

@@ -1,25 +1,25 @@
 """Sparse attention that keeps the statistics of the last full attention.
 
 Source: Re-ttention, arXiv:2505.22918, and its published code, cccrrrccc/Re-ttention. A softmax over the few kept keys S
-gives each of them too much. So the share of the softmax that S had at the last full attention scales it down again, and
-what the other keys contributed then is added:
+gives each of them too much weight. So we scale it down by the share of the softmax that S had at the last full
+attention, and add the other keys' contribution from then:
 
     rho_i    = sum over S of exp(z_ij) / sum over all of exp(z_ij) = exp(LSE_S - LSE_all)
     R_i      = full_i - rho_i * sparse_i       = what the keys outside S contributed to full_i
     output_i = rho_i * sparse_i + R_i          in a sparse evaluation
     rho_i   <- rho_i + drift                   after each sparse evaluation, drift = 0.04 as published
 
-In the evaluation that takes rho and R, a refresh, the output is full attention itself. The first sparse evaluation
-after it uses rho as taken, the second rho + drift, and so on.
+A refresh is the evaluation that takes rho and R. Its output is full attention itself. The first sparse evaluation after
+it uses rho as taken, the second rho + drift, and so on.
 
 Shapes: attention outputs and R are `[B, H, L, d]`; log-sum-exps and rho are `[B, H, L]` in float32.
 Units: the schedule counts computed evaluations of one layer for one condition, not steps.
 
-Where we differ: R is taken before the output projection, theirs after it. The projection is linear and its bias
-cancels in R, so the result is the same. rho is float32 and stops at 1: rows that keep every key, such as text, have
-rho = 1 and R = 0, and the published drift overshoots them by 4 to 12 %. `drifted(..., clamp=False)` does as published.
-Their code computes all scores and masks them. Here any way to compute attention over the kept keys will do, see
-`sparse_attention.py`; `window` only says which keys the paper keeps.
+Where we differ: we take R before the output projection, the authors take it after. The projection is linear and its
+bias cancels in R, so the result is the same. Our rho is float32 and stops at 1. Rows that keep every key, such as text,
+have rho = 1 and R = 0, and the published drift overshoots them by 4 to 12 %. `drifted(..., clamp=False)` does the same.
+Their code computes all scores and masks them. Here any backend may compute attention over the kept keys, see
+`sparse_attention.py`; `window` says which keys the paper keeps.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def kept_share(sparse_lse: Tensor, full_lse: Tensor) -> Tensor:
 
 
 def residual(full: Tensor, sparse: Tensor, rho: Tensor) -> Tensor:
-    """R: what the keys that are not kept contributed, `[B, H, L, d]`, in the dtype of `full`; summed in float32."""
+    """R: the contribution of all keys that are not kept, `[B, H, L, d]`, in the dtype of `full`; sums in float32."""
     return (full - rho[..., None] * sparse).to(full.dtype)
 
 
 def reshaped(sparse: Tensor, rho: Tensor, rest: Tensor | None) -> Tensor:
-    """The output of a sparse evaluation, `[B, H, L, d]`, in the dtype of `sparse`; summed in float32.
+    """The output of a sparse evaluation, `[B, H, L, d]`, in the dtype of `sparse`; sums in float32.
 
     Args:
         sparse: attention over the kept keys, normalised over them.
@@ -79,14 +79,14 @@ def drifted(rho: Tensor, drift: float = DRIFT, *, clamp: bool = True) -> Tensor:
     return moved.clamp(max=1.0) if clamp else moved
 
 
-@lru_cache(maxsize=64)  # every attention call asks again, and a large disc is searched for in tens of milliseconds
+@lru_cache(maxsize=64)  # every attention call asks again, and the search for a large disc takes tens of milliseconds
 def window(kind: Window, grid: Grid, keep: float) -> Pattern:
-    """Which keys are kept, as near to the share `keep` of all as the pattern can.
+    """The pattern whose share of kept keys is nearest to `keep`.
 
     Args:
         kind: "band", the paper's for images: `int(tokens * keep) // 2` tokens before and behind in raster order,
-            clipped at the ends. "tube", its for video: the same within a frame, at the same place in all frames.
-            "disc": the nearest tokens in the plane, in all frames; not the paper's. "auto": tube for video, else band.
+            clipped at the ends. "tube", the paper's for video: the same within a frame, at the same position in all
+            frames. "disc", ours: the nearest tokens in the plane, in all frames. "auto": tube for video, else band.
         keep: nominal share, in (0, 1); the exact one is `sparse_attention.kept_ratio`.
     """
     if not 0 < keep < 1:
@@ -94,7 +94,7 @@ def window(kind: Window, grid: Grid, keep: float) -> Pattern:
     frame = grid.height * grid.width
     if kind == "disc":
         radius = 1
-        while _places_in_disc(radius + 1) <= keep * frame:
+        while _tokens_in_disc(radius + 1) <= keep * frame:
             radius += 1
         return Disc(radius)
     if kind == "tube" or (kind == "auto" and grid.frames > 1):
@@ -102,7 +102,7 @@ def window(kind: Window, grid: Grid, keep: float) -> Pattern:
     return Band(int(grid.picture * keep) // 2)
 
 
-def _places_in_disc(radius: int) -> int:
+def _tokens_in_disc(radius: int) -> int:
     reach = range(1 - radius, radius)
     return sum(dy * dy + dx * dx < radius * radius for dy in reach for dx in reach)
 
@@ -115,28 +115,28 @@ class Schedule:
     steps of HunyuanDiT: first 10; of CogVideoX: first 15. Neutral value: `period=1` computes everything.
     """
 
-    first: int  # evaluations computed in full at the start, without taking statistics
+    first_full: int  # evaluations computed in full at the start, without taking statistics
     period: int = 5  # evaluations from one refresh to the next
-    sigma_ratio: float = 0.0  # refresh, too, when sigma is below this share of the last refresh's; 0 never
+    sigma_ratio: float = 0.0  # also refresh when sigma falls below this share of the last refresh's; 0 never
 
     def __post_init__(self):
-        if self.first < 0:
-            raise ValueError(f"first must be at least 0 evaluations, got {self.first}")
+        if self.first_full < 0:
+            raise ValueError(f"first_full must be at least 0 evaluations, got {self.first_full}")
         if self.period < 1:
             raise ValueError(f"period must be at least 1 evaluation, got {self.period}")
         if not 0 <= self.sigma_ratio < 1:
             raise ValueError(f"sigma_ratio must be at least 0 and below 1, got {self.sigma_ratio}")
 
     def kind(self, evaluation: int, refreshed: int | None, sigma: float = 0.0, sigma_then: float = 0.0) -> Kind:
-        """What to compute.
+        """The kind of the next evaluation.
 
         Args:
             evaluation: how many evaluations were computed before this one.
             refreshed: `evaluation` of the last refresh; None before the first.
-            sigma, sigma_then: noise level now and at the last refresh. A level that rose, as when a sampler starts
-                over, asks for a refresh.
+            sigma, sigma_then: noise level now and at the last refresh. A rise, as when a sampler starts over, asks for
+                a refresh.
         """
-        if evaluation < self.first:
+        if evaluation < self.first_full:
             return "full"
         if refreshed is None or evaluation - refreshed >= self.period:
             return "refresh"
@@ -145,7 +145,7 @@ class Schedule:
         return "sparse"
 
     def kinds(self, evaluations: int) -> list[Kind]:
-        """What is computed in each of `evaluations`, as far as the number alone decides."""
+        """The kind of each of `evaluations`, by number alone."""
         kinds: list[Kind] = []
         refreshed = None
         for evaluation in range(evaluations):
@@ -157,7 +157,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Stored:
-    """R between evaluations: its values, and where they are fp8 the factor of each row, `[B, H, L, 1]`."""
+    """R between evaluations: its values, and with fp8 the factor of each row, `[B, H, L, 1]`."""
 
     values: Tensor
     scale: Tensor | None = None
@@ -171,8 +171,8 @@ def store(rest: Tensor, storage: Storage) -> Stored | None:
     """Keep R, `[B, H, L, d]`.
 
     Args:
-        storage: "full" as it is; "bf16"; "fp8" with one factor for each row of each head (off by up to 2^-4
-            of each value); "cpu" as it is, in host memory; "none" not at all.
+        storage: "full": unchanged. "bf16". "fp8": with one factor for each row of each head, off by up to 2^-4 of each
+            value. "cpu": unchanged, in host memory. "none": not at all.
     """
     if storage == "none":
         return None
@@ -202,7 +202,7 @@ def memory(rows: int, tokens: int, heads: int, head_dim: int, storage: Storage, 
 
     Args:
         rows: pictures times conditions.
-        itemsize: bytes of one number of the model's dtype, read for "full" and "cpu".
+        itemsize: bytes of one number of the model's dtype, for "full" and "cpu".
     """
     outputs = rows * heads * tokens
     rho = 4 * outputs
@@ -217,8 +217,8 @@ def full_attention(
 ) -> tuple[Tensor, Tensor] | None:
     """Full attention `[B, H, L, d]` and its log-sum-exp `[B, H, L]` at the cost of one, from torch's own kernels.
 
-    torch has no public function that returns both. None where its kernel is missing or does not take such tensors; then
-    `full_log_sum_exp` does it at the cost of a second attention. The kernel of CUDA was not tried on a GPU yet.
+    torch has no public function that returns both. None if the kernel is missing or does not take these tensors; then
+    use `full_log_sum_exp`, at the cost of a second attention. We have not tried the CUDA kernel on a GPU.
 
     Args:
         bias: added to the scores, broadcastable to `[B, H, L, Lk]`. None on a CPU, whose kernel takes none here.
@@ -232,13 +232,13 @@ def full_attention(
     return out, lse.float()
 
 
-ALIGNED = 16  # numbers: rows of a bias must begin at multiples of it in memory; torch's own attention does the same
+ALIGNED = 16  # numbers: rows of a bias must begin at multiples of it in memory, as in torch's own attention
 
 
 def _memory_efficient(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Both by the memory-efficient kernel of CUDA, or None where it refuses."""
+    """Both by the memory-efficient kernel of CUDA, or None if it refuses."""
     kernel = getattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", None)
     if kernel is None:
         return None
@@ -248,13 +248,13 @@ def _memory_efficient(
         out, lse, *_ = kernel(q, k, v, bias, True, scale=scale)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # a head size, a dtype or a card that it does not take
+    except RuntimeError:  # it does not take this head size, dtype or card
         return None
-    return out, lse[:, :, : q.shape[2]].float()  # its rows are filled up to a multiple of 32
+    return out, lse[:, :, : q.shape[2]].float()  # the kernel pads rows to a multiple of 32
 
 
 def aligned(bias: Tensor) -> Tensor:
-    """The same numbers, with rows that lie at a multiple of `ALIGNED` numbers in memory."""
+    """The same numbers, with rows that begin at multiples of `ALIGNED` numbers in memory."""
     keys = bias.shape[-1]
     return F.pad(bias, (0, -keys % ALIGNED))[..., :keys]
 
@@ -262,18 +262,18 @@ def aligned(bias: Tensor) -> Tensor:
 def full_log_sum_exp(
     q: Tensor, k: Tensor, bias: Tensor | None = None, *, scale: float | None = None, scores: int | None = None
 ) -> Tensor:
-    """Log-sum-exp of all scores, `[B, H, L]` in float32, where attention itself is computed elsewhere.
+    """Log-sum-exp of all scores, `[B, H, L]` in float32, beside an attention that another function computes.
 
-    A plain product of queries and keys, a slice of queries at a time. Half the arithmetic of an attention, but in
-    float32 and through memory: on a CPU it takes as long as a fused attention. On CUDA it is a fused attention whose
-    result is not used, where the kernel takes such tensors.
+    A plain product of queries and keys, one slice of queries at a time. It is half the arithmetic of an attention, but
+    in float32 and through memory, so on a CPU it takes as long as a fused attention. On CUDA it runs a fused attention
+    and drops the result, if the kernel takes these tensors.
 
     Args:
         q: `[B, H, L, d]`. k: `[B, H, Lk, d]`.
         bias: added to the scores, broadcastable to `[B, H, L, Lk]`; -inf hides a key.
         scale: on the scores; by default `d ** -0.5`.
-        scores: how many scores are held at a time, in float32. By default few enough to stay in a CPU's cache, which
-            is fastest there; elsewhere 1 GiB, as every slice reads all keys again.
+        scores: how many scores to hold at a time, in float32. By default few enough for a CPU's cache, which is fastest
+            there; elsewhere 1 GiB, because every slice reads all keys again.
     """
     batch, heads, tokens, width = q.shape
     if q.device.type == "cuda":

@@ -1,13 +1,12 @@
-"""Sparse attention over a picture's tokens: which pairs of tokens look at each other, how many they are, and as a mask.
+"""Sparse attention over a picture's tokens: which pairs of tokens see each other, their number, and their mask.
 
 The tokens of one attention call lie in a `Grid`: some in front (text), then the picture, frame by frame and row by row,
-then some behind it (reference pictures). What is not the picture is *global*: it sees all tokens, and all see it. So
-are *extra* keys, which a call may have behind its own tokens. Between picture tokens a `Pattern` decides.
+then some behind it (reference pictures). Tokens outside the picture are *global*: they see all tokens, and all see
+them. So are *extra* keys, which a call may have behind its own tokens. Between picture tokens a `Pattern` decides.
 
-Every pattern here is a window in a plane that repeats over frames: a pair is kept if its distance `(dy, dx)` in that
-plane is, whichever frames the two lie in. The window never has holes: what is kept stays kept when `dy` or `dx`
-shrinks. That is all the backends rely on (`sparse_attention_tiles`, `sparse_attention_flex`), so a new pattern is a few
-lines.
+Every pattern here is a window in a plane that repeats over frames. It keeps a pair by its distance `(dy, dx)` in that
+plane, whatever the frames of the two. The window has no holes: a kept pair stays kept when `dy` or `dx` shrinks. The
+backends (`sparse_attention_tiles`, `sparse_attention_flex`) rely on nothing else, so a new pattern is a few lines.
 
 Sources: CLEAR, arXiv:2412.16112 (disc, pooled disc); Re-ttention, arXiv:2505.22918 (bands).
 Shapes: q `[B, H, L, d]`, k and v `[B, H, L + extra, d]`; masks `[L, L + extra + pooled]`, True is seen.
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the tokens of one attention call are: `before` global ones, the picture, `after` more global ones."""
+    """The tokens of one attention call: `before` global ones, the picture, `after` more global ones."""
 
     height: int
     width: int
@@ -53,13 +52,13 @@ class Grid:
         return self.picture + self.globals
 
     def global_indices(self, extra: int = 0, device: torch.device | None = None) -> Tensor:
-        """Where the global tokens and `extra` keys are on the key axis, `[globals + extra]`."""
+        """Indices of the global tokens and `extra` keys on the key axis, `[globals + extra]`."""
         behind = torch.arange(self.before + self.picture, self.length + extra, device=device)
         return torch.cat([torch.arange(self.before, device=device), behind])
 
 
 class Plane(NamedTuple):
-    """How a pattern lays the picture's tokens out: `frames` sheets of `rows` x `columns`, in their order."""
+    """A pattern's layout of the picture's tokens: `frames` sheets of `rows` x `columns`, in token order."""
 
     frames: int
     rows: int
@@ -71,26 +70,26 @@ class Pattern(Protocol):
 
     @property
     def pool(self) -> int:
-        """Side of the cells that are also seen as one averaged key; 0 for none."""
+        """Side of the cells that each also give one averaged key; 0 for none."""
         ...
 
     @property
     def reach(self) -> tuple[int, int]:
-        """The largest `dy` and `dx` that are kept."""
+        """The largest `dy` and `dx` of kept pairs."""
         ...
 
     def plane(self, grid: Grid) -> Plane: ...
 
     def keeps(self, dy: Tensor, dx: Tensor) -> Tensor:
-        """Whether a pair at this distance is kept; whole numbers of either sign."""
+        """Whether to keep a pair at this distance; whole numbers of either sign."""
         ...
 
 
 @dataclass(frozen=True)
 class Disc:
-    """Tokens nearer than `radius`: `dy^2 + dx^2 < radius^2`, so at exactly `radius` no more. Source: CLEAR.
+    """Tokens nearer than `radius`: `dy^2 + dx^2 < radius^2`, strictly. Source: CLEAR.
 
-    Video is an extension of the paper's: the same disc in every frame. Neutral value: beyond the grid's diagonal.
+    For video we extend the paper: the same disc in every frame. Neutral value: beyond the grid's diagonal.
     """
 
     radius: int
@@ -118,8 +117,8 @@ class Disc:
 class PooledDisc(Disc):
     """A disc, and the whole picture as weighted means over cells of `factor` x `factor` tokens.
 
-    Picture tokens see the pooled keys, global tokens do not, as in CLEAR. Cells at the edge of a grid that `factor`
-    does not divide are filled up by repeating its last row and column: an extension, CLEAR has no such grids.
+    Picture tokens see the pooled keys, global tokens do not, as in CLEAR. If `factor` does not divide the grid, cells
+    at its edge repeat its last row and column. That is our extension: CLEAR has no such grids.
     """
 
     factor: int
@@ -136,7 +135,7 @@ class PooledDisc(Disc):
 
 @dataclass(frozen=True)
 class Band:
-    """Tokens at most `half` places away in the order of the tokens, over row ends too. Source: Re-ttention, images."""
+    """Tokens at most `half` tokens away in raster order, across rows too. Source: Re-ttention, images."""
 
     half: int
 
@@ -160,7 +159,7 @@ class Band:
 
 @dataclass(frozen=True)
 class FrameBand(Band):
-    """Tokens at most `half` places away in their own frame's order, in all frames. Source: Re-ttention, CogVideoX."""
+    """Tokens at most `half` tokens away in a frame's raster order, in all frames. Source: Re-ttention, CogVideoX."""
 
     def plane(self, grid: Grid) -> Plane:
         return Plane(grid.frames, 1, grid.height * grid.width)
@@ -173,27 +172,28 @@ def _check_half(half: int) -> None:
 
 @lru_cache(maxsize=64)
 def covers(pattern: Pattern, grid: Grid) -> bool:
-    """Whether the window keeps every pair of picture tokens: dense attention by another name."""
+    """Whether the window keeps every pair of picture tokens, as dense attention does."""
     plane = pattern.plane(grid)
     return bool(pattern.keeps(torch.tensor(plane.rows - 1), torch.tensor(plane.columns - 1)))
 
 
 def pooled_grid(pattern: Pattern, grid: Grid) -> tuple[int, int, int]:
-    """Frames, rows and columns of the pooled keys; zeros where there are none."""
+    """Frames, rows and columns of the pooled keys; zeros if there are none."""
     f = pattern.pool
     return (grid.frames, -(-grid.height // f), -(-grid.width // f)) if f else (0, 0, 0)
 
 
 @lru_cache(maxsize=64)  # every attention call asks again
 def kept_pairs(pattern: Pattern, grid: Grid, extra: int = 0) -> int:
-    """How many query-key pairs are computed, windows clipped at the edges counted exactly.
+    """The number of kept query-key pairs, with the windows clipped at the edges.
 
-    Global queries see `L + extra` keys, picture queries the global and extra ones, their window and the pooled ones.
+    Global queries see `L + extra` keys. Picture queries see the global and extra ones, their window and the pooled
+    ones.
     """
     frames, rows, columns = pattern.plane(grid)
     reach_y, reach_x = (min(reach, size - 1) for reach, size in zip(pattern.reach, (rows, columns), strict=True))
     dy, dx = torch.arange(-reach_y, reach_y + 1)[:, None], torch.arange(-reach_x, reach_x + 1)[None]
-    at_distance = (rows - dy.abs()) * (columns - dx.abs())  # pairs of places this far apart, [2 ry + 1, 2 rx + 1]
+    at_distance = (rows - dy.abs()) * (columns - dx.abs())  # pairs of positions this far apart, [2 ry + 1, 2 rx + 1]
     in_window = frames * frames * int((at_distance * pattern.keeps(dy, dx)).sum())
     pooled = math.prod(pooled_grid(pattern, grid))
     shared = grid.globals + extra
@@ -201,11 +201,11 @@ def kept_pairs(pattern: Pattern, grid: Grid, extra: int = 0) -> int:
 
 
 def kept_ratio(pattern: Pattern, grid: Grid, extra: int = 0) -> float:
-    """Kept pairs as a share of those of dense attention, the cost of attention relative to it."""
+    """Kept pairs as a share of those of dense attention."""
     return kept_pairs(pattern, grid, extra) / (grid.length * (grid.length + extra))
 
 
-def places(pattern: Pattern, grid: Grid, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def token_positions(pattern: Pattern, grid: Grid, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Row and column of every picture token in the pattern's plane, `[picture]` each."""
     plane = pattern.plane(grid)
     within = torch.arange(grid.picture, device=device) % (plane.rows * plane.columns)
@@ -214,7 +214,7 @@ def places(pattern: Pattern, grid: Grid, device: torch.device | None = None) -> 
 
 def mask(pattern: Pattern, grid: Grid, extra: int = 0, device: torch.device | None = None) -> Tensor:
     """The whole mask, `[L, L + extra + pooled]`. For small grids: it has as many entries as dense attention."""
-    y, x = places(pattern, grid, device)
+    y, x = token_positions(pattern, grid, device)
     pooled = math.prod(pooled_grid(pattern, grid))
     seen = torch.ones(grid.length, grid.length + extra + pooled, dtype=torch.bool, device=device)
     picture = slice(grid.before, grid.before + grid.picture)
@@ -225,7 +225,7 @@ def mask(pattern: Pattern, grid: Grid, extra: int = 0, device: torch.device | No
 
 
 class Attended(NamedTuple):
-    """Result of attention, `[B, H, L, d]`; where asked for, log-sum-exp of its scaled logits, `[B, H, L]` float32."""
+    """Result of attention, `[B, H, L, d]`, and on request the log-sum-exp of its scaled logits, `[B, H, L]` float32."""
 
     out: Tensor
     lse: Tensor | None
@@ -257,7 +257,7 @@ def pool(x: Tensor, grid: Grid, weight: Tensor) -> Tensor:
 def with_pooled(
     k: Tensor, v: Tensor, bias: Tensor | None, pattern: Pattern, grid: Grid, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys, values and bias with the pooled ones behind them; unchanged for patterns that have none.
+    """Keys, values and bias with the pooled ones behind them; unchanged for patterns without pooled keys.
 
     Args:
         bias: added to the logits of each key, `[B or 1, H or 1, 1, L + extra]`. Pooled keys get 0.
@@ -283,9 +283,9 @@ def dense(
     with_lse: bool = False,
     allowed: Tensor | None = None,
 ) -> Attended:
-    """Attention of every query to every key, or to those that `allowed`, `[Lq, Lk]` bool, leaves.
+    """Attention of every query to every key, or to those that `allowed`, `[Lq, Lk]` bool, has.
 
-    With log-sum-exp it is computed in float32 and over some rows at a time, so that no score matrix is held.
+    With log-sum-exp it computes in float32, some rows at a time, so it never holds the whole score matrix.
     """
     if not with_lse:
         combined = allowed
@@ -305,7 +305,7 @@ def dense(
 
 
 def at_once(device: torch.device) -> int:
-    """How many numbers to hold at once: what a CPU's cache takes (4 MB in float32), more where launches cost."""
+    """How many numbers to hold at once: a CPU's cache (4 MB in float32), more on a GPU, where launches cost."""
     return 1 << 20 if device.type == "cpu" else 1 << 25
 
 
@@ -317,7 +317,7 @@ class WithLse(NamedTuple):
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, bias: Tensor | None, allowed: Tensor | None
 ) -> WithLse:
-    """Attention written out in float32: q `[..., Lq, d]`, k and v `[..., Lk, d]`. No row may be without a key."""
+    """Attention written out in float32: q `[..., Lq, d]`, k and v `[..., Lk, d]`. Every row needs a key."""
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     scores = (q.float() * factor) @ k.float().mT  # [..., Lq, Lk]
     if bias is not None:
@@ -341,7 +341,7 @@ def masked(
     weight: Tensor | None = None,
     with_lse: bool = False,
 ) -> Attended:
-    """The plainest backend: dense attention under the whole mask. What the others are held to.
+    """The plainest backend and the reference for the others: dense attention under the whole mask.
 
     Args:
         q: `[B, H, L, d]`. k, v: `[B, H, L + extra, d]`.

@@ -1,15 +1,15 @@
-"""Sparse attention by FlexAttention: compiled, and blocks of pairs of which none is kept are never loaded.
+"""Sparse attention by FlexAttention: compiled, and never loads a block of pairs if none of them is kept.
 
-The picture's tokens are put in the order of small patches, so that a block of 128 tokens is compact in the plane and
-few blocks touch a window: of 2048 x 2048 pixels and radius 16, 15 % instead of 27 % (CLEAR's source keeps the order of
-rows). Global, extra and pooled tokens follow. Rotary positions are applied before, so the order is free; the result is
-put back. Which blocks are needed follows from the rectangles the blocks lie in, never from a mask of all pairs.
+We sort the picture's tokens by small patches. A block of 128 tokens is then compact in the plane, and few blocks touch
+a window: at 2048 x 2048 pixels and radius 16, 15 % instead of 27 % in the order of rows, as in CLEAR's source. Global,
+extra and pooled tokens follow. Rotary positions are applied before, so any order is right; the result goes back to the
+old order. The rectangles of the blocks tell which blocks are needed, never a mask of all pairs.
 
-Queries and keys are filled up to whole blocks with copies of one token that nobody sees, so that texts of nearly the
-same length share what is compiled.
+Copies of one token, which nothing sees, fill queries and keys up to whole blocks. So texts of nearly the same length
+share a compilation.
 
-Limits: compiles for every new number of blocks, for some 10 to 60 s; torch's limit of 8 shapes per process is raised
-for these calls. Uncompiled it is exact as well, and holds all scores. On a GPU it was not tried yet.
+Limits: compiles for every new number of blocks, for some 10 to 60 s; these calls raise torch's limit of 8 shapes per
+process. Uncompiled it is exact too, but holds all scores. We have not tried it on a GPU.
 Shapes as in `sparse_attention.masked`.
 """
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .sparse_attention import Attended, Grid, Pattern, check, places, pooled_grid, with_pooled
+from .sparse_attention import Attended, Grid, Pattern, check, pooled_grid, token_positions, with_pooled
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -38,11 +38,11 @@ MOST_SHAPES = {"recompile_limit": 256, "accumulated_recompile_limit": 1024}  # t
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
+class FlexPlan:
     """All that depends on pattern, grid, extra keys and device alone: make it once for many calls.
 
     queries: order of the queries, `[L + padding]`. keys: order of the keys, `[L + padding + extra + pooled + padding]`.
-    back: order that undoes `queries`, `[L]`. mask: what FlexAttention takes.
+    back: order that undoes `queries`, `[L]`. mask: FlexAttention's block mask.
     """
 
     pattern: Pattern
@@ -55,16 +55,16 @@ class Blocks:
 
     @property
     def size(self) -> int:
-        """Bytes held, nearly."""
+        """Bytes held, almost all."""
         per_row = [self.mask.kv_indices, self.mask.full_kv_indices, self.queries, self.keys, self.back]
         return sum(x.numel() * x.element_size() for x in per_row if x is not None)
 
 
-def blocks(pattern: Pattern, grid: Grid, extra: int = 0, device: torch.device | None = None) -> Blocks:
+def flex_plan(pattern: Pattern, grid: Grid, extra: int = 0, device: torch.device | None = None) -> FlexPlan:
     """The order of tokens and the blocks of pairs to compute."""
-    from torch.nn.attention.flex_attention import BlockMask  # not with the pack: it takes its time to load
+    from torch.nn.attention.flex_attention import BlockMask  # late: it is slow to load
 
-    y, x = places(pattern, grid)
+    y, x = token_positions(pattern, grid)
     pooled = math.prod(pooled_grid(pattern, grid))
     patches = _patch_order(pattern, grid)
     own, more = grid.global_indices(), torch.arange(grid.length, grid.length + extra + pooled)
@@ -97,14 +97,14 @@ def blocks(pattern: Pattern, grid: Grid, extra: int = 0, device: torch.device | 
         compute_q_blocks=False,
     )
     back = torch.argsort(queries[: grid.length])
-    return Blocks(pattern, grid, extra, queries.to(device), keys.to(device), back.to(device), mask)
+    return FlexPlan(pattern, grid, extra, queries.to(device), keys.to(device), back.to(device), mask)
 
 
 def flex(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: Blocks,
+    plan: FlexPlan,
     *,
     scale: float | None = None,
     bias: Tensor | None = None,
@@ -112,7 +112,7 @@ def flex(
     with_lse: bool = False,
     run: Callable[..., Any] | None = None,
 ) -> Attended:
-    """Sparse attention. Arguments as of `sparse_attention.masked`; `run` stands for compiled FlexAttention."""
+    """Sparse attention. Arguments as in `sparse_attention.masked`; `run` replaces compiled FlexAttention."""
     check(q, k, plan.grid)
     if k.shape[2] != plan.grid.length + plan.extra:
         raise ValueError(f"planned for {plan.extra} extra keys, got {k.shape[2] - plan.grid.length}")
@@ -139,7 +139,7 @@ def flex(
 def flex_dense(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, run: Callable[..., Any] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every query to every key and its log-sum-exp, in one pass. Shapes as of `flex`."""
+    """Attention of every query to every key and its log-sum-exp, in one pass. Shapes as in `flex`."""
     length, keys = q.shape[2], k.shape[2]
     mask = all_but_padding(length, keys, q.device)
     q, k, v = (F.pad(x, (0, 0, 0, -x.shape[2] % BLOCK)) for x in (q, k, v))
@@ -149,7 +149,7 @@ def flex_dense(
 
 @lru_cache(maxsize=4)
 def all_but_padding(queries: int, keys: int, device: torch.device) -> BlockMask:
-    """Every query sees every key, and what fills up the last block is seen by nobody."""
+    """A mask by which every query sees every key, and none sees the padding of the last block."""
     from torch.nn.attention.flex_attention import BlockMask
 
     rows, columns = -(-queries // BLOCK), -(-keys // BLOCK)
@@ -171,14 +171,14 @@ def all_but_padding(queries: int, keys: int, device: torch.device) -> BlockMask:
 
 
 def _out_and_lse(result: tuple[Tensor, Any]) -> tuple[Tensor, Tensor]:
-    """What FlexAttention returns when asked for both; the logarithm is natural."""
+    """Output and log-sum-exp from FlexAttention's result; the logarithm is natural."""
     out, rest = result
     lse = rest if isinstance(rest, Tensor) else rest.lse
     return out, lse.float()
 
 
 def _asks_for_lse() -> dict[str, Any]:
-    """In the words of this version of torch: `return_lse` is on its way out."""
+    """The arguments that ask for log-sum-exp: new versions of torch replace `return_lse`."""
     from torch.nn.attention import flex_attention as module
 
     request = getattr(module, "AuxRequest", None)
@@ -187,16 +187,16 @@ def _asks_for_lse() -> dict[str, Any]:
 
 @cache
 def compiled() -> Callable[..., Any]:
-    """FlexAttention, compiled. `fullgraph`: past the limit of shapes it raises, and does not run uncompiled."""
+    """FlexAttention, compiled. With `fullgraph` it raises past the limit of shapes, instead of running uncompiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return for_many_shapes(torch.compile(flex_attention, dynamic=False, fullgraph=True))
 
 
 def for_many_shapes(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """`compiled`, called with room for `MOST_SHAPES`: the limit is one for all that a process compiles of a function.
+    """`compiled`, with torch's limit of shapes per function raised to `MOST_SHAPES` during a call.
 
-    The setting belongs to the process, and conditions may run in threads, so only one call has it at a time.
+    The limit belongs to the process, and conditions may run in threads, so a lock admits one call at a time.
     """
     import torch._dynamo
 
@@ -209,14 +209,14 @@ def for_many_shapes(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def computed_pairs(plan: Blocks) -> int:
-    """Pairs in the blocks that are loaded."""
+def computed_pairs(plan: FlexPlan) -> int:
+    """Pairs in the loaded blocks."""
     partial, full = plan.mask.kv_num_blocks, plan.mask.full_kv_num_blocks
     return int(partial.sum() + (0 if full is None else full.sum())) * BLOCK * BLOCK
 
 
 def _patch_order(pattern: Pattern, grid: Grid) -> Tensor:
-    """The picture's tokens patch by patch, `[picture]`; bands are compact already, place by place over all frames."""
+    """The picture's tokens patch by patch, `[picture]`. For bands, a patch is one stretch of tokens in all frames."""
     plane = pattern.plane(grid)
     height, width = PATCH if plane.rows > 1 else (1, max(BLOCK // plane.frames, 1))
     token = torch.arange(grid.picture).view(plane.frames, plane.rows, plane.columns)
@@ -227,12 +227,12 @@ def _patch_order(pattern: Pattern, grid: Grid) -> Tensor:
 
 
 def _whole_blocks(order: Tensor) -> Tensor:
-    """The order, filled up with the first token; as `PADDING` nobody sees it, and what it sees is thrown away."""
+    """The order, padded with the first token. As `PADDING` nothing sees it, and its own result is dropped."""
     return F.pad(order, (0, -len(order) % BLOCK))
 
 
 def _needed(pattern: Pattern, keys: tuple[Tensor, Tensor, Tensor], queries: int) -> tuple[Tensor, Tensor]:
-    """Blocks with a pair that may be kept, and those whose pairs all are; `[query blocks, key blocks]` each.
+    """Blocks that may have a kept pair, and blocks with kept pairs only; `[query blocks, key blocks]` each.
 
     keys: kind, row and column of every key; the first `queries` of them are the queries.
     """
@@ -255,7 +255,7 @@ def _needed(pattern: Pattern, keys: tuple[Tensor, Tensor, Tensor], queries: int)
 
 
 def _rectangles(kinds: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """Per block: which kinds it has, `[blocks, 4]`, and top, bottom, left and right of its picture tokens."""
+    """Each block's kinds of tokens, `[blocks, 4]`, and top, bottom, left and right of its picture tokens."""
     has, sides = [], []
     for kind, row, column in zip(kinds.split(BLOCK), y.split(BLOCK), x.split(BLOCK), strict=True):
         picture = kind == PICTURE

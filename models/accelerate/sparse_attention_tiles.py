@@ -1,11 +1,11 @@
 """Sparse attention in tiles: exact, on any device, without compiling.
 
-A pattern's plane is cut into tiles. All queries of a tile share one list of keys: every place that at least one of them
-sees, so the corners that a bounding box would have are left out; in front of it come the global keys, behind it the
-pooled ones. Tiles of the same shape, cut off at the edges of the plane in the same way, share one small mask as well
-and are computed side by side: all tiles of the interior are one such group. Nothing is padded.
+We cut a pattern's plane into tiles. All queries of a tile share one list of keys: every position that at least one of
+them sees, without the empty corners of a bounding box. The global keys and the pooled ones come in front. Tiles of the
+same shape, clipped alike at the edges of the plane, form a group. A group shares one small mask and is computed side by
+side; all tiles of the interior are one group. Nothing is padded.
 
-Where this stops: keys are copied once for each tile. Kernels that skip blocks (`sparse_attention_flex`) need not.
+Limits: this copies keys once for each tile. Kernels that skip blocks (`sparse_attention_flex`) do not.
 
 Shapes: q `[B, H, L, d]`, k and v `[B, H, L + extra, d]`, masks `[queries, keys]`, True is seen.
 """
@@ -16,6 +16,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,10 +38,10 @@ from .sparse_attention import (
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Tiles that look alike, `n` of them. Indices count the picture's tokens from 0.
+    """`n` tiles of one shape. Indices count the picture's tokens from 0.
 
     queries: `[n, repeats * rows]`, frame by frame. keys: `[n, K]`. seen: `[rows, K]`, the same in every frame, or None
-    where every query sees every key.
+    if every query sees every key.
     """
 
     queries: Tensor
@@ -59,7 +60,7 @@ class Tiling:
 
     @property
     def pairs(self) -> int:
-        """Query-key pairs that are computed between picture tokens; a little more than are kept."""
+        """Query-key pairs computed between picture tokens, a few more than the pattern keeps."""
         return sum(group.queries.numel() * group.keys.shape[1] for group in self.groups)
 
     @property
@@ -107,7 +108,7 @@ def tile(
 
 
 def tile_side(pattern: Pattern, grid: Grid) -> tuple[int, int]:
-    """Rows and columns of a tile. Larger ones copy fewer keys and compute more pairs that are masked."""
+    """Rows and columns of a tile. Larger tiles copy fewer keys, but compute more masked pairs."""
     plane = pattern.plane(grid)
     reach_y, reach_x = pattern.reach
     if plane.rows == 1:
@@ -126,61 +127,81 @@ def tiled(
     weight: Tensor | None = None,
     with_lse: bool = False,
 ) -> Attended:
-    """Sparse attention. Arguments as of `sparse_attention.masked`."""
+    """Sparse attention. Arguments as in `sparse_attention.masked`."""
     grid = tiling.grid
     check(q, k, grid)
     b, heads, length, d = q.shape
-    extra = k.shape[2] - length
-    own_k, own_v, own_bias = k, v, bias
-    k, v, bias = with_pooled(k, v, bias, tiling.pattern, grid, weight)
-    pooled = k.shape[2] - own_k.shape[2]
-    if pooled != math.prod(pooled_grid(tiling.pattern, grid)):
-        raise ValueError(f"the pooled cells need weights [{tiling.pattern.pool}, {tiling.pattern.pool}]")
-
-    every = grid.global_indices(extra, q.device)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((b, heads, length), dtype=torch.float32) if with_lse else None
     if grid.globals:
         rows = grid.global_indices(0, q.device)
-        result = dense(q[:, :, rows], own_k, own_v, scale=scale, bias=own_bias, with_lse=with_lse)
+        result = dense(q[:, :, rows], k, v, scale=scale, bias=bias, with_lse=with_lse)
         out[:, :, rows] = result.out
         if lse is not None and result.lse is not None:
             lse[:, :, rows] = result.lse
 
-    shared = torch.cat([every, torch.arange(length + extra, length + extra + pooled, device=q.device)])
-    flat = [x.flatten(0, 1) for x in (q, k, v)]  # [B * H, tokens, d]
+    extra, own = k.shape[2] - length, k.shape[2]
+    k, v, bias = with_pooled(k, v, bias, tiling.pattern, grid, weight)
+    pooled = k.shape[2] - own
+    if pooled != math.prod(pooled_grid(tiling.pattern, grid)):
+        raise ValueError(f"the pooled cells need weights [{tiling.pattern.pool}, {tiling.pattern.pool}]")
+    every = grid.global_indices(extra, q.device)
+    shared = torch.cat([every, torch.arange(own, own + pooled, device=q.device)])
     if bias is not None:
         bias = bias.expand(b, heads, 1, -1).flatten(0, 1)  # [B * H, 1, L + extra + pooled]
+    flat = Heads(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias)
     answers, sums = out.view(b * heads, length, d), None if lse is None else lse.view(b * heads, length)
     for group in tiling.groups:
-        seen = None if group.seen is None else F.pad(group.seen, (len(shared), 0), value=True)
-        added = None if seen is None or with_lse else additive(seen, q.dtype)  # once: SDPA would do it in each call
-        for some, part in _portions(group, len(shared), b * heads, d, with_lse, q.device):
-            queries = group.queries[some] + grid.before  # [n, repeats * rows]
-            keys = torch.cat([shared.expand(queries.shape[0], -1), group.keys[some] + grid.before], dim=1)  # [n, K]
-            asked, near_k, near_v = (_gather(x[part], at) for x, at in zip(flat, (queries, keys, keys), strict=True))
-            near_bias = None if bias is None else bias[part][:, :, keys].movedim(1, 2)  # [B * H, n, 1, K]
-            for start in range(0, queries.shape[1], group.rows):  # one frame at a time
-                rows = slice(start, start + group.rows)
-                where = queries[:, rows].flatten()
-                if sums is None:
-                    allowed = _sum(added, near_bias)
-                    answer = F.scaled_dot_product_attention(
-                        asked[:, :, rows], near_k, near_v, attn_mask=allowed, scale=scale
-                    )
-                else:
-                    answer, sums[part, where] = (
-                        x.flatten(1, 2)
-                        for x in softmax_attention(
-                            asked[:, :, rows], near_k, near_v, scale=scale, bias=near_bias, allowed=seen
-                        )
-                    )
-                answers[part, where] = answer.reshape(-1, len(where), d)
+        _attend_group(flat, group, shared, grid.before, scale, answers, sums)
     return Attended(out, lse)
 
 
+class Heads(NamedTuple):
+    """Queries `[B * H, L, d]`, keys and values `[B * H, L + extra + pooled, d]`, bias on each key or None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None  # [B * H, 1, L + extra + pooled]
+
+
+def _attend_group(
+    heads: Heads,
+    group: Group,
+    shared: Tensor,
+    before: int,
+    scale: float | None,
+    answers: Tensor,
+    sums: Tensor | None,
+) -> None:
+    """Write attention of a group's queries into `answers` `[B * H, L, d]`, and log-sum-exp into `sums` `[B * H, L]`.
+
+    Args:
+        shared: keys that every query sees, by index.
+        before: global tokens in front of the picture.
+    """
+    (batch, _, d), with_lse = heads.q.shape, sums is not None
+    seen = None if group.seen is None else F.pad(group.seen, (len(shared), 0), value=True)
+    added = None if seen is None or with_lse else additive(seen, heads.q.dtype)  # once: SDPA would do it in each call
+    for some, part in _portions(group, len(shared), batch, d, with_lse, heads.q.device):
+        queries = group.queries[some] + before  # [n, repeats * rows]
+        keys = torch.cat([shared.expand(queries.shape[0], -1), group.keys[some] + before], dim=1)  # [n, K]
+        q, k, v = (_gather(x[part], at) for x, at in zip(heads[:3], (queries, keys, keys), strict=True))
+        bias = None if heads.bias is None else heads.bias[part][:, :, keys].movedim(1, 2)  # [B * H, n, 1, K]
+        for start in range(0, queries.shape[1], group.rows):  # one frame at a time
+            rows = slice(start, start + group.rows)
+            where = queries[:, rows].flatten()
+            if sums is None:
+                allowed = _sum(added, bias)
+                answer = F.scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=allowed, scale=scale)
+            else:
+                answer, lse = softmax_attention(q[:, :, rows], k, v, scale=scale, bias=bias, allowed=seen)
+                sums[part, where] = lse.flatten(1, 2)
+            answers[part, where] = answer.reshape(-1, len(where), d)
+
+
 def _cuts(size: int, side: int, reach: int) -> dict[tuple[int, int, int], list[int]]:
-    """Starts of the tiles along one axis, by (length, places before, places behind) that its queries may see."""
+    """Starts of the tiles along one axis, by (length, positions in sight before, positions in sight behind)."""
     cuts = defaultdict(list)
     for start in range(0, size, side):
         stop = min(start + side, size)
@@ -189,7 +210,7 @@ def _cuts(size: int, side: int, reach: int) -> dict[tuple[int, int, int], list[i
 
 
 def _box(top: int, bottom: int, left: int, right: int) -> tuple[Tensor, Tensor]:
-    """Row and column of every place in a box, `[places]` each, row by row."""
+    """Row and column of every position in a box, `[positions]` each, row by row."""
     y, x = torch.arange(top, bottom), torch.arange(left, right)
     return y.repeat_interleave(len(x)), x.repeat(len(y))
 
@@ -197,14 +218,14 @@ def _box(top: int, bottom: int, left: int, right: int) -> tuple[Tensor, Tensor]:
 def _portions(
     group: Group, shared: int, batch: int, d: int, with_lse: bool, device: torch.device
 ) -> Iterator[tuple[slice, slice]]:
-    """Tiles of a group and rows of the batch of heads that are computed at once."""
+    """Slices of a group's tiles and of the batch of heads, small enough to compute at once."""
     keys = shared + group.keys.shape[1]
     most = at_once(device) // (keys * (max(d, group.rows) if with_lse else d))
     heads = min(max(most, 1), batch)
     tiles = max(most // heads, 1)
     for start in range(0, group.queries.shape[0], tiles):
-        for first in range(0, batch, heads):
-            yield slice(start, start + tiles), slice(first, first + heads)
+        for head in range(0, batch, heads):
+            yield slice(start, start + tiles), slice(head, head + heads)
 
 
 def _gather(x: Tensor, indices: Tensor) -> Tensor:

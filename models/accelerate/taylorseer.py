@@ -1,17 +1,16 @@
-"""Forecast a feature at a skipped evaluation from where it was computed. Computed once every few evaluations.
+"""Forecast a feature at a skipped evaluation from its values at computed ones.
 
-Source: TaylorSeer, arXiv:2503.06923. Derivatives by backward differences over the gap d between the last two full
+Source: TaylorSeer, arXiv:2503.06923. Derivatives are backward differences over the gap d between the last two full
 computations, summed as a Taylor polynomial at distance a:
 
     D_0(k) = F(k),   D_{i+1}(k) = (D_i(k) - D_i(k - d)) / d,   F(k + a) ~ sum_i D_i(k) * a^i / i!
 
-`taylor_weights` is that recursion, as the authors run it. It divides by the last gap at every order, so it is exact for
-straight lines, at even gaps, and not for parabolas: for `s^2`, even gaps N and distance a it is off by -N*a.
+`taylor_weights` is that recursion, as the authors run it. It divides by the last gap at every order. So at even gaps it
+is exact for straight lines, but not for parabolas: for `s^2`, even gaps N and distance a it is off by -N*a.
 `newton_weights` is the polynomial through the same points, exact up to its degree at any spacing.
 
-Shapes: both give the weights of a sum, one float for each point, so features may have any shape. `weighted_sum` is that
-sum.
-Units: TaylorSeer counts in evaluations; Newton's form takes any coordinate, such as sigma.
+Shapes: both give the weights of a sum, one float for each point, so features may have any shape. `weighted_sum`
+computes the sum. Units: TaylorSeer counts in evaluations; Newton's form takes any coordinate, such as sigma.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ def taylor_weights(points: Sequence[int], at: int, order: int, derivatives_from:
     """Weights of TaylorSeer's forecast.
 
     Args:
-        points: evaluations at which the feature was computed, newest first, no two equal.
+        points: evaluations with a computed feature, newest first, no two equal.
         at: the evaluation to forecast.
         order: highest derivative. 0 repeats the newest feature.
-        derivatives_from: a feature computed before this evaluation gets no derivative of its own, as in the authors'
-            code for FLUX, where it is `first_enhance - 1`.
+        derivatives_from: features from before this evaluation get no derivatives, as in the authors' code for FLUX,
+            where it is `first_enhance - 1`.
 
     Returns:
         One weight for each of `points`; those behind the first `order + 1` are 0.
@@ -57,9 +56,9 @@ def newton_weights(points: Sequence[float], at: float, order: int) -> list[float
     """Weights of the polynomial of degree `order` through the newest points, in Lagrange's form of Newton's polynomial.
 
     Args:
-        points: coordinates at which the feature was computed, newest first, no two equal.
+        points: coordinates of the computed features, newest first, no two equal.
         at: the coordinate to forecast.
-        order: degree; lower where there are fewer points.
+        order: degree; lower if there are too few points.
 
     Returns:
         One weight for each of `points`; those behind the first `order + 1` are 0. They sum to 1.
@@ -78,8 +77,8 @@ def newton_weights(points: Sequence[float], at: float, order: int) -> list[float
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """`sum_k weights[k] * tensors[k]`, summed in float32, in the dtype of the tensors.
 
-    Weights of forecasts are of order 1 to 15 with changing signs, so half precision would show its rounding. A sum
-    beyond the range of float16 is clamped to it. One tensor with weight 1 comes back bit for bit.
+    Weights of forecasts reach 1 to 15 with changing signs, so rounding in half precision would show. A float16 sum is
+    clamped to float16's range. One tensor with weight 1 comes back bit for bit.
     """
     first = tensors[0]
     total = None
@@ -98,11 +97,11 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 @dataclass(frozen=True)
 class Point:
-    """Where on the way of the sampler a feature was computed."""
+    """The point of a run at which a feature was computed."""
 
     index: int  # evaluation
     sigma: float
-    step: float | None = None  # place in the schedule: 2.5 is half-way from sigmas[2] to sigmas[3]; None: as `index`
+    step: float | None = None  # position in the schedule: 2.5 is half-way from sigmas[2] to sigmas[3]; None: as `index`
 
 
 Form = Literal["taylor", "newton"]
@@ -113,8 +112,8 @@ Coordinate = Literal["index", "step", "sigma", "log sigma"]
 class Forecaster:
     """How stored features become a forecast. `order=0` repeats the newest one.
 
-    coordinate: of the polynomial in Newton's form. TaylorSeer's recursion always counts evaluations; "step" is the same
-        with samplers that evaluate once a step, and also right with those that do it twice.
+    coordinate: of the polynomial in Newton's form. TaylorSeer's recursion always counts evaluations. "step" is the same
+        with samplers that evaluate once a step, and is right too with samplers that evaluate twice.
     derivatives_from: see `taylor_weights`.
     """
 
@@ -127,7 +126,7 @@ class Forecaster:
         if self.order < 0:
             raise ValueError(f"order must be 0 or more, got {self.order}.")
 
-    def place(self, point: Point) -> float:
+    def coordinate_of(self, point: Point) -> float:
         """The coordinate of a point."""
         if self.form == "taylor" or self.coordinate == "index":
             return float(point.index)
@@ -136,18 +135,18 @@ class Forecaster:
         return point.sigma if self.coordinate == "sigma" else log(max(point.sigma, 1e-8))  # 0 has no logarithm
 
     def weights(self, points: Sequence[Point], at: Point) -> list[float]:
-        """One weight for each of `points`, which come newest first, no two at the same place."""
+        """One weight for each of `points`, newest first, no two `too_near`."""
         if self.form == "taylor":
             return taylor_weights([p.index for p in points], at.index, self.order, self.derivatives_from)
-        return newton_weights([self.place(p) for p in points], self.place(at), self.order)
+        return newton_weights([self.coordinate_of(p) for p in points], self.coordinate_of(at), self.order)
 
-    def same_place(self, a: Point, b: Point) -> bool:
-        """Whether two points are too near each other for a difference between them to mean anything."""
-        x, y = self.place(a), self.place(b)
+    def too_near(self, a: Point, b: Point) -> bool:
+        """Whether two points are too near each other for a meaningful difference."""
+        x, y = self.coordinate_of(a), self.coordinate_of(b)
         return abs(x - y) <= 1e-5 * max(abs(x), abs(y), 1e-3)
 
 
-FORECASTS: dict[str, tuple[Form, Coordinate]] = {  # as users choose them
+FORECASTS: dict[str, tuple[Form, Coordinate]] = {  # by their names for users
     "Taylor (paper)": ("taylor", "index"),
     "Newton, steps": ("newton", "step"),
     "Newton, sigma": ("newton", "sigma"),

@@ -1,22 +1,22 @@
-"""Run a condition image through a FLUX.1 model once, and keep its keys and values for the picture to see.
+"""Run a condition image through a FLUX.1 model once, and keep its keys and values for the picture to attend to.
 
-Source: EasyControl, arXiv:2503.07027, section 3: causal conditional attention with a KV cache. What the paper leaves
-open follows the authors' published code.
+Source: EasyControl, arXiv:2503.07027, section 3: causal conditional attention with a KV cache. Where the paper leaves a
+choice, we follow the authors' published code.
 
-A condition image becomes tokens as the picture itself does, and runs through the image branch of every block. Only its
-own tokens receive the LoRA, its modulation is that of timestep 0, and it attends to itself alone. So its keys and
-values depend on the image, the LoRA, the guidance and the pooled text, and on nothing that changes between steps:
+A condition image becomes tokens as the picture does, and runs through the image branch of every block. The LoRA acts on
+its own tokens only, its modulation is that of timestep 0, and it attends to itself alone. So its keys and values depend
+on the image, the LoRA, the guidance and the pooled text, and on nothing that changes between steps:
 
     text and picture:  softmax(Q [K ; K_1 ; ... ; K_m]^T / sqrt(d)) [V ; V_1 ; ... ; V_m]
     condition j:       softmax(Q_j K_j^T / sqrt(d)) V_j
 
-`encode_condition` computes K_j and V_j of every block; whoever runs the model appends them. It asks a block's LoRA for
-its share of each layer, so that each method brings LoRAs of its own: `easycontrol.py`, `mc_vton.py`. Where the tokens
-lie is in `positions.py`.
+`encode_condition` computes K_j and V_j of every block; its caller appends them to the model's own. Each method brings
+its own LoRA, which adds its share to each layer: `easycontrol.py`, `mc_vton.py`. `positions.py` has the tokens'
+positions.
 
 Shapes: B batch, T condition tokens, D hidden size, H heads, d head size.
 Precision: everything in the dtype of the tokens; float16 states are cut at +-65504 as in the base model.
-Limits: conditions do not see each other. The paper's order of conditions does not matter here.
+Limits: conditions do not see each other, so the paper's order of conditions does not matter here.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def encode_condition(
     attention: Attention,
     apply_rope: ApplyRope,
     strength: float = 1.0,
-    keep: Callable[[Tensor], Tensor] | None = None,
+    store: Callable[[Tensor], Tensor] | None = None,
 ) -> list[KeysValues]:
     """Run one condition through the image branch of a FLUX.1 model and return its keys and values.
 
@@ -63,20 +63,20 @@ def encode_condition(
         attention: `(q, k, v)`, each `[B, H, T, d]`, to `[B, T, H*d]`.
         apply_rope: `(x, pe)` to `x` rotated.
         strength: factor on the whole LoRA; 0 leaves plain tokens, it does not remove the condition.
-        keep: called on each K and V as soon as it is known, for example to move it to another device.
+        store: called on each K and V as soon as it is known, for example to move it to another device.
 
     Returns:
         (K, V) per block, double blocks first, after QK norm and RoPE.
     """
-    keep = keep or (lambda x: x)
+    store = store or (lambda x: x)
     kept: list[KeysValues] = []
     for k, v in _blocks(model, lora, tokens, vec, pe, attention, apply_rope, strength):
-        kept.append((keep(k), keep(v)))
+        kept.append((store(k), store(v)))
     return kept
 
 
 class _Mod(NamedTuple):
-    """What a norm is followed by, `[B, 1, D]` each."""
+    """The modulation behind a norm, `[B, 1, D]` each."""
 
     shift: Tensor
     scale: Tensor
@@ -84,7 +84,7 @@ class _Mod(NamedTuple):
 
 
 def _blocks(model, lora, tokens, vec, pe, attention, apply_rope, strength) -> Iterator[KeysValues]:
-    """Keys and values block by block. The last block stops there: nobody reads the condition's output."""
+    """Keys and values block by block. The last block stops there, because nothing reads the condition's output."""
     doubles = len(model.double_blocks)
     count = doubles + len(model.single_blocks)
     if lora is None:

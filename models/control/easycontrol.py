@@ -1,7 +1,7 @@
 """EasyControl: the low-rank weights by which a FLUX.1 model reads a condition image.
 
-Source: EasyControl, arXiv:2503.07027, section 3: condition injection LoRA. What the paper leaves open follows the
-authors' published code. How the model sees the image is in `conditions.py`, where its tokens lie in `positions.py`.
+Source: EasyControl, arXiv:2503.07027, section 3: condition injection LoRA. Where the paper leaves a choice, we follow
+the authors' published code. `conditions.py` runs the image through the model, `positions.py` has its tokens' positions.
 
 Shapes: D hidden size.
 """
@@ -34,7 +34,7 @@ class ConditionLora(nn.Module):
     Args:
         dim: hidden size D of the model.
         double, single: number of blocks.
-        rank: one for all layers, or one per layer name as `Slot.ranks` gives them.
+        rank: one for all layers, or one per layer name as in `Slot.ranks`.
         scales: alpha / rank of the layers where it is not 1.
         operations: layer classes, ComfyUI's or `torch.nn`.
     """

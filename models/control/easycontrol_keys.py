@@ -5,15 +5,15 @@ Source: the checkpoints published with EasyControl, arXiv:2503.07027. For block 
     transformer_blocks.{i}.attn.processor.{q,k,v,proj}_loras.{n}.{down,up}.weight     double blocks
     single_transformer_blocks.{i}.attn.processor.{q,k,v}_loras.{n}.{down,up}.weight   single blocks
 
-Shapes: down `[rank, D]`, up `[D, rank]`. Slot `n` belongs to the n-th condition a file was trained with; nearly all
-files have one. Published files carry no alpha, which means alpha = rank; files of other trainers may add
+Shapes: down `[rank, D]`, up `[D, rank]`. Slot `n` belongs to the n-th condition in the file's training; nearly all
+files have one slot. Published files carry no alpha, which means alpha = rank. Other trainers may add
 `..._loras.{n}.alpha` (or `.network_alpha`), a single number.
 
-Published files tell by their names what kind of condition they are for. Ours say it in their metadata, see
-`checkpoint.py`: `{"format": 1, "easycontrol": {"kind": "subject"}}`.
+The names of published files tell the kind of their condition. Ours say it in their metadata, see `checkpoint.py`:
+`{"format": 1, "easycontrol": {"kind": "subject"}}`.
 
 Inside the pack a layer is called `double_blocks.{i}.{part}` or `single_blocks.{i}.{part}`, as in `ConditionLora`.
-Nothing is dropped in silence: a key that does not fit, or a missing one, refuses the file.
+The parser refuses a file with an unknown or a missing key. It never drops anything silently.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PUBLISHED: dict[Kind, tuple[str, ...]] = {  # names of the files
     "spatial": ("canny", "depth", "hedsketch", "pose", "seg", "inpainting", "ghibli"),
     "subject": ("subject",),
 }
-WORDS: dict[Kind, tuple[str, ...]] = {  # that people put into the names of such files, too
+WORDS: dict[Kind, tuple[str, ...]] = {  # more words in the names of such files
     "spatial": ("hed", "sketch", "edge", "edges", "lineart", "openpose", "segmentation", "inpaint", "style"),
     "subject": (),
 }
@@ -107,8 +107,8 @@ def parse(
             put(alphas.setdefault(slot, {}), layer, checked_number(tensor, key, name), key, name)
             alpha_leaves.add(match["leaf"])
         else:
-            place = f"{layer}.{match['leaf']}"
-            put(weights.setdefault(slot, {}), place, checked_weight(tensor, 2, key, name), key, name)
+            target = f"{layer}.{match['leaf']}"
+            put(weights.setdefault(slot, {}), target, checked_weight(tensor, 2, key, name), key, name)
 
     if len(alpha_leaves) > 1:
         raise ValueError(f"{name} mixes '.alpha' and '.network_alpha'; keep one of them.")
@@ -135,17 +135,17 @@ def write(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def write_metadata(kind: Kind) -> dict[str, str]:
-    """The safetensors metadata that says what kind of condition a file is for."""
+    """The safetensors metadata with the kind of condition that a file is for."""
     return described(SECTION, {"kind": kind}, FORMAT)
 
 
 def published_kind(name: str) -> Kind | None:
-    """What kind of condition the published file of this name is for: `"flux/Ghibli.safetensors"` -> `"spatial"`."""
+    """The kind of condition of the published file of this name: `"flux/Ghibli.safetensors"` -> `"spatial"`."""
     return next((kind for kind, names in PUBLISHED.items() if _stem(name) in names), None)
 
 
 def likely_kind(name: str) -> Kind | None:
-    """What the words in a file's name mean: `"my_depth-v2.safetensors"` -> `"spatial"`. None where they disagree."""
+    """The kind that the words of a file's name suggest: `"my_depth-v2.safetensors"` -> `"spatial"`. None if unclear."""
     words = set(re.findall("[a-z]+", _stem(name)))
     kinds: list[Kind] = [kind for kind, names in PUBLISHED.items() if words & {*names, *WORDS[kind]}]
     return kinds[0] if len(kinds) == 1 else None
@@ -158,7 +158,7 @@ def published_name(layer: str, slot: int, leaf: str) -> str:
 
 
 def layers(double: int, single: int) -> Iterator[str]:
-    """Names of all layers of a LoRA for a model with so many blocks."""
+    """Names of all layers of a LoRA for a model with this many blocks."""
     for stream, blocks in (("double_blocks", double), ("single_blocks", single)):
         for i in range(blocks):
             yield from (f"{stream}.{i}.{part}" for part in PARTS[stream])

@@ -1,29 +1,29 @@
 """Carry a subject into a new picture without training: keys and values of the reference in the vital layers.
 
-Source: FreeCus, arXiv:2507.15249, on FLUX.1-dev; what the paper leaves open follows the authors' published code. At
-every step the model denoises the reference, too, at the picture's timestep and with the picture's prompt. The tokens of
-the subject are kept there, and the picture attends to them in a few *vital* layers:
+Source: FreeCus, arXiv:2507.15249, on FLUX.1-dev. Where the paper leaves a choice, we follow the authors' published
+code. At every step the model denoises the reference too, at the picture's timestep and with the picture's prompt. The
+picture attends to the tokens of the subject there, in a few *vital* layers:
 
     K = [s * K_text ; K_image ; s * K_ref],   V = [V_text ; V_image ; V_ref]
 
-K_ref and V_ref are after QK norm and RoPE, at the reference's own places, which are those of the picture. Queries,
-image keys and all values are as they are.
+K_ref and V_ref are after QK norm and RoPE, at the reference's own positions, which are those of the picture. Queries,
+image keys and all values stay unchanged.
 
-**Adjusted dynamic shift.** The reference is noised to a level sigma' below the picture's sigma, so that its details
-show: the same linear schedule t, shifted the other way. With shift(mu, t) = e^mu / (e^mu + 1/t - 1),
+**Adjusted dynamic shift.** The reference has a noise level sigma' below the picture's sigma, so that its details show:
+the same linear schedule t, shifted the other way. With shift(mu, t) = e^mu / (e^mu + 1/t - 1),
 
     sigma = shift(mu, t),   sigma' = shift(-mu_ref, t) = 1 / (1 + e^(mu + mu_ref) * (1/sigma - 1))
 
-mu_ref is 0.459375 for every size: the authors' code computes it from a size that is already divided by the patch.
+mu_ref is 0.459375 for every size, because the authors' code computes it from a size already divided by the patch.
 
-Where we differ: the authors run the reference first, all steps of it, and store every layer; the result is the same
-step by step. Order of keys does not matter to attention, so the reference's come last. Thin parts of a subject, which
-the authors' rule for its tokens can miss, count here, see `subject_tokens`.
+Where we differ: the authors first run all steps of the reference and store every layer. We run it step by step, with
+the same result. The order of keys does not matter to attention, so ours puts the reference's last. Thin parts of a
+subject, which the authors' rule for its tokens can miss, count here, see `subject_tokens`.
 
 Shapes: B batch, H heads, L tokens (text first), d head size, S subject tokens, h and w of a latent.
 Units: noise levels 0 (clean) to 1; mu is the logarithm of a factor on noise over signal.
-Limits: the reference keeps its place, so a subject tends to stay where it was. Several references, and text scales of
-their own, were not tested by the authors.
+Limits: the reference keeps its positions, so a subject tends to stay where it was. The authors have not tested several
+references, or separate scales for text and subject.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ShiftMode = Literal["reversed", "half", "twice", "linear", "normal"]
 
 KEY_SCALE = 1.1  # s, on subject and text alike, in the authors' code
 REFERENCE_SHIFT = 0.459375  # mu_ref
-THIN = 1 / 8  # of a token's area: less of a thin part does not count
+THIN = 1 / 8  # of a token's area: the least of a thin part that counts
 
 # Of FLUX.1-dev's 57 layers, double blocks 0 to 18 first; found by Stable Flow, arXiv:2411.14430, and used by FreeCus.
 VITAL_LAYERS = (0, 1, 2, 17, 18, 25, 28, 53, 54, 56)
@@ -58,11 +58,11 @@ def reference_sigma(
 
     Args:
         shift: mu of the picture's own schedule.
-        mode: what the reference's schedule is shifted by: -mu_ref, half or twice of it, nothing, or +mu_ref.
+        mode: shift of the reference's schedule: -mu_ref, half or twice of that, none, or +mu_ref.
         reference_shift: mu_ref.
 
     Raises:
-        ValueError: for a mode that there is not.
+        ValueError: an unknown mode.
     """
     if mode not in SHIFTS:
         raise ValueError(f"shift_mode must be one of {', '.join(get_args(ShiftMode))}, got '{mode}'.")
@@ -76,9 +76,9 @@ def reference_latent(latent: Tensor, noise: Tensor, sigma: float) -> Tensor:
 
 
 def in_bytes(mask: Tensor) -> Tensor:
-    """A mask, 0 to 1, in steps of 1 / 255, rounded down as the authors' 8-bit masks are.
+    """A mask, 0 to 1, in steps of 1 / 255, rounded down like the authors' 8-bit masks.
 
-    Background removal gives a probability that is never 0: below one step there is no subject.
+    Background removal gives a probability that is never 0, so values below one step are no subject.
     """
     return (mask.float() * 255).floor() / 255
 
@@ -86,10 +86,11 @@ def in_bytes(mask: Tensor) -> Tensor:
 def subject_tokens(mask: Tensor, grid: GridSize) -> Tensor:
     """Numbers of the tokens that show the subject, `[S]`, in raster order.
 
-    The authors' rule: a token counts where the mask, resized bilinearly to the token grid, is above 0. Soft values are
-    no weights. At 16 pixels a token that asks the four pixels in its middle, so a thin part may fall between all of
-    them. Ours beside it: a token also counts if it and its eight neighbours have all failed, and its mean is at least
-    `THIN`. It adds nothing to discs of 24 pixels and more across, and to lines of 16, as measured at 512 x 512.
+    The authors' rule: a token counts if the mask, resized bilinearly to the token grid, is above 0 there. Soft values
+    are no weights. With 16 pixels per token, the rule looks at the four pixels in a token's middle, so a thin part may
+    fall between all of them. We add a rule: a token also counts if it and its eight neighbours have all failed, and its
+    mean is at least `THIN`. Measured at 512 x 512, that adds nothing to discs of 24 pixels and more across, or to lines
+    of 16.
 
     Args:
         mask: `[h, w]` of any size, 0 to 1, over the whole picture; `in_bytes`.
@@ -102,7 +103,7 @@ def subject_tokens(mask: Tensor, grid: GridSize) -> Tensor:
 
 
 def subject_keys(k: Tensor, v: Tensor, tokens: Tensor, text: int, scale: float) -> tuple[Tensor, Tensor]:
-    """What the picture attends to: `scale` * K and V of the subject, `[B, H, S, d]` each, memory of their own.
+    """The keys and values to attend to: `scale` * K and V of the subject, `[B, H, S, d]` each, in new memory.
 
     Args:
         k, v: of one layer of the reference pass, after QK norm and RoPE, `[B, H, L, d]`.
@@ -118,10 +119,10 @@ def layers_from(text: str, double: int, single: int) -> tuple[int, ...]:
 
     Args:
         text: "published", "all", or numbers and ranges such as "0-2, 17, 25". The published layers are those of
-            FLUX.1-dev; a model of another depth has none of its own, and takes all.
+            FLUX.1-dev; for a model of another depth "published" means all.
 
     Raises:
-        ValueError: for anything else, a range that runs backwards, and layers that the model does not have.
+        ValueError: any other text, a range that runs backwards, or layers that the model does not have.
     """
     count = double + single
     wanted = text.strip().lower()

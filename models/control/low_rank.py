@@ -1,4 +1,4 @@
-"""Low-rank layers beside those of a base model, and their weights as every loader of the pack keeps them."""
+"""Low-rank layers beside those of a base model, and the form of their weights in every loader of the pack."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class LowRankWeights:
     """One LoRA under the pack's own names: down `[rank, in]`, up `[out, rank]`.
 
     weights: `"double_blocks.0.q.down.weight"`, ...: the state_dict of its module.
-    alphas: `"double_blocks.0.q"` to alpha; layers that are not here have alpha = rank.
+    alphas: `"double_blocks.0.q"` to alpha; other layers have alpha = rank.
     """
 
     weights: dict[str, Tensor]
@@ -22,7 +22,7 @@ class LowRankWeights:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Rank of each layer that is there: `{"double_blocks.0.q": 128, ...}`."""
+        """Rank of each layer: `{"double_blocks.0.q": 128, ...}`."""
         down = ".down.weight"
         return {key.removesuffix(down): weight.shape[0] for key, weight in self.weights.items() if key.endswith(down)}
 
@@ -49,7 +49,7 @@ class LowRank(nn.Module):
 
 
 class LoraBlock(nn.ModuleDict):
-    """The low-rank layers of one block by part. Layers of parts that it lacks stay the base model's.
+    """The low-rank layers of one block by part. Without a part, the base model's layer stays as it is.
 
     Parts of a double block's image stream: q, k, v, proj, mlp_in, mlp_out, mod; of a single block: q, k, v, mlp, out,
     mod. `mlp` are the rows of the fused first projection that feed the MLP, `mod` is the modulation's projection.

@@ -1,16 +1,16 @@
 """Try-on after MC-VTON: a masked person and a garment as tokens with a LoRA each.
 
-Source: MC-VTON, arXiv:2501.03630: a FLUX.1 transformer without reference network or image encoder; its own VAE and its
-own blocks process both conditions, and low-rank weights are all that is trained. No code and no weights are public.
-This is a reconstruction, and where the paper's text leaves a choice it says so:
+Source: MC-VTON, arXiv:2501.03630: a FLUX.1 transformer without reference network or image encoder. Its own VAE and
+blocks process both conditions, and training changes low-rank weights only. No code and no weights are public. This is a
+reconstruction. Our choices where the paper leaves them open:
 
 - Each branch has a LoRA that acts on its own tokens only; picture and text keep the base weights. It is an ordinary
-  one, `y = W x + b + s B A x` on the layer's input (EasyControl's `proj` is not). Layers and ranks: what the file has.
+  LoRA, `y = W x + b + s B A x` on the layer's input (EasyControl's `proj` is not). The file sets layers and ranks.
 - The masked person lies over the picture (`positions.spatial_ids`). The garment lies beside it, as a diptych
   (`positions.beside_ids`), or below it (`positions.subject_ids`).
-- Conditions are modulated at timestep 0 and attend to themselves alone, so that `conditions.encode_condition` computes
-  their keys and values once per run. Joint attention, where the conditions see the picture and run in every step, is
-  not built.
+- Conditions are modulated at timestep 0 and attend to themselves alone, so `conditions.encode_condition` computes their
+  keys and values once per run. We have not built joint attention, in which the conditions see the picture and run at
+  every step.
 
 Shapes: B batch, T condition tokens, D hidden size, M hidden size of the MLP.
 """
@@ -33,7 +33,7 @@ class BranchLora(nn.Module):
     Args:
         dim: hidden size D of the model.
         double, single: number of blocks of the model.
-        ranks: rank of each layer by name as `Branch.ranks` gives them; layers that are not here stay the base model's.
+        ranks: rank of each layer by name as in `Branch.ranks`; other layers stay the base model's.
         scales: alpha / rank of the layers where it is not 1.
         hidden: hidden size M of the MLP, 4 D if not given.
         operations: layer classes, ComfyUI's or `torch.nn`.
@@ -78,7 +78,7 @@ class BranchLora(nn.Module):
         init_low_rank(self, generator)
 
     def branch(self) -> Branch:
-        """Its weights as a file holds them, with an alpha where the scale is not 1."""
+        """Its weights in a file's form, with an alpha where the scale is not 1."""
         alphas = {
             name: torch.tensor(module.scale * module.down.weight.shape[0])
             for name, module in self.named_modules()
@@ -88,6 +88,6 @@ class BranchLora(nn.Module):
 
 
 def layers(double: int, single: int) -> list[str]:
-    """Names of all layers that a branch of a model with so many blocks may have."""
+    """Names of all layers that a branch may have, for a model with this many blocks."""
     counts = (("double_blocks", double), ("single_blocks", single))
     return [f"{stream}.{i}.{part}" for stream, count in counts for i in range(count) for part in PARTS[stream]]

@@ -1,22 +1,22 @@
 """File layout of try-on LoRAs after MC-VTON, one LoRA per branch: parse, check, write back.
 
 Source: MC-VTON, arXiv:2501.03630, trains low-rank weights on a FLUX.1 transformer that sees a masked person and a
-garment as tokens of its own. No code and no weights of it are public, so this layout is ours: diffusers' names of the
-image stream behind the name of a branch, `person` or `garment`. For block `i`, each followed by `.lora_A.weight`
-`[rank, in]`, `.lora_B.weight` `[out, rank]` and, where alpha is not the rank, `.alpha`, a single number:
+garment as tokens of its own. Its code and weights are not public, so this layout is ours: the name of a branch,
+`person` or `garment`, then diffusers' names of the image stream. For block `i`, each followed by `.lora_A.weight`
+`[rank, in]`, `.lora_B.weight` `[out, rank]` and, if alpha is not the rank, `.alpha`, a single number:
 
     {branch}.transformer_blocks.{i}.attn.{to_q,to_k,to_v,to_out.0}           D to D
     {branch}.transformer_blocks.{i}.{ff.net.0.proj,ff.net.2,norm1.linear}    D to M, M to D, D to 6D
     {branch}.single_transformer_blocks.{i}.attn.{to_q,to_k,to_v}             D to D
     {branch}.single_transformer_blocks.{i}.{proj_mlp,proj_out,norm.linear}   D to M, D + M to D, D to 3D
 
-Which layers of which blocks are there, and their ranks, is up to the file; so is whether it has both branches. How it
-was trained stands in its metadata, see `checkpoint.py`: `{"format": 1, "mc_vton": {"position": "beside",
-"fill": "grey", "mask": "isolated", "steps": 20, "prompt": "a doll", "double_blocks": 19, "single_blocks": 38}}`. All of
-it may be left out. A setting that readers of an earlier format do not know makes a new format.
+A file may have one branch or both, with any layers of any blocks, at any rank. Its metadata says how it was trained,
+see `checkpoint.py`: `{"format": 1, "mc_vton": {"position": "beside", "fill": "grey", "mask": "isolated", "steps": 20,
+"prompt": "a doll", "double_blocks": 19, "single_blocks": 38}}`. Each setting is optional. A new setting that old
+readers do not know makes a new format.
 
 Inside the pack a layer is called `double_blocks.{i}.{part}` or `single_blocks.{i}.{part}`, as in `BranchLora`.
-Nothing is dropped in silence: a key or a setting that does not fit refuses the file.
+The parser refuses a file with an unknown key or setting. It never drops anything silently.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ KEYS = TryOnKeys(
 
 @dataclass(frozen=True)
 class Settings:
-    """How a file was trained, as far as it says so.
+    """How a file was trained, if it says so.
 
-    position: of the garment's tokens. fill: of the masked part of the person. mask: who sees whom; isolated conditions
-    see themselves only, text and picture see all. steps: of sampling. prompt: "" if it was trained with any.
+    position: of the garment's tokens. fill: of the masked part of the person. mask: isolated conditions see themselves
+    only, text and picture see all. steps: of sampling. prompt: the training's only one; "" for any.
     """
 
     position: Position = "beside"
@@ -129,8 +129,8 @@ class Branch(LowRankWeights):
 class Checkpoint:
     """A parsed file for models of `dim` channels, `hidden` in the MLP, `double` and `single` blocks.
 
-    The block counts are the file's own word; where it has none, they reach to the last block it touches.
-    `hidden` is 4 * dim, as in FLUX.1, where no layer of the file tells.
+    The block counts come from the metadata, else they reach to the last block with a layer. `hidden` is 4 * dim, as in
+    FLUX.1, if no layer of the file tells.
     """
 
     branches: dict[str, Branch]  # "person", "garment"; one of them may be missing: plain tokens then
@@ -142,7 +142,7 @@ class Checkpoint:
 
     @property
     def summary(self) -> str:
-        """What each branch touches, in one line."""
+        """The layers of each branch, in one line."""
         parts = [f"{name} {self.branches[name].summary if name in self.branches else 'plain'}" for name in BRANCHES]
         return f"{'; '.join(parts)}; garment {self.settings.position} the picture, hidden size {self.dim}"
 
@@ -172,8 +172,8 @@ def parse(
         if match["leaf"] == "alpha":
             put(alphas.setdefault(branch, {}), layer, checked_number(tensor, key, name), key, name)
         else:
-            place = f"{layer}.{LEAVES[match['leaf']]}"
-            put(weights.setdefault(branch, {}), place, checked_weight(tensor, 2, key, name), key, name)
+            target = f"{layer}.{LEAVES[match['leaf']]}"
+            put(weights.setdefault(branch, {}), target, checked_weight(tensor, 2, key, name), key, name)
 
     branches = {}
     for branch in BRANCHES:
@@ -261,7 +261,7 @@ def _sizes(branches: dict[str, Branch], name: str) -> tuple[int, int]:
 
 
 def _blocks(branches: dict[str, Branch], stream: str, said: object, name: str) -> int:
-    """Number of blocks of one kind: what the file says, or up to the last that it touches."""
+    """Number of blocks of one kind: as the file says, or up to the last block with a layer."""
     layers = (layer for lora in branches.values() for layer in lora.ranks)
     last = max((int(layer.split(".")[1]) + 1 for layer in layers if layer.startswith(stream)), default=0)
     if said is None:

@@ -1,12 +1,12 @@
-"""Several related pictures on one canvas: where the panels lie, what introduces each of them, and which are given.
+"""Several related pictures on one canvas: where the panels lie, which tag introduces each, and which are given.
 
-Source: In-Context LoRA, arXiv:2410.23775, section 3: the pictures of a set are put side by side on one canvas, their
-captions are joined into one prompt, and an ordinary LoRA learns from 20 to 100 such sets. Some panels may be given;
-the rest is then inpainted. The model is never touched. Canvas sizes, tags and prefixes of the ten published LoRAs:
-the authors' model table (github.com/ali-vilab/In-Context-LoRA); its panel grids follow from the sample prompts.
-The joint prompt is put together in `panel_prompt.py`, the canvas in `panel_pictures.py`.
+Source: In-Context LoRA, arXiv:2410.23775, section 3. The pictures of a set stand side by side on one canvas, their
+captions form one prompt, and an ordinary LoRA learns from 20 to 100 such sets. Some panels may be given; inpainting
+fills the rest. The model itself stays unchanged. Canvas sizes, tags and prefixes of the ten published LoRAs come from
+the authors' model table (github.com/ali-vilab/In-Context-LoRA); the panel grids follow from the sample prompts.
+`panel_prompt.py` makes the joint prompt, `panel_pictures.py` the canvas.
 
-Panels are counted in reading order, row by row, from 1 as the user sees them.
+Panel numbers follow the reading order, row by row, from 1 as the user sees them.
 Units: pixels. Borders of panels lie on multiples of `TOKEN`, so a token never sees two panels.
 """
 
@@ -34,13 +34,13 @@ class Layout:
 
     Attributes:
         panel_width, panel_height: pixels, multiples of `TOKEN`.
-        tags: what introduces each panel in the prompt, with its brackets.
-        prefix: what prompts and captions of this task begin with; "" for nothing.
-        given: indices from 0 of the panels that are given as pictures, ascending.
-        joint: what stands between two panels' texts.
+        tags: one per panel, with brackets; it introduces the panel in the prompt.
+        prefix: the beginning of this task's prompts and captions; "" for none.
+        given: indices from 0 of the given panels, ascending.
+        joint: separator between two panels' texts.
 
     Raises:
-        ValueError: for rows and columns outside 1..`LIMIT`, or sides that do not end on a token.
+        ValueError: rows or columns outside 1..`LIMIT`, or sides that do not end on a token.
     """
 
     rows: int
@@ -72,7 +72,7 @@ class Layout:
 
     @property
     def width(self) -> int:
-        """Of the canvas."""
+        """Width of the canvas."""
         return self.columns * self.panel_width
 
     @property
@@ -81,13 +81,13 @@ class Layout:
 
     @property
     def unknown(self) -> tuple[int, ...]:
-        """Indices of the panels that are to be generated."""
+        """Indices of the panels to generate."""
         return tuple(index for index in range(self.count) if index not in self.given)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What a published LoRA was trained with. `width`, `height`: of one panel."""
+    """The canvas that a published LoRA was trained with. `width`, `height`: of one panel."""
 
     rows: int
     columns: int
@@ -97,7 +97,7 @@ class Preset:
     prefix: str = ""
 
 
-PRESETS: dict[str, Preset] = {  # by file name; canvas sizes as the authors' table has them
+PRESETS: dict[str, Preset] = {  # by file name; canvas sizes as in the authors' table
     "couple-profile": Preset(1, 2, 1024, 1024),
     "film-storyboard": Preset(3, 1, 1024, 512, "scene", "[MOVIE-SHOTS]"),
     "font-design": Preset(2, 2, 896, 608),
@@ -118,12 +118,12 @@ def panel_layout(
 
     Args:
         preset: a key of `PRESETS`, or "custom", which alone reads the four numbers.
-        tags: "auto" takes what the preset was trained with; see `tag_names` for what a grid of one's own gets.
+        tags: "auto" takes the preset's; for a custom grid see `resolved`.
         prefix: "" takes the preset's.
         given: see `parse_given`.
 
     Raises:
-        ValueError: for an unknown preset, and where `Layout`, `tag_names` or `parse_given` do.
+        ValueError: an unknown preset, or an error of `Layout`, `tag_names` or `parse_given`.
     """
     if preset == "custom":
         found = Preset(rows, columns, panel_width, panel_height, "auto")
@@ -145,7 +145,7 @@ def panel_layout(
 
 
 def resolved(tags: Tags, rows: int, columns: int) -> Tags:
-    """What "auto" means for a grid: names of positions where there are any, scenes for one column, else numbers."""
+    """The meaning of "auto" for a grid: names of positions if it has any, scenes for one column, else numbers."""
     if tags != "auto":
         return tags
     return "position" if (rows, columns) in POSITIONS else "scene" if columns == 1 else "image"
@@ -155,7 +155,7 @@ def tag_names(tags: Tags, rows: int, columns: int) -> tuple[str, ...]:
     """The tag of each panel, such as `[TOP-LEFT]`, `[SCENE-1]` or `[IMAGE1]`, in reading order.
 
     Raises:
-        ValueError: for positions in a grid that has no names for them, or a style that does not exist.
+        ValueError: positions for a grid without names for them, or an unknown style.
     """
     tags = resolved(tags, rows, columns)
     numbers = range(1, rows * columns + 1)
@@ -177,7 +177,7 @@ def parse_given(text: str, count: int) -> tuple[int, ...]:
     """Indices from 0 out of panel numbers from 1, as in "1, 3". Ascending, each once; "" gives none.
 
     Raises:
-        ValueError: for what is no number, or no panel of the `count`.
+        ValueError: a word that is no number, or no number of a panel.
     """
     numbers = set()
     for word in filter(None, re.split(r"[\s,;]+", text)):

@@ -1,8 +1,8 @@
-"""Pictures, latents and masks of panels: fitted, put together on a canvas, and cut apart again.
+"""Pictures, latents and masks of panels: fit them, put them together on a canvas, and cut them apart again.
 
-Where the panels lie is said in `panel_layout.py`.
+`panel_layout.py` says where the panels lie.
 
-Shapes: IMAGE `[B, H, W, 3]` in 0..1. Panels are counted in reading order, row by row.
+Shapes: IMAGE `[B, H, W, 3]` in 0..1. Panels are in reading order, row by row.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .panel_layout import Layout
+from .pixels import Fit
 
-FILL = 0.5  # grey of a panel that is not given, and around a padded picture
+FILL = 0.5  # grey of panels that are not given, and around padded pictures
 
-Fit = Literal["crop", "pad", "stretch"]
-Start = Literal["neutral", "first given panel"]  # what panels begin as that are not given
+Start = Literal["neutral", "first given panel"]  # start of the panels that are not given
 
 
 def fitted(picture: Tensor, width: int, height: int, fit: Fit) -> Tensor:
     """A picture `[1, H, W, C]` (C being 1, 3 or 4) at the size of a panel, `[1, height, width, 3]`.
 
-    crop: fills the panel and loses what stands over. pad: keeps everything, grey around it. stretch: keeps
-    everything, out of proportion. All are centred and resampled with antialiasing; the right size stays as it is.
+    crop: fills the panel and loses the overhang. pad: keeps everything, with grey around it. stretch: keeps everything,
+    out of proportion. All are centred and antialiased; a picture of the right size stays unchanged.
     """
     pixels = picture[..., :3].movedim(-1, 1).expand(-1, 3, -1, -1)
     if pixels.shape[-2:] == (height, width):
@@ -39,13 +39,13 @@ def fitted(picture: Tensor, width: int, height: int, fit: Fit) -> Tensor:
     factor = max(factors) if fit == "crop" else min(factors)
     wide, high = (max(round(side * factor), 1) for side in (pixels.shape[-1], pixels.shape[-2]))
     scaled = resized(pixels, wide, high)
-    # What stands over is cut off (negative), what is missing is filled (positive).
+    # Negative padding cuts the overhang off, positive padding fills the rest.
     left, top = (width - wide) // 2, (height - high) // 2
     return F.pad(scaled, (left, width - wide - left, top, height - high - top), value=FILL).movedim(1, -1)
 
 
 def resized(pixels: Tensor, width: int, height: int) -> Tensor:
-    """`[B, C, H, W]`, bicubic with antialiasing, in 0..1. Summed in float64, or flat colours would lose a digit."""
+    """`[B, C, H, W]`, bicubic with antialiasing, in 0..1. Sums in float64, because flat colours would lose a digit."""
     if pixels.shape[-2:] == (height, width):
         return pixels
     scaled = F.interpolate(pixels.double(), (height, width), mode="bicubic", antialias=True, align_corners=False)
@@ -61,21 +61,21 @@ def compose(layout: Layout, panels: Mapping[int, Tensor], fill: Tensor | None = 
     """
     if fill is None:
         fill = grey(layout, panels)
-    return tiled([panels.get(index, fill) for index in range(layout.count)], layout.rows, -3, -2)
+    return arranged([panels.get(index, fill) for index in range(layout.count)], layout.rows, -3, -2)
 
 
 def grey(layout: Layout, panels: Mapping[int, Tensor]) -> Tensor:
-    """A panel of it, as the others are in dtype and device."""
+    """A grey panel, in the dtype and on the device of the others."""
     like = next(iter(panels.values()), torch.zeros(0))
     return like.new_full((1, layout.panel_height, layout.panel_width, 3), FILL)
 
 
 def compose_latent(layout: Layout, panels: Mapping[int, Tensor], fill: Tensor) -> Tensor:
-    """The canvas's latent `[1, C, ..., h, w]` out of latents of single panels: no pixel reaches over a border."""
-    return tiled([panels.get(index, fill) for index in range(layout.count)], layout.rows, -2, -1)
+    """The canvas's latent `[1, C, ..., h, w]` from latents of single panels, so no pixel reaches over a border."""
+    return arranged([panels.get(index, fill) for index in range(layout.count)], layout.rows, -2, -1)
 
 
-def tiled(panels: Sequence[Tensor], rows: int, down: int, right: int) -> Tensor:
+def arranged(panels: Sequence[Tensor], rows: int, down: int, right: int) -> Tensor:
     """Panels in reading order, put together along the dimensions `down` and `right`."""
     columns = len(panels) // rows
     bands = [torch.cat([*panels[row * columns : (row + 1) * columns]], right) for row in range(rows)]
@@ -83,14 +83,14 @@ def tiled(panels: Sequence[Tensor], rows: int, down: int, right: int) -> Tensor:
 
 
 def unknown_mask(layout: Layout) -> Tensor:
-    """1 where the picture is to be generated, 0 on given panels: `[1, 1, height, width]`, in pixels.
+    """1 on panels to generate, 0 on given panels: `[1, 1, height, width]`, in pixels.
 
-    ComfyUI brings it to latent pixels by bilinear interpolation, which reads inside one latent pixel only, as borders
-    lie on multiples of 16: edges stay hard.
+    ComfyUI scales it to latent pixels by bilinear interpolation. Borders lie on multiples of 16, so each latent pixel
+    reads from one panel only, and edges stay hard.
     """
     shape = (1, 1, layout.panel_height, layout.panel_width)
     zero, one = torch.zeros(shape), torch.ones(shape)
-    return tiled([zero if index in layout.given else one for index in range(layout.count)], layout.rows, -2, -1)
+    return arranged([zero if index in layout.given else one for index in range(layout.count)], layout.rows, -2, -1)
 
 
 def panels_of(layout: Layout, image: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def panels_of(layout: Layout, image: Tensor) -> Tensor:
     The image has the layout's size, or any size of the same proportions that divides evenly into the panels.
 
     Raises:
-        ValueError: where it does not.
+        ValueError: an image of another size.
     """
     batch, height, width, channels = image.shape
     layout_size = f"{layout.width} x {layout.height}"
@@ -121,10 +121,10 @@ def panels_of(layout: Layout, image: Tensor) -> Tensor:
 def latent_panels(layout: Layout, latent: Tensor) -> Tensor:
     """The panels of a canvas's latent `[B, C, ..., h, w]` as `[B * count, C, ..., h / rows, w / columns]`.
 
-    Decoded one by one, no colour of a neighbour reaches over the border, as it does where a decoder sees all panels.
+    Decode them one by one, and no colour of a neighbour bleeds over the border.
 
     Raises:
-        ValueError: when the latent does not divide into the panels, or has other proportions.
+        ValueError: the latent does not divide into the panels, or has other proportions.
     """
     height, width = latent.shape[-2:]
     if width * layout.height != height * layout.width or height % layout.rows or width % layout.columns:
@@ -142,18 +142,18 @@ def split(layout: Layout, image: Tensor, inset: int = 0, canvas: Tensor | None =
 
 
 def finished(layout: Layout, panels: Tensor, inset: int = 0, canvas: Tensor | None = None) -> Tensor:
-    """Panels without their borders, the given ones untouched.
+    """Panels without their borders, with the given ones untouched.
 
     Args:
         panels: `[B * count, h, w, C]`, in reading order, picture after picture.
-        inset: pixels to cut off each panel on all four sides, where colours of the neighbour bleed over the border.
-        canvas: `[1 or B, H, W, C]`, what the given panels are taken from instead.
+        inset: pixels to cut off each panel on all four sides, because colours of the neighbour bleed over the border.
+        canvas: `[1 or B, H, W, C]`, the source of the given panels instead.
 
     Returns:
         `[B * count, h - 2 * inset, w - 2 * inset, C]`, in the same order.
 
     Raises:
-        ValueError: for an inset that leaves nothing, or a canvas of another size.
+        ValueError: an inset that leaves nothing, or a canvas of another size.
     """
     h, w = panels.shape[1:3]
     if canvas is not None and layout.given:
@@ -179,10 +179,10 @@ def size_of(image: Tensor) -> str:
 
 
 def start_panel(layout: Layout, panels: Mapping[int, Tensor], start: Start) -> Tensor | None:
-    """What the unknown panels begin as: `None` for mid-grey, or the first given panel's picture.
+    """The start of the unknown panels: `None` for mid-grey, or the first given panel's picture.
 
     Raises:
-        ValueError: when nothing is given to begin with.
+        ValueError: an unknown `start`, or no given panel.
     """
     if start == "neutral":
         return None
@@ -199,7 +199,7 @@ def given_panels(layout: Layout, pictures: Iterable[Tensor], fit: Fit) -> dict[i
     """Pictures `[1, H, W, C]` of any size, in the order of the given panels, brought to the panels' size.
 
     Raises:
-        ValueError: unless there are as many pictures as given panels.
+        ValueError: the numbers of pictures and of given panels differ.
     """
     pictures = list(pictures)
     if len(pictures) != len(layout.given):
@@ -221,7 +221,8 @@ def encode_panels(
 
     Args:
         encode: IMAGE `[1, H, W, 3]` -> latent.
-        fill: the picture for panels that are not in `panels`; `None` is mid-grey. A given one is encoded once.
+        fill: the picture for panels that are not in `panels`; `None` is mid-grey. Encoded once, even if it is a given
+            panel too.
     """
     latents = {index: encode(panel) for index, panel in panels.items()}
     missing = len(latents) < layout.count

@@ -10,18 +10,18 @@ from collections.abc import Sequence
 
 from .panel_layout import Layout
 
-# Full-width marks as escapes: shipped code stays in the characters that every scanner reads.
-STOPS = ".\u3002"  # between two panels, the layout's joint stands for them
+# Full-width marks as escapes: shipped files stay readable in cp1252.
+STOPS = ".\u3002"  # the layout's joint replaces them between two panels
 JOINTS = ",;:\uff0c\uff1b\uff1a\u3001"  # stay between two panels; dropped at the end
 ENDS = "!?\uff01\uff1f\u2026"  # stay
-QUOTES = "\"'\u201d\u2019\u00bb\u300d\u300f"  # no full stop is put after one that follows a stop
+QUOTES = "\"'\u201d\u2019\u00bb\u300d\u300f"  # no full stop after one that follows a stop
 
 
 def panel_texts(lines: str, count: int) -> tuple[str, ...]:
-    """One text per panel out of one line per panel. Lines may be empty, and missing at the end.
+    """One text per panel from one line per panel. Lines may be empty, or missing at the end.
 
     Raises:
-        ValueError: for more lines than panels.
+        ValueError: more lines than panels.
     """
     texts = [line.strip() for line in lines.rstrip().splitlines()]
     if len(texts) > count:
@@ -33,15 +33,15 @@ def panel_texts(lines: str, count: int) -> tuple[str, ...]:
 
 
 def joint_prompt(layout: Layout, summary: str, texts: Sequence[str]) -> str:
-    """One flowing sentence: prefix, a sentence on the whole set, each panel introduced by its tag.
+    """One flowing sentence: the prefix, a sentence on the whole set, then each panel's tag and text.
 
-    Full stops inside are turned into the layout's joint; a comma, semicolon, `!` or `?` that ends a part stays. A text
-    that has its tag already keeps it where it is ("while [RIGHT] a white cat"), as some published prompts do; so does
-    a summary that has the prefix as a word of its own ("This [FOUR-PANEL] image ..."). A panel without text keeps its
+    The layout's joint replaces a full stop at the end of a part; a comma, semicolon, `!` or `?` there stays. A text
+    that has its tag already keeps it in place ("while [RIGHT] a white cat"), as in some published prompts. So does a
+    summary that has the prefix as a word of its own ("This [FOUR-PANEL] image ..."). A panel without text keeps its
     tag, because panels without tags tend to run together.
 
     Raises:
-        ValueError: unless there is one text per panel.
+        ValueError: there is not one text per panel.
     """
     if len(texts) != layout.count:
         raise ValueError(f"{layout.count} panels need {layout.count} texts, got {len(texts)}.")
@@ -60,7 +60,7 @@ def joint_prompt(layout: Layout, summary: str, texts: Sequence[str]) -> str:
 
 
 def has_word(text: str, word: str) -> bool:
-    """Whether it stands there by itself: "sks" does in "a sks dog", but not in "tasks"."""
+    """Whether `word` stands in `text` by itself, as "sks" does in "a sks dog", but not in "tasks"."""
     at = text.find(word)
     while at >= 0:
         end = at + len(word)

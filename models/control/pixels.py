@@ -1,8 +1,8 @@
 """Pictures and masks as pixels: resampling, distances, dilation, boxes, backgrounds.
 
-Resampling: Lanczos with 3 lobes (Turkowski, Filters for Common Resampling Tasks, 1990), stretched by the scale when a
-picture is made smaller, so that nothing aliases. At the border, weights are normalised over what is there. In float32,
-without the 8 bits that go through PIL; pixels stay what they are when the size does.
+Resampling: Lanczos with 3 lobes (Turkowski, Filters for Common Resampling Tasks, 1990). For a smaller picture the
+filter is stretched by the scale, against aliasing. At the border, the weights of the existing pixels sum to 1. All in
+float32, where PIL would round to 8 bits. The same size leaves the pixels unchanged.
 
 Shapes: pictures `[..., H, W, C]` in 0..1, masks `[H, W]` bool. Units: pixels.
 """
@@ -10,15 +10,18 @@ Shapes: pictures `[..., H, W, C]` in 0..1, masks `[H, W]` bool. Units: pixels.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Fit = Literal["crop", "pad", "stretch"]  # how a picture of other proportions is brought to a size
 
 LOBES = 3
 
 
 def rgb(image: Tensor) -> Tensor:
-    """`[..., C]`, C being 1, 3 or 4, as `[..., 3]`: grey is repeated, alpha is left out.
+    """`[..., C]`, C being 1, 3 or 4, as `[..., 3]`: repeats grey, leaves out alpha.
 
     Raises:
         ValueError: another number of channels.
@@ -30,7 +33,7 @@ def rgb(image: Tensor) -> Tensor:
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """`[..., H, W, C]` as `[..., height, width, C]`, cut to 0..1 unless the size is the same already."""
+    """`[..., H, W, C]` as `[..., height, width, C]`, clamped to 0..1 unless the size stays the same."""
     before = tuple(image.shape[-3:-1])
     if before == (height, width):
         return image
@@ -53,7 +56,7 @@ def lanczos(old: int, new: int) -> Tensor:
 def distance_to(target: Tensor, limit: int) -> Tensor:
     """Euclidean distance of every pixel to the nearest True one of `target`, `[H, W]` float32, cut at `limit` + 1.
 
-    Exact: along columns first, then the smallest sum of squares along rows, which needs `limit` pixels to either side.
+    Exact: first along columns, then the smallest sum of squares along rows, up to `limit` pixels to either side.
     """
     height, width = target.shape
     far = limit + 1
@@ -81,24 +84,24 @@ def dilate(mask: Tensor, radius: int) -> Tensor:
 
 
 def around(mask: Tensor, by: int) -> tuple[slice, slice]:
-    """Rows and columns of the box of what is True, `by` pixels wider where there are any."""
+    """Rows and columns of the box around the True pixels, wider by `by` pixels on each side, within the mask."""
     left, top, width, height = bounds(mask)
     return slice(max(top - by, 0), top + height + by), slice(max(left - by, 0), left + width + by)
 
 
 def bounds(mask: Tensor) -> tuple[int, int, int, int]:
-    """Left, top, width and height of what is True. At least one pixel must be."""
+    """Left, top, width and height of the box around the True pixels. At least one pixel must be True."""
     rows, columns = (torch.nonzero(mask.any(axis)).flatten() for axis in (1, 0))
     left, top = int(columns[0]), int(rows[0])
     return left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top
 
 
 def any_background(masks: Tensor) -> bool:
-    """Whether one of the masks `[N, H, W]` or `[H, W]`, above 0.5, covers what lies around something."""
+    """Whether one of the masks `[N, H, W]` or `[H, W]`, above 0.5, looks like a background."""
     return any(around_something(each > 0.5) for each in (masks[None] if masks.ndim == 2 else masks))
 
 
 def around_something(mask: Tensor) -> bool:
-    """Whether a mask has all four corners and not the middle, as that of a background does."""
+    """Whether a mask has all four corners and not the middle, like the mask of a background."""
     corners = mask[:: mask.shape[0] - 1 or 1, :: mask.shape[1] - 1 or 1]
     return bool(corners.all()) and not mask[mask.shape[0] // 2, mask.shape[1] // 2]

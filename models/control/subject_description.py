@@ -1,7 +1,7 @@
-"""Words for a subject: what language models are asked about its picture, and the prompt that carries the answer.
+"""Words for a subject: questions to language models about its picture, and the prompt that carries the answer.
 
-FreeCus, arXiv:2507.15249, has one language model describe the subject and another keep its physical traits. The
-instructions here ask for the same in our own words. The maths of FreeCus are in `freecus.py`.
+In FreeCus, arXiv:2507.15249, one language model describes the subject and another keeps its physical traits. The
+instructions here ask for the same in our own words. The maths of FreeCus is in `freecus.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Aspect = Literal["subject", "style"]
 
 
 def prompt_with_description(prompt: str, description: str) -> str:
-    """The prompt that is drawn: "prompt. description", or the one that is not empty. ? and ! need no full stop."""
+    """The prompt to draw: "prompt. description", or the one that is not empty. ? and ! need no full stop."""
     prompt, description = prompt.strip(), description.strip()
     if not (prompt and description):
         return prompt or description
@@ -24,7 +24,7 @@ def prompt_with_description(prompt: str, description: str) -> str:
 
 
 def instruction_to_describe(subject: str, aspect: Aspect = "subject") -> str:
-    """What to ask a model that sees the picture."""
+    """The instruction for a model that sees the picture."""
     thing = named(subject)
     if aspect == "style":
         return (
@@ -38,7 +38,7 @@ def instruction_to_describe(subject: str, aspect: Aspect = "subject") -> str:
 
 
 def instruction_to_keep(subject: str, description: str, aspect: Aspect = "subject") -> str:
-    """What to ask a model that reads a description, to leave only what should be carried into another picture."""
+    """The instruction for a model that reads a description and keeps the part for another picture."""
     thing = named(subject)
     if aspect == "style":
         keep = "what says how the picture is made: medium, technique, line, palette, texture, mood"
@@ -53,6 +53,6 @@ def instruction_to_keep(subject: str, description: str, aspect: Aspect = "subjec
 
 
 def named(subject: str) -> str:
-    """ "the teapot", or "the subject" where it has no name."""
+    """ "the teapot", or "the subject" if it has no name."""
     word = re.sub(r"^(the|an?)\s+", "", subject.strip(), flags=re.IGNORECASE)
     return f"the {word or 'subject'}"

@@ -1,15 +1,15 @@
 """Pictures for a try-on: cut out the person, hide the garment, lay the new one on white, and paste the result back.
 
-Source: what MC-VTON, arXiv:2501.03630, takes: a masked person and a flat garment, of one size. The paper does not say
-how photos get there. The choices here are usual in the field, and ours: masked pixels are grey 127 (as in VITON-HD,
-arXiv:2103.16874) or black, garments are letter-boxed on white, and only masked pixels are pasted back.
+Source: MC-VTON, arXiv:2501.03630, takes a masked person and a flat garment of one size. The paper does not say how
+photos become these. Our choices are usual in the field: masked pixels are grey 127 (as in VITON-HD, arXiv:2103.16874)
+or black, garments are letter-boxed on white, and only masked pixels are pasted back.
 
 Three things hold, whatever the sizes:
 
-- What was under the mask does not show in the masked person: it is filled before anything is resampled.
-- Pixels outside the mask are the original's, bit for bit: they are never computed.
-- A crop that keeps its size comes back bit for bit where the feather has ended, which is before the mask as it was
-  drawn: what the dilation added is all that fades.
+- The pixels under the mask do not show in the masked person, because they are filled before any resampling.
+- Pixels outside the mask are the original's, bit for bit: nothing computes them.
+- A crop that keeps its size comes back bit for bit behind the feather. The feather ends within the dilation, before the
+  mask as the user drew it.
 
 Shapes: pictures `[N, H, W, C]` in 0..1, C being 1, 3 or 4; masks `[N, H, W]`. Units: pixels.
 """
@@ -27,8 +27,8 @@ from torch import Tensor
 from .pixels import around, bounds, dilate, distance_to, resize, rgb
 
 TOKEN = 16  # pixels
-SHAPE_TOLERANCE = 0.02  # by which the proportions of two pictures that belong together may differ
-MOST = 0.75  # of a crop's area that is left where rounding made it smaller
+SHAPE_TOLERANCE = 0.02  # relative difference allowed between the proportions of two pictures that belong together
+MOST = 0.75  # of a crop's area: the least that a smaller crop may have
 FILLS = {"grey": 127 / 255, "black": 0.0}
 
 Fill = Literal["grey", "black"]
@@ -72,7 +72,7 @@ class Crop:
         return Crop(left, _shifted(self.top - (height - self.height) // 2, height, picture[0]), width, height)
 
     def largest_around(self, working: Size, picture: Size) -> Crop:
-        """The largest crop within the picture with the proportions of `working`, this one in its middle if it can be.
+        """The largest crop in the picture with the proportions of `working`, with this one in its middle if possible.
 
         It may be too small to hold this one.
         """
@@ -84,11 +84,11 @@ class Crop:
 
 @dataclass(frozen=True, eq=False)
 class Paste:
-    """What it takes to put results back: a crop and a mask per person.
+    """All that pasting results back needs: a crop and a mask per person.
 
-    masks: `[N, H, W]` bool at the size of the person's picture, dilated: what may change.
-    working: height and width of the pictures that were made of the crops.
-    dilation: pixels that the masks were dilated by.
+    masks: `[N, H, W]` bool at the size of the person's picture, dilated: the pixels that may change.
+    working: height and width of the pictures made from the crops.
+    dilation: of the masks, in pixels.
     """
 
     crops: tuple[Crop, ...]
@@ -103,12 +103,12 @@ class Paste:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What a try-on samples from.
+    """The pictures that a try-on samples from.
 
     persons: `[N, h, w, 3]`, masked.
-    masks: `[N, h, w]` in 0..1, what of them is hidden.
+    masks: `[N, h, w]` in 0..1, the hidden part of the persons.
     garments: `[M, h, w, 3]` on white.
-    garment_masks: `[M, H, W]` bool, on the garments as they were given; None without.
+    garment_masks: `[M, H, W]` bool, on the given garments; None without masks.
     """
 
     persons: Tensor
@@ -141,12 +141,12 @@ def prepare(
 
 
 def fitted_masks(mask: Tensor, pictures: Tensor, dilation: int = 0, what: str = "person") -> Tensor:
-    """Masks for pictures `[N, H, W, C]` as `[N, H, W]` bool: what is above 0.5, dilated. `what` they show.
+    """Masks for pictures `[N, H, W, C]` as `[N, H, W]` bool: above 0.5, then dilated. Errors call the subject `what`.
 
-    A mask of another size is brought to the picture's where the proportions agree.
+    A mask of another size but the same proportions is resized to the picture.
 
     Raises:
-        ValueError: an empty mask, one of another picture, or another number of them.
+        ValueError: an empty mask, a mask of other proportions, or another number of masks.
     """
     mask = (mask[None] if mask.ndim == 2 else mask).to(pictures.device)
     count, size = pictures.shape[0], (pictures.shape[1], pictures.shape[2])
@@ -178,7 +178,7 @@ def crop_around(mask: Tensor, margin: float) -> Crop:
 
 
 def size_for(crops: Sequence[Crop], pixels: float) -> Size:
-    """A working size of about so many pixels, in whole tokens, with the proportions that hold all crops."""
+    """A working size of about `pixels` pixels, in whole tokens, with the proportions of a box that holds all crops."""
     width, height = max(crop.width for crop in crops), max(crop.height for crop in crops)
     factor = math.sqrt(pixels / (width * height)) / TOKEN
     return max(round(height * factor), 1) * TOKEN, max(round(width * factor), 1) * TOKEN
@@ -187,14 +187,14 @@ def size_for(crops: Sequence[Crop], pixels: float) -> Size:
 def plan(masks: Tensor, margin: float | None, size: Size | float, dilation: int = 0) -> Paste:
     """Where to crop.
 
-    A crop reaches over the picture's border where a given size leaves no other way. Where the size is ours, rounded to
-    whole tokens, it is made smaller instead, as long as it holds the mask and most of what it should.
+    With a given size, a crop may have to reach over the picture's border. With a size that we round to whole tokens,
+    the crop becomes smaller instead, as long as it holds the mask and `MOST` of its area.
 
     Args:
         masks: `[N, H, W]` bool, none of them empty.
         margin: around the mask, as a part of its longer side; None takes the whole picture.
-        size: height and width of the crops' pictures, or about how many pixels they are to have.
-        dilation: pixels that the masks were dilated by.
+        size: height and width of the crops' pictures, or about their number of pixels.
+        dilation: of the masks, in pixels.
     """
     picture = (masks.shape[1], masks.shape[2])
     whole = Crop(0, 0, picture[1], picture[0])
@@ -214,7 +214,7 @@ def plan(masks: Tensor, margin: float | None, size: Size | float, dilation: int 
 def masked_persons(person: Tensor, paste: Paste, fill: Fill) -> tuple[Tensor, Tensor]:
     """The crops with their masks filled, `[N, h, w, 3]`, and the masks at that size, `[N, h, w]` float.
 
-    A working pixel is masked when any part of it is.
+    A working pixel is masked if any part of it is.
     """
     pictures, masks = [], []
     for image, mask, crop in zip(rgb(person), paste.masks, paste.crops, strict=True):
@@ -228,7 +228,7 @@ def masked_persons(person: Tensor, paste: Paste, fill: Fill) -> tuple[Tensor, Te
 def smaller_mask(mask: Tensor, crop: Crop, working: Size) -> Tensor:
     """A mask `[H, W]` bool on the working picture of a crop: True wherever it touches a pixel.
 
-    Beyond the picture's border it is repeated, as the pixels are that it hides.
+    Beyond the picture's border it repeats, like the pixels it hides.
     """
     cut = crop.of(mask)
     if cut.shape == working:
@@ -240,8 +240,8 @@ def garments_on_white(garment: Tensor, mask: Tensor | None, size: Size) -> Tenso
     """Garments `[N, H, W, C]` letter-boxed on white, uncut, as `[N, *size, 3]`.
 
     Args:
-        mask: where the garment is, `[N, H, W]` bool; it is cut out along it, and its surroundings are trimmed.
-            Without one, an alpha channel cuts it out, and nothing is trimmed.
+        mask: of the garment, `[N, H, W]` bool; cuts the garment out and trims its surroundings. Without a mask, an
+            alpha channel cuts it out, and nothing trims it.
     """
     fitted = []
     for number, image in enumerate(garment):
@@ -255,7 +255,7 @@ def garments_on_white(garment: Tensor, mask: Tensor | None, size: Size) -> Tenso
 
 
 def letter_boxed(picture: Tensor, size: Size) -> Tensor:
-    """`[H, W, 3]` as large as it goes into `size` and in its middle, white around it."""
+    """`[H, W, 3]` in the middle of a white picture of `size`, as large as it fits."""
     factor = min(size[0] / picture.shape[0], size[1] / picture.shape[1])
     height, width = (
         min(max(round(side * factor), 1), most) for side, most in zip(picture.shape[:2], size, strict=True)
@@ -267,20 +267,20 @@ def letter_boxed(picture: Tensor, size: Size) -> Tensor:
 
 
 def composite(result: Tensor, person: Tensor, paste: Paste, feather: int, masks: Tensor | None = None) -> Tensor:
-    """The persons with the results in place of what the masks cover.
+    """The persons with the results in place of the masked pixels.
 
     Args:
         result: `[M, h, w, C]` with the proportions of the crops, at any scale.
         person: `[N, H, W, C]`, the original; N is 1 or M.
-        feather: pixels over which a result fades in, from the border of the mask inwards. 0 is a hard edge. At most
-            the dilation: further in, what the result is to replace would shine through.
-        masks: narrows what may change, `[N, H, W]` bool. Outside of `paste.masks` nothing does.
+        feather: pixels over which a result fades in, from the border of the mask inwards. 0 is a hard edge. The
+            dilation limits it: further in, the old garment would shine through.
+        masks: `[N, H, W]` bool, leaves fewer pixels to change. None outside `paste.masks` ever changes.
 
     Returns:
         `[M, H, W, C]` as the original; a grey original becomes RGB. Alpha stays the original's.
 
     Raises:
-        ValueError: other persons than the crops were made of, another number of results, or other proportions.
+        ValueError: persons that the crops do not come from, another number of results, or other proportions.
     """
     refuse_strangers(result, person, paste)
     feather = min(feather, paste.dilation)
@@ -296,7 +296,7 @@ def composite(result: Tensor, person: Tensor, paste: Paste, feather: int, masks:
 
 
 def refuse_strangers(result: Tensor, person: Tensor, paste: Paste) -> None:
-    """Results, persons and crops must belong together."""
+    """Refuse results, persons and crops that do not belong together."""
     counts = (result.shape[0], person.shape[0], len(paste.crops))
     size, working = (person.shape[1], person.shape[2]), (result.shape[1], result.shape[2])
     if size != paste.picture or counts[1] != counts[2]:
@@ -317,7 +317,7 @@ def placed_masks(mask: Tensor, paste: Paste) -> Tensor:
     """Masks `[N, h, w]` of the person, or of the working pictures, as `[N, H, W]` bool on the persons.
 
     Raises:
-        ValueError: a mask of neither size, or another number of them.
+        ValueError: a mask of neither size, or another number of masks.
     """
     mask = (mask[None] if mask.ndim == 2 else mask).to(paste.masks.device)
     size, count = tuple(mask.shape[1:]), len(paste.crops)
@@ -338,10 +338,10 @@ def placed_masks(mask: Tensor, paste: Paste) -> Tensor:
 
 
 def paste_weight(mask: Tensor, crop: Crop, feather: int) -> Tensor:
-    """How much of a result shows, `[H, W]` in 0..1: 0 outside of mask and crop, 1 more than `feather` pixels inwards.
+    """How much of a result shows, `[H, W]` in 0..1: 0 outside mask and crop, 1 more than `feather` pixels inwards.
 
-    It is exactly 1 there, so that a mask that was dilated by `feather` pixels hides all that it hid before. Where the
-    picture ends, the mask has no border.
+    It is exactly 1 there, so a mask dilated by `feather` pixels still hides all that it hid before the dilation. The
+    edge of the picture is no border of the mask.
     """
     within = torch.zeros_like(mask)
     within[crop.inside((mask.shape[0], mask.shape[1]))] = True
@@ -371,7 +371,7 @@ def same_shape(a: Size, b: Size) -> bool:
 
 
 def _shifted(start: int, length: int, available: int) -> int:
-    """A start from which `length` lies within what is available; in its middle where it cannot."""
+    """The nearest start at which `length` lies within `available`; centred if it is too long."""
     return min(max(start, 0), available - length) if length <= available else (available - length) // 2
 
 

@@ -14,7 +14,7 @@ from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
 from dit_toolkit.host.blocks import Wrap, wrap_block
-from dit_toolkit.host.families.family import Key
+from dit_toolkit.host.families.family import BlockKey
 from dit_toolkit.host.run import attach
 from dit_toolkit.host.transformer import transformer_of
 from dit_toolkit.tests.host.families import ALL, FAMILIES, random_latent, sample, with_values
@@ -30,15 +30,15 @@ settings = pytest.mark.parametrize("settings", [{}, {"cfg": 3.0, "batch": 2}], i
 class Wrapped:
     """A description that wraps blocks for one run."""
 
-    wraps: dict[Key, Wrap]
+    wraps: dict[BlockKey, Wrap]
 
     def bind(self, run, model_options):
         for key, wrap in self.wraps.items():
             wrap_block(model_options, key, wrap)
 
 
-def keys_of(family) -> tuple[Key, ...]:
-    return family.answers.keys(transformer_of(family.load()))
+def keys_of(family) -> tuple[BlockKey, ...]:
+    return family.answers.block_keys(transformer_of(family.load()))
 
 
 def copies(streams, names) -> dict:

@@ -138,7 +138,7 @@ def test_a_damaged_file_is_answered_with_its_name_and_what_to_do(place, kind, da
 
 
 def test_a_folder_in_the_place_of_a_file_is_said(tmp_path):
-    with pytest.raises(ValueError, match=r"^f is a folder, not a file\. Put the file that lies in it"):
+    with pytest.raises(ValueError, match=r"^f is a folder, not a file\. Put the file inside it"):
         model_files.read(str(tmp_path), "f")
 
 

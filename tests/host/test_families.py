@@ -45,7 +45,7 @@ def test_the_blocks_of_relatives_that_were_not_looked_into_are_unknown(relative)
 def test_any_other_model_answers_nothing():
     other = family_of(torch.nn.Linear(1, 1))
     assert other is host.OTHER
-    assert (other.grids, other.kinds, other.keys(None)) == (None, (), ())
+    assert (other.grids, other.kinds, other.block_keys(None)) == (None, (), ())
 
 
 @every_family

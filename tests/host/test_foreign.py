@@ -20,7 +20,7 @@ from dit_toolkit.host.accelerate.own_attention import require_known_tokens
 from dit_toolkit.host.accelerate.sparse_attention import SparseAttention, report
 from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse
 from dit_toolkit.host.accelerate.step_cache_report import StepCacheReport
-from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, PredictionTap, blocks_of, tap_for
+from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, PredictionTap, block_hooks, tap_for
 from dit_toolkit.host.control import freecus, training
 from dit_toolkit.host.families import flux
 from dit_toolkit.host.part_of_run import PartOfRun
@@ -375,7 +375,7 @@ def test_no_decision_goes_by_what_was_sampled_before(sibling):
     assert class_of(sibling) is Flux
     assert stranger(sibling) is None
     assert isinstance(tap_for(sibling, "auto", "Test"), LastBlockTap)
-    assert blocks_of(sibling) is not None
+    assert block_hooks(sibling) is not None
     assert flux.is_flux1(sibling)
     assert flux.require_flux1(sibling, "Test") is sibling.model.diffusion_model
     assert (family_name(sibling), is_embedded(sibling)) == ("FLUX.1", False)
@@ -389,7 +389,7 @@ def test_the_branch_that_has_it_says_so_before_and_after_the_other(tiny_flux):
     for _ in range(2):
         assert class_of(theirs) is foreign.ReFlux
         assert stranger(theirs).pack == "RES4LYF"
-        assert blocks_of(theirs) is None
+        assert block_hooks(theirs) is None
         with pytest.raises(ValueError, match=r"^Test has no effect: RES4LYF"):
             require_known_tokens(theirs, "Test")
         sample(tiny_flux, 1)

@@ -137,7 +137,7 @@ def test_a_tile_sees_its_part_of_the_condition_at_its_place(tiny_flux, file):
     for (top, left), (_, found) in zip(CORNERS, seen, strict=True):
         ids = grid_ids((6, 8)) - torch.tensor([0.0, top / 2, left / 2])
         keys = encode_condition(
-            transformer, file.patchers[0].model, flux.tokens(base, condition, 16), vec,
+            transformer, file.patchers[0].model, flux.latent_tokens(base, condition, 16), vec,
             flux.rotations(transformer, ids, {}), attention=flux.attention, apply_rope=flux.apply_rope,
         )  # fmt: skip
         inside = [i * 8 + j for i in range(6) for j in range(8) if 0 <= i - top // 2 < 4 and 0 <= j - left // 2 < 4]

@@ -11,9 +11,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from dit_toolkit.host.accelerate.step_cache import attach
-from dit_toolkit.host.accelerate.step_cache_report import RunReport
+from dit_toolkit.host.accelerate.step_cache_report import StepCacheRunReport
 from dit_toolkit.host.accelerate.step_cache_settings import StepCache, Tap
-from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, ModuleTap, PredictionTap, SpanTap, blocks_of
+from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, ModuleTap, PredictionTap, SpanTap, block_hooks
 from dit_toolkit.host.run import attached
 from dit_toolkit.models.accelerate.delta_dit import Stages
 from dit_toolkit.models.accelerate.policies import Policy
@@ -36,7 +36,7 @@ def cached(
 ) -> ModelPatcher:
     """`model` with a step cache, also one that computes everything: the nodes leave those out."""
     if isinstance(tap, str):
-        tap = TAPS[tap](blocks_of(model))
+        tap = TAPS[tap](block_hooks(model))
     forecaster = order if isinstance(order, Forecaster) else Forecaster(order)
     return attach(model, StepCache("Test", policy, tap, forecaster, **settings))
 
@@ -45,7 +45,7 @@ def settings_of(model: ModelPatcher) -> StepCache:
     return next(each for each in attached(model) if isinstance(each, StepCache))
 
 
-def last_run(model: ModelPatcher) -> RunReport:
+def last_run(model: ModelPatcher) -> StepCacheRunReport:
     return settings_of(model).report.runs[-1]
 
 

@@ -62,7 +62,7 @@ def test_every_family_of_the_presets_is_one_that_a_model_is_known_by():
 def test_faster_presets_compute_less(steps):
     for name, table in {**PRESETS, "others": accelerate.OTHERS, "embedded": accelerate.EMBEDDED}.items():
         if {setting.method for setting in table} == {"TaylorSeer"}:
-            computed = [len(Interval(int(s.amount), s.first, s.to_end).spread(steps)) for s in table]
+            computed = [len(Interval(int(s.amount), s.first_full, s.to_end).spread(steps)) for s in table]
             assert computed == sorted(computed, reverse=True), name
             assert len(set(computed)) == 3, name
         elif {setting.method for setting in table} == {"Confidence-Gated Taylor"}:
@@ -120,7 +120,7 @@ def test_a_floor_that_nothing_keeps_leaves_the_model_alone(shown):
 def test_the_run_that_calibrates_is_the_model_itself(shown):
     model, sample = shown
     report = StepCacheReport("test")
-    closed = accelerated(model, accelerate.gate(accelerate.CLOSED, "", first=2), report)
+    closed = accelerated(model, accelerate.gate(accelerate.CLOSED, "", first_full=2), report)
     assert torch.equal(sample(closed), sample(model))
     assert len(report.runs[-1].errors) > 10
 

@@ -8,7 +8,7 @@ import torch
 from dit_toolkit.host.accelerate import step_cache_taps
 from dit_toolkit.host.accelerate.re_ttention_run import ReTtentionRun
 from dit_toolkit.host.accelerate.step_cache_run import StepCacheRun
-from dit_toolkit.host.accelerate.step_cache_taps import ModuleTap, blocks_of
+from dit_toolkit.host.accelerate.step_cache_taps import ModuleTap, block_hooks
 from dit_toolkit.host.run import Run
 from dit_toolkit.models.accelerate.policies import Interval
 from dit_toolkit.tests.host import families
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.comfy
 
 def test_without_a_limit_a_quarter_of_the_free_memory_is_allowed(tiny_flux, monkeypatch):
     def model():
-        return cached(tiny_flux, Interval(3, 2), ModuleTap(*blocks_of(tiny_flux)), 1)
+        return cached(tiny_flux, Interval(3, 2), ModuleTap(*block_hooks(tiny_flux)), 1)
 
     monkeypatch.setattr(step_cache_taps, "free_memory", lambda base, where: float(2**30))
     plenty = model()

@@ -60,7 +60,7 @@ def test_what_is_stored_is_what_the_model_put_out(prediction, choice):
     sampling = sampling_of(prediction)
     denoised = sampling.calculate_denoised(SIGMA, RAW, X)
     visit = Visit(choice=choice, captured={})
-    out = PredictionTap().run(visit, lambda: denoised, SimpleNamespace(model_sampling=sampling), X, SIGMA)
+    out = PredictionTap().denoise(visit, lambda: denoised, SimpleNamespace(model_sampling=sampling), X, SIGMA)
     assert out is denoised
     assert visit.choice is COMPUTE
     close(visit.captured["prediction"][0], RAW)
@@ -70,7 +70,9 @@ def test_what_is_stored_is_what_the_model_put_out(prediction, choice):
 def test_a_forecast_output_becomes_the_denoised_latent_that_core_makes_of_it(prediction):
     sampling = sampling_of(prediction)
     visit = Visit(choice=FORECAST, captured={}, stored=RAW)
-    out = PredictionTap().run(visit, lambda: pytest.fail("called"), SimpleNamespace(model_sampling=sampling), X, SIGMA)
+    out = PredictionTap().denoise(
+        visit, lambda: pytest.fail("called"), SimpleNamespace(model_sampling=sampling), X, SIGMA
+    )
     close(out, sampling.calculate_denoised(SIGMA, RAW, X))
     assert visit.choice is FORECAST
     assert not visit.captured
@@ -80,7 +82,7 @@ def test_where_the_output_has_no_weight_nothing_is_stored_or_forecast():
     """At sigma 0 of any picture of the batch the output cannot be read off the result."""
     sampling, sigma = sampling_of("EPS"), torch.tensor([0.3, 0.0])
     visit = Visit(choice=FORECAST, captured={}, stored=RAW)
-    out = PredictionTap().run(visit, lambda: X, SimpleNamespace(model_sampling=sampling), X, sigma)
+    out = PredictionTap().denoise(visit, lambda: X, SimpleNamespace(model_sampling=sampling), X, sigma)
     assert out is X
     assert visit.choice is COMPUTE
     assert not visit.captured

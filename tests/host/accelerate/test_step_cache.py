@@ -12,7 +12,7 @@ from comfy.ldm.flux.layers import timestep_embedding
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, SpanTap, blocks_of
+from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, SpanTap, block_hooks
 from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
 from dit_toolkit.models.accelerate.delta_dit import Stages
@@ -48,7 +48,7 @@ def plain(name: str, steps=4, cfg=2.0) -> Tensor:
 
 
 def test_only_models_with_block_hooks_have_blocks():
-    assert tuple(name for name, family in FAMILIES.items() if blocks_of(family.load())) == WITH_BLOCKS
+    assert tuple(name for name, family in FAMILIES.items() if block_hooks(family.load())) == WITH_BLOCKS
 
 
 # neutral values, with the cache attached: the nodes themselves leave it out
@@ -78,7 +78,7 @@ def test_a_gate_that_never_opens_is_the_model_without_it(name, threshold, compar
 @family_with_blocks
 def test_share_0_is_the_model_without_the_cache(name):
     family = FAMILIES[name]
-    model = cached(family.load(), Interval(2, 1), SpanTap(*blocks_of(family.load()), stages=Stages(0.0)))
+    model = cached(family.load(), Interval(2, 1), SpanTap(*block_hooks(family.load()), stages=Stages(0.0)))
     assert torch.equal(sample(family, model, cfg=2.0), plain(name))
     assert strip(model) == "####"
     assert last_run(model).bytes_held == 0
@@ -94,7 +94,7 @@ def test_input_change_0_is_the_model_without_it(name):
 def test_interval_2_changes_the_picture_and_leaves_it_one(name, tap):
     family = FAMILIES[name]
     stages = Stages(0.75, 0.0) if tap == "span" else None  # no change of span: that is tested on its own
-    taken = SpanTap(*blocks_of(family.load()), stages=stages) if stages else tap
+    taken = SpanTap(*block_hooks(family.load()), stages=stages) if stages else tap
     model = cached(family.load(), Interval(2, 1), taken)
     out = sample(family, model, cfg=2.0)
     assert strip(model) == "#.#."
@@ -128,7 +128,7 @@ def test_a_forecast_last_block_runs_no_block_but_the_probed_one(name, tap):
 
 def blocks_by_name(model) -> dict[str, torch.nn.Module]:
     """The modules of the blocks, in the order they run."""
-    family, keys = blocks_of(model)
+    family, keys = block_hooks(model)
     lists = {kind.kind: getattr(model.model.diffusion_model, kind.modules) for kind in family.kinds}
     return {f"{kind} {index}": lists[kind][index] for kind, index in keys}
 
@@ -378,7 +378,7 @@ def test_delta_dit_is_the_loop_written_by_hand(by_hand, tiny_flux, share, bounda
             after = h + forecast_by_recursion(stored[a, b], n, order)
         return by_hand.head(by_hand.through(after, b))
 
-    tap = SpanTap(*blocks_of(tiny_flux), stages=Stages(share, boundary))
+    tap = SpanTap(*block_hooks(tiny_flux), stages=Stages(share, boundary))
     model = cached(tiny_flux, Interval(3, 1), tap, order)
     same(tiny.sample(model, 12), by_hand.euler(evaluate))
     assert strip(model).count(".") == len(skipped) >= 7
@@ -416,7 +416,7 @@ def test_input_change_is_the_loop_written_by_hand(by_hand, tiny_flux, threshold)
 
 def with_plain_replacement(model, every: int, order: int, span: tuple[int, int], residual: bool):
     """The same cache for one prompt without guidance: a counter, a dictionary, and one function for each block."""
-    _, keys = blocks_of(model)
+    _, keys = block_hooks(model)
     start, stop = span
     state: dict = {"n": -1, "stored": {}}
 
@@ -461,7 +461,7 @@ def with_plain_replacement(model, every: int, order: int, span: tuple[int, int],
 @pytest.mark.parametrize("kind", ["last block", "early span", "late span"])
 def test_it_is_what_a_plain_replacement_of_the_blocks_does(name, kind):
     family, order = FAMILIES[name], 1
-    blocks = blocks_of(family.load())
+    blocks = block_hooks(family.load())
     depth = len(blocks[1])
     count = round(0.75 * depth)
     span = {"last block": (0, depth), "early span": (depth - count, depth), "late span": (0, count)}[kind]
@@ -597,7 +597,7 @@ def test_parts_of_the_run_that_meet_share_no_step_and_leave_none_out(tiny_flux, 
 @pytest.mark.parametrize("k", [1, 5, 10, 13, 19])
 def test_the_span_moves_where_a_part_of_the_run_would_begin(tiny_flux, k):
     always = Listed((True,) + (False,) * 99)
-    model = cached(tiny_flux, always, SpanTap(*blocks_of(tiny_flux), stages=Stages(0.75, k / 20)))
+    model = cached(tiny_flux, always, SpanTap(*block_hooks(tiny_flux), stages=Stages(0.75, k / 20)))
     part = cached(tiny_flux, always, part=PartOfRun(k / 20, 1.0))
     for each in (model, part):
         tiny.sample(each, 20)

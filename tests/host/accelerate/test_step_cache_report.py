@@ -11,7 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_execution.utils import CurrentNodeContext, current_executing_context
 
 from dit_toolkit.host.accelerate import step_cache_report as report_module
-from dit_toolkit.host.accelerate.step_cache_report import Entry, RunReport, StepCacheReport
+from dit_toolkit.host.accelerate.step_cache_report import Entry, StepCacheReport, StepCacheRunReport
 from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
 from dit_toolkit.models.accelerate.policies import Guard, Interval
@@ -25,8 +25,8 @@ def entry(index=0, computed=True, reason="interval", error=None, threshold=None,
     return Entry(index, 1 - index / 10, computed, reason, error, threshold, seconds)
 
 
-def run_of(*entries: Entry) -> RunReport:
-    return RunReport(1, "Test", len(entries), entries=list(entries))
+def run_of(*entries: Entry) -> StepCacheRunReport:
+    return StepCacheRunReport(1, "Test", len(entries), entries=list(entries))
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def test_a_debug_line_for_the_plan_and_for_each_evaluation(tiny_flux, caplog):
     with caplog.at_level("DEBUG", logger="dit_toolkit.host"):
         sample(model, 6, cfg=2.0)
     lines = [record.getMessage() for record in caplog.records if record.levelname == "DEBUG"]
-    assert sum(line.startswith("Test: Interval(every=2, first=2") for line in lines) == 1
+    assert sum(line.startswith("Test: Interval(every=2, first_full=2") for line in lines) == 1
     evaluations = [line for line in lines if line.startswith("Test: evaluation ")]
     assert len(evaluations) == 6
     assert evaluations[0] == "Test: evaluation 0, sigma 1, computed because of first; calls computed 1, forecast 0"

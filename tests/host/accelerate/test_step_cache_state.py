@@ -16,7 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from dit_toolkit.host.accelerate import step_cache_run
 from dit_toolkit.host.accelerate.report import NodeReport
 from dit_toolkit.host.accelerate.step_cache_run import History, Lane, StepCacheRun
-from dit_toolkit.host.accelerate.step_cache_taps import ModuleTap, SpanTap, blocks_of
+from dit_toolkit.host.accelerate.step_cache_taps import ModuleTap, SpanTap, block_hooks
 from dit_toolkit.host.run import Run
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
 from dit_toolkit.models.accelerate.delta_dit import Stages
@@ -362,7 +362,7 @@ def expected_bytes(tap: str, order: int, lanes: int, text=5) -> int:
 @pytest.mark.parametrize(("order", "cfg"), [(0, 1.0), (1, 2.0), (2, 1.0)])
 def test_bytes_held_are_the_estimate(tiny_flux, tap, order, cfg):
     policy = gate_for(tap, warm_up=3) if tap.startswith("gated") else Listed.parse("0-2, 4")
-    rear = SpanTap(*blocks_of(tiny_flux), stages=Stages(0.75, 1.0))
+    rear = SpanTap(*block_hooks(tiny_flux), stages=Stages(0.75, 1.0))
     model = cached(tiny_flux, policy, rear if tap == "span" else tap, order)
     sample(model, 5, cfg=cfg)
     assert last_run(model).bytes_held == expected_bytes(tap, order, 2 if cfg > 1 else 1)
@@ -433,7 +433,7 @@ def tensors_alive() -> int:
 
 
 def test_ten_runs_of_changing_sizes_leave_nothing(tiny_flux, monkeypatch):
-    monkeypatch.setattr(NodeReport, "kept", 8)
+    monkeypatch.setattr(NodeReport, "most_runs", 8)
     model = cached(tiny_flux, Interval(2, 1), "last block", 1)
     sizes = [(8, 8), (8, 12), (6, 4), (4, 4), (10, 6)] * 2
     sample(model, 4, size=sizes[0])
@@ -464,13 +464,13 @@ def test_offloaded_tensors_make_the_same_picture(tiny_flux, monkeypatch):
 def test_every_module_is_refused_when_it_would_not_fit(tiny_flux):
     """Before anything else is computed, with the size, the limit, and what to do. Then the next run is a fresh one."""
     needed = expected_bytes("every module", 1, 2)
-    small = cached(tiny_flux, Interval(3, 2), ModuleTap(*blocks_of(tiny_flux), needed - 1), 1)
+    small = cached(tiny_flux, Interval(3, 2), ModuleTap(*block_hooks(tiny_flux), needed - 1), 1)
     with pytest.raises(
         ValueError, match=r"every module would hold 0 MiB .* 0 MiB are allowed\. Set 'tap' to 'last block'"
     ):
         sample(small, 6, cfg=2.0)
     assert len(last_run(small).entries) == 0
-    enough = cached(tiny_flux, Interval(3, 2), ModuleTap(*blocks_of(tiny_flux), needed), 1)
+    enough = cached(tiny_flux, Interval(3, 2), ModuleTap(*block_hooks(tiny_flux), needed), 1)
     sample(enough, 6, cfg=2.0)
     assert last_run(enough).bytes_held == needed
 
@@ -479,10 +479,10 @@ def test_conditions_that_are_called_apart_count_together(tiny_flux):
     """Texts of two lengths are never side by side: the second call would pass the limit."""
     needed = expected_bytes("every module", 1, 1) + expected_bytes("every module", 1, 1, text=9)
     given = {"cfg": 2.0, "negative": prompt(4, length=9)}
-    small = cached(tiny_flux, Interval(3, 2), ModuleTap(*blocks_of(tiny_flux), needed - 1), 1)
+    small = cached(tiny_flux, Interval(3, 2), ModuleTap(*block_hooks(tiny_flux), needed - 1), 1)
     with pytest.raises(ValueError, match="every module would hold"):
         sample(small, 6, **given)
-    enough = cached(tiny_flux, Interval(3, 2), ModuleTap(*blocks_of(tiny_flux), needed), 1)
+    enough = cached(tiny_flux, Interval(3, 2), ModuleTap(*block_hooks(tiny_flux), needed), 1)
     sample(enough, 6, **given)
     assert last_run(enough).bytes_held == needed
 

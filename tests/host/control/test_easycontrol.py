@@ -301,7 +301,7 @@ def test_one_line_per_run_says_what_is_kept(tiny_flux, file, caplog):
 def test_odd_condition_sizes_are_padded_as_the_model_pads(tiny_flux, file, encodings):
     out = sample(controlled(tiny_flux, file=file, condition=latent(3, (5, 7))))
     assert torch.isfinite(out).all()
-    assert flux.token_grid(tiny_flux.model.diffusion_model, 5, 7) == (3, 4)
+    assert flux.grid_size(tiny_flux.model.diffusion_model, 5, 7) == (3, 4)
 
 
 def test_too_large_a_condition_is_refused_before_it_is_computed(tiny_flux, file, monkeypatch):

@@ -99,7 +99,7 @@ def test_threshold_0_never_asks():
 
 @pytest.mark.parametrize(("warm_up", "order", "first"), [(5, 1, 2), (5, 3, 4), (1, 1, 1), (2, 4, 2), (5, 0, 1)])
 def test_a_lane_that_starts_late_fills_the_forecast_of_block_0_first(warm_up, order, first):
-    assert FirstBlockGate(0.1, warm_up, order).first == first
+    assert FirstBlockGate(0.1, warm_up, order).min_full == first
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_list_is_over_after_the_longest_run():
 def test_a_list_forecasts_what_it_does_not_name():
     assert Listed.parse("0,2").choose(Moment(1, 1)) == (FORECAST, "listed")
     assert Listed.parse("0,2").choose(Moment(2, 2)) == (COMPUTE, "listed")
-    assert Listed.parse("0,2").first == 1
+    assert Listed.parse("0,2").min_full == 1
 
 
 @pytest.mark.parametrize(
@@ -127,24 +127,24 @@ def test_a_list_made_by_hand_must_begin_with_a_computed_evaluation():
 
 
 def test_the_guard_keeps_the_last_steps():
-    guard = Guard(last=2)
+    guard = Guard(last_full=2)
     reasons = [guard.reason(Moment(i, 1, left=9 - i)) for i in range(10)]
     assert reasons == [None] * 8 + ["last"] * 2
-    assert Guard(last=2).reason(Moment(9, 1)) is None  # no schedule to tell
+    assert Guard(last_full=2).reason(Moment(9, 1)) is None  # no schedule to tell
     assert Guard().reason(Moment(9, 1, left=0)) is None
 
 
 def test_the_guard_counts_forecasts_in_a_row():
-    guard = Guard(longest_gap=2)
+    guard = Guard(max_consecutive=2)
     assert [guard.reason(Moment(5, since)) for since in (0, 1, 2, 3, 9)] == [None, None, None, "gap", "gap"]
     assert Guard().reason(Moment(5, 100)) is None
 
 
 def test_a_guard_that_means_nothing_is_refused():
     with pytest.raises(ValueError, match="last_full must not be negative, got -1"):
-        Guard(last=-1)
+        Guard(last_full=-1)
     with pytest.raises(ValueError, match="max_consecutive must be at least 1, got 0"):
-        Guard(longest_gap=0)
+        Guard(max_consecutive=0)
 
 
 def random_tensors(count: int, dtype=torch.float32, scale=1.0) -> list[torch.Tensor]:

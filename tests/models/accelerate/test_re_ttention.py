@@ -398,7 +398,7 @@ def test_a_refresh_comes_early_when_sigma_has_fallen_far_or_risen():
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [((-1, 5), "first must be"), ((1, 0), "period must be"), ((1, 5, 1.0), "sigma_ratio"), ((1, 5, -0.1), "sigma_rat")],
+    [((-1, 5), "first_full must"), ((1, 0), "period must"), ((1, 5, 1.0), "sigma_ratio"), ((1, 5, -0.1), "sigma_rat")],
 )
 def test_schedules_that_mean_nothing_are_refused(values, words):
     with pytest.raises(ValueError, match=words):

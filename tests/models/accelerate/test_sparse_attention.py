@@ -17,11 +17,11 @@ from dit_toolkit.models.accelerate.sparse_attention_flex import (
     BLOCK,
     MOST_SHAPES,
     all_but_padding,
-    blocks,
     compiled,
     computed_pairs,
     flex,
     flex_dense,
+    flex_plan,
     for_many_shapes,
 )
 from dit_toolkit.models.accelerate.sparse_attention_tiles import tile, tiled
@@ -227,7 +227,7 @@ def test_flex_attention_is_softmax_over_the_kept_pairs(pattern, grid, uncompiled
         q, k, v = random(grid, extra, d=16)
         settings = settings_of(pattern, k, bias)
         expected = core.masked(q, k, v, pattern, grid, with_lse=True, **settings)
-        plan = blocks(pattern, grid, extra)
+        plan = flex_plan(pattern, grid, extra)
         found = flex(q, k, v, plan, with_lse=True, run=uncompiled, **settings)
         torch.testing.assert_close(found.out, expected.out, rtol=0, atol=5e-6)
         torch.testing.assert_close(found.lse, expected.lse, rtol=0, atol=5e-6)
@@ -246,7 +246,7 @@ def test_texts_of_nearly_one_length_share_what_is_compiled(traced):
     for text in (2, 9, 27):
         grid = Grid(10, 12, before=text)
         q, k, v = random(grid, d=16)
-        found = flex(q, k, v, blocks(Disc(4), grid), run=traced)
+        found = flex(q, k, v, flex_plan(Disc(4), grid), run=traced)
         expected = core.masked(q, k, v, Disc(4), grid)
         torch.testing.assert_close(found.out, expected.out, rtol=0, atol=5e-6)
         assert counters["stats"]["unique_graphs"] == (1 if text < 9 else 2)  # 122 tokens are one block, 129 are two
@@ -319,7 +319,7 @@ LARGE = [
 @pytest.mark.parametrize(("pattern", "grid"), [*EVERY, *LARGE], ids=lambda value: str(value).replace(" ", ""))
 def test_flex_blocks_leave_out_no_kept_pair_and_call_full_only_what_is(pattern, grid):
     extra = 6
-    plan = blocks(pattern, grid, extra)
+    plan = flex_plan(pattern, grid, extra)
     seen = core.mask(pattern, grid, extra)[plan.queries][:, plan.keys]
     real_queries = torch.arange(len(plan.queries)) < grid.length  # the rest fills up the last block
     real_keys = real_queries.tolist() + [True] * (core.mask(pattern, grid, extra).shape[1] - grid.length)
@@ -344,12 +344,12 @@ def chosen(counts, indices, row: int) -> set[int]:
 def test_blocks_of_patches_touch_as_few_as_computed_for_the_method(pixels, shares):
     grid = Grid(pixels // 16, pixels // 16, before=512)
     for radius, share in zip((8, 16, 32), shares, strict=True):
-        found = computed_pairs(blocks(Disc(radius), grid)) / grid.length**2
+        found = computed_pairs(flex_plan(Disc(radius), grid)) / grid.length**2
         assert found == pytest.approx(share, abs=5e-4)
 
 
 def test_tokens_in_patches_and_back_are_the_same_tokens():
-    plan = blocks(Disc(3), Grid(19, 33, before=3, after=5))
+    plan = flex_plan(Disc(3), Grid(19, 33, before=3, after=5))
     tokens = torch.arange(plan.grid.length)
     assert torch.equal(tokens[plan.queries][plan.back], tokens)
     assert not torch.equal(plan.queries, tokens)
@@ -456,4 +456,4 @@ def test_tensors_of_another_length_are_refused():
         tiled(q[:, :, 1:], k, v, tile(Disc(2), grid))
     longer = torch.cat([k, k[:, :, :1]], dim=2)
     with pytest.raises(ValueError, match="planned for 0 extra keys, got 1"):
-        flex(q, longer, longer, blocks(Disc(2), grid), run=flex_attention)
+        flex(q, longer, longer, flex_plan(Disc(2), grid), run=flex_attention)

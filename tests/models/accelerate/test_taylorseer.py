@@ -169,13 +169,13 @@ def test_newton_is_exact_up_to_its_degree_at_uneven_spacing(degree, coordinate):
     for i in (10, 11, 13):
         at = Point(i, sigmas[i], i / 2)
         place = {"index": float(i), "step": i / 2, "sigma": sigmas[i], "log sigma": log(sigmas[i])}[coordinate]
-        assert forecaster.place(at) == place
+        assert forecaster.coordinate_of(at) == place
         weights = forecaster.weights(points, at)
-        got = sum(w * polynomial(degree, forecaster.place(p)) for w, p in zip(weights, points, strict=True))
+        got = sum(w * polynomial(degree, forecaster.coordinate_of(p)) for w, p in zip(weights, points, strict=True))
         assert got == pytest.approx(polynomial(degree, place), rel=1e-9, abs=1e-9)
         if degree:
             lower = Forecaster(degree - 1, "newton", coordinate).weights(points, at)
-            short = sum(w * polynomial(degree, forecaster.place(p)) for w, p in zip(lower, points, strict=True))
+            short = sum(w * polynomial(degree, forecaster.coordinate_of(p)) for w, p in zip(lower, points, strict=True))
             assert abs(short - got) > 1e-4
 
 
@@ -193,15 +193,15 @@ def test_taylor_counts_evaluations_whatever_coordinate_is_set():
 def test_points_at_one_place_are_told_by_the_coordinate():
     """heun evaluates twice at a sigma: one place in sigma, two places in evaluations."""
     a, b = Point(3, 0.75), Point(4, 0.75)
-    assert not Forecaster(1).same_place(a, b)
-    assert not Forecaster(1, "newton", "index").same_place(a, b)
-    assert Forecaster(1, "newton", "sigma").same_place(a, b)
-    assert Forecaster(1, "newton", "log sigma").same_place(a, b)
-    assert not Forecaster(1, "newton", "sigma").same_place(a, Point(4, 0.7499))
-    assert not Forecaster(1, "newton", "step").same_place(a, b)  # without a schedule, evaluations
-    assert Forecaster(1, "newton", "step").same_place(Point(3, 0.75, 1.0), Point(4, 0.75, 1.0))
+    assert not Forecaster(1).too_near(a, b)
+    assert not Forecaster(1, "newton", "index").too_near(a, b)
+    assert Forecaster(1, "newton", "sigma").too_near(a, b)
+    assert Forecaster(1, "newton", "log sigma").too_near(a, b)
+    assert not Forecaster(1, "newton", "sigma").too_near(a, Point(4, 0.7499))
+    assert not Forecaster(1, "newton", "step").too_near(a, b)  # without a schedule, evaluations
+    assert Forecaster(1, "newton", "step").too_near(Point(3, 0.75, 1.0), Point(4, 0.75, 1.0))
     one = Point(0, 1.0), Point(1, 0.9999)  # as dpmpp_2s_ancestral begins; log 1 is 0
-    assert not Forecaster(1, "newton", "log sigma").same_place(*one)
+    assert not Forecaster(1, "newton", "log sigma").too_near(*one)
 
 
 def test_what_users_choose_is_what_they_get():

@@ -493,7 +493,7 @@ def test_gradient_equals_finite_differences(model):
 def test_what_is_kept_is_what_keep_returns(model):
     c, vec0 = two_conditions()[0], inputs()[3]
     seen = []
-    kept = encode(model, c, vec0, keep=lambda x: seen.append(x.shape) or x.double())
+    kept = encode(model, c, vec0, store=lambda x: seen.append(x.shape) or x.double())
     assert len(kept) == DOUBLE + SINGLE
     assert seen == [(1, HEADS, 6, DIM // HEADS)] * 2 * len(kept)
     assert {x.dtype for pair in kept for x in pair} == {torch.float64}

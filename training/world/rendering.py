@@ -1,0 +1,164 @@
+"""Scenes as pictures, and every map that goes with them: labels, edges, poses, cut-outs, garments, clips."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+
+from .things import (
+    BONES,
+    GROUNDS,
+    JOINTS,
+    LABELS,
+    PATTERNS,
+    WHITE,
+    Part,
+    Scene,
+    Thing,
+    capsule,
+    circle,
+    doll_joints,
+    doll_parts,
+    parts_of,
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A rendered scene. `labels` index `LABELS`; `owners`: 0 is the ground, then 1, 2, ... from back to front."""
+
+    image: np.ndarray
+    labels: np.ndarray
+    owners: np.ndarray
+
+
+def _fill(canvas: np.ndarray, points: np.ndarray, value: int, smooth: bool) -> None:
+    size = canvas.shape[0]
+    fixed = np.round((points * size - 0.5) * 16).astype(np.int32)
+    cv2.fillPoly(canvas, [fixed], value, cv2.LINE_AA if smooth else cv2.LINE_8, 4)
+
+
+def _paint(part: Part, size: int) -> np.ndarray:
+    """Colour of a part at every pixel, `[H, W, 3]` float32 or `[3]` when plain. Patterns move with their owner."""
+    base = np.array(part.colour, np.float32)
+    if part.pattern not in PATTERNS:
+        raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, got '{part.pattern}'")
+    if part.pattern == "plain":
+        return base
+    x0, y0, s = part.frame
+    grid = (np.arange(size, dtype=np.float32) + 0.5) / size
+    u, v = (grid[None, :] - x0) / s, (grid[:, None] - y0) / s
+    soft = 1.2 / (size * s)  # one pixel of blend at the borders
+    if part.pattern == "striped":
+        phase = np.abs((v / 0.13) % 1.0 - 0.5) * 0.13  # 0 in the middle of a white band
+        amount = np.clip((0.03 - phase) / soft + 0.5, 0, 1) + 0 * u
+    else:
+        row = np.floor(v / 0.105)
+        du = (u / 0.12 + 0.5 * (row % 2)) % 1.0 - 0.5
+        dv = (v / 0.105) % 1.0 - 0.5
+        amount = np.clip((0.033 - np.hypot(du * 0.12, dv * 0.105)) / soft + 0.5, 0, 1)
+    return base + amount[..., None] * (np.array(WHITE, np.float32) - base)
+
+
+def _draw(parts: list[Part], ground: tuple[int, int, int], size: int) -> Picture:
+    image = np.empty((size, size, 3), np.float32)
+    image[:] = ground
+    labels, owners = np.zeros((size, size), np.uint8), np.zeros((size, size), np.uint8)
+    for part in parts:
+        cover = np.zeros((size, size), np.uint8)
+        _fill(cover, part.points, 255, smooth=True)
+        alpha = cover[..., None].astype(np.float32) / 255
+        image += alpha * (_paint(part, size) - image)
+        inside = cover > 127
+        labels[inside] = LABELS.index(part.label)
+        owners[inside] = part.owner
+    return Picture(np.round(image).astype(np.uint8), labels, owners)
+
+
+def render(scene: Scene, size: int) -> Picture:
+    """Draw a scene, `size` pixels a side. Owner k is `scene.things[k - 1]`; a higher owner is nearer (depth order)."""
+    parts = [part for i, thing in enumerate(scene.things) for part in parts_of(thing, i + 1)]
+    return _draw(parts, GROUNDS[scene.ground], size)
+
+
+def edge_map(picture: Picture, thickness: int = 1, parts: bool = True) -> np.ndarray:
+    """White outlines on black, `[H, W, 3]`. `parts=False` draws the silhouette of each thing only."""
+    regions = picture.owners.astype(np.int32)
+    if parts:
+        flat = np.where(picture.labels == LABELS.index("detail"), 0, picture.labels)
+        regions = regions * len(LABELS) + flat
+    edges = np.zeros(regions.shape, np.uint8)
+    edges[:, 1:] |= (regions[:, 1:] != regions[:, :-1]).astype(np.uint8) * 255
+    edges[1:, :] |= (regions[1:, :] != regions[:-1, :]).astype(np.uint8) * 255
+    if thickness > 1:
+        edges = cv2.dilate(edges, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (thickness, thickness)))
+    return np.repeat(edges[..., None], 3, 2)
+
+
+def canny(picture: Picture, low: int = 60, high: int = 140) -> np.ndarray:
+    """OpenCV's Canny of the picture, `[H, W, 3]`: what a user's preprocessor would deliver."""
+    grey = cv2.cvtColor(picture.image, cv2.COLOR_RGB2GRAY)
+    return np.repeat(cv2.Canny(cv2.GaussianBlur(grey, (3, 3), 0), low, high)[..., None], 3, 2)
+
+
+_BONE_COLOURS = (
+    (0, 0, 255), (255, 85, 0), (255, 170, 0), (255, 255, 0), (85, 255, 0), (0, 255, 0), (0, 255, 170), (0, 170, 255),
+)  # fmt: skip
+
+
+def keypoints(scene: Scene) -> list[dict[str, tuple[float, float]]]:
+    """Joints of each doll, back to front, in unit coordinates."""
+    return [doll_joints(thing) for thing in scene.things if thing.kind == "doll"]
+
+
+def pose_map(scene: Scene, size: int) -> np.ndarray:
+    """Coloured skeletons on black, `[H, W, 3]`, in the manner of OpenPose."""
+    canvas = np.zeros((size, size, 3), np.uint8)
+    for joints in keypoints(scene):
+        points = [np.array(joints[name]) for name in JOINTS]
+        for (a, b), colour in zip(BONES, _BONE_COLOURS, strict=True):
+            cover = np.zeros((size, size), np.uint8)
+            _fill(cover, capsule(*points[a], *points[b], max(0.016, 1.2 / size)), 255, smooth=True)
+            alpha = cover[..., None].astype(np.float32) / 255
+            canvas = (canvas + alpha * (np.array(colour, np.float32) - canvas)).astype(np.uint8)
+        cover = np.zeros((size, size), np.uint8)
+        _fill(cover, circle(*points[0], 0.035), 255, smooth=True)
+        canvas[cover > 127] = (255, 0, 85)
+    return canvas
+
+
+def cut_out(scene: Scene, index: int, size: int, ground: tuple[int, int, int] = WHITE) -> np.ndarray:
+    """One subject alone, large and centred, arms as in the scene, on plain ground, `[H, W, 3]`."""
+    thing = scene.things[index]
+    grown = replace(thing, x=0.5, y=0.5, size=0.9 if thing.kind == "doll" else 0.72)
+    return _draw(parts_of(grown), ground, size).image
+
+
+def garment_flat(doll: Thing, size: int) -> np.ndarray:
+    """The shirt alone, laid flat with the arms out, on white, `[H, W, 3]`."""
+    flat = replace(doll, kind="doll", x=0.5, y=0.61, size=1.5, arms=(58.0, 58.0))
+    return _draw([part for part in doll_parts(flat, 1) if part.label == "shirt"], WHITE, size).image
+
+
+def garment_mask(picture: Picture, owner: int) -> np.ndarray:
+    """Where the shirt of `owner` shows, uint8 0 or 255, `[H, W]`."""
+    return ((picture.labels == LABELS.index("shirt")) & (picture.owners == owner)).astype(np.uint8) * 255
+
+
+def clip(scene: Scene, frames: int) -> list[Scene]:
+    """The same scene in motion: arms swing from this pose to its mirror and the dolls step. One scene a frame."""
+    made = []
+    for k in range(frames):
+        phase = 0.5 - 0.5 * np.cos(np.pi * k / max(frames - 1, 1))
+        things = []
+        for thing in scene.things:
+            if thing.kind == "doll":
+                (a, b), (c, d) = thing.arms, thing.legs
+                arms = (a + phase * (160 - 2 * a) * 0.8, b + phase * (160 - 2 * b) * 0.8)
+                swing = 10 * np.sin(np.pi * phase)
+                thing = replace(thing, arms=arms, legs=(c + swing, d - swing))
+            things.append(thing)
+        made.append(replace(scene, things=tuple(things)))
+    return made
