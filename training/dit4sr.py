@@ -150,7 +150,7 @@ def train_dit4sr(recipe: RestoreRecipe, base_recipe: SD3Recipe, workers: int) ->
         x = torch.lerp(x0, noise, t[:, None, None, None])
         return F.mse_loss(model(x, small, t, words).float(), noise - x0)
 
-    trained_on = checkpoints.contents(checkpoints.WEIGHTS / "tiny_sd3.safetensors")
+    trained_on = checkpoints.contents(checkpoints.work(base_recipe) / "sd3.pt")
     path = checkpoints.work(base_recipe) / f"dit4sr-{checkpoints.digest(recipe, trained_on)}.pt"
     export_dit4sr(run_stage(path, recipe, recipe.steps, model, loss_of))
 
