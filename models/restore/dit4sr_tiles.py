@@ -56,9 +56,7 @@ def windows(size: tuple[int, int], tile: int, overlap: int) -> list[Window]:
         return [Window(0, 0, height, width)]
     tall, wide = min(tile, height), min(tile, width)
     return [
-        Window(top, left, tall, wide)
-        for top in starts(height, tile, overlap)
-        for left in starts(width, tile, overlap)
+        Window(top, left, tall, wide) for top in starts(height, tile, overlap) for left in starts(width, tile, overlap)
     ]
 
 
