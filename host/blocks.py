@@ -13,6 +13,9 @@ returned. So:
 - never return a tensor that is kept, return a clone of it;
 - record and inject at the same place, in the last of the wrapped blocks: the residual is then added both times.
 
+A feature that computes a block itself takes the place of the block (`replace_block`), inside of all wraps: whoever
+skips the block skips it, whoever looks at what comes out of it sees what the feature made.
+
 Limit: guidance that skips layers (SkipLayerGuidance) puts its own replacements over ours for one more pass of the
 model: in that pass, wraps of those blocks are not called.
 """
@@ -52,6 +55,31 @@ def wrap_block(model_options: dict, key: Key, wrap: Wrap) -> None:
         return wrap(args, lambda inner: earlier(inner, extra))
 
     set_model_options_patch_replace(model_options, replacement, "dit", *key)
+
+
+def replace_block(model_options: dict, key: Key, run: Wrap) -> None:
+    """Run `run(args, run_block)` where block `key` itself would run, inside of all wraps, whenever they came.
+
+    Args:
+        model_options: those of the run, see `wrap_block`.
+        run: gets the block's args and what runs the block. Returns what the block returns.
+    """
+    untraced(run)
+    earlier = model_options["transformer_options"].get("patches_replace", {}).get("dit", {}).get(key)
+
+    @untraced
+    def replacement(args: BlockArgs, extra: dict[str, Any]) -> dict[str, Any]:
+        def block(inner: BlockArgs) -> dict[str, Any]:
+            return run(inner, extra["original_block"])
+
+        return block(args) if earlier is None else earlier(args, {**extra, "original_block": block})
+
+    set_model_options_patch_replace(model_options, replacement, "dit", *key)
+
+
+def skips_middle_blocks(description: object) -> bool:
+    """Whether a description on a MODEL has blocks run behind others that it skips, as Delta-DiT does."""
+    return getattr(description, "skips_middle_blocks", False)
 
 
 def number_blocks(model: ModelPatcher, model_options: dict) -> None:

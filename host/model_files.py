@@ -7,6 +7,8 @@ kind: core lists, tags and uploads to files by their folder.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +20,7 @@ from torch import Tensor
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # what ships with the pack
 SAFE = {".safetensors", ".sft"}
 DEMO = "dit_toolkit_demo_"
+LORAS = ("loras",)  # where many keep all LoRAs, whatever their kind
 
 AGAIN = "Download it again."
 CONVERT = "Get it as a safetensors file; another ending is not enough."
@@ -58,15 +61,17 @@ def offer_loras() -> None:
         folder_paths.add_model_folder_path("loras", str(shipped))
 
 
-def names(kind: str) -> list[str]:
-    """What a loader offers, read anew each time: files of the kind, and the user's LoRAs."""
+def names(kind: str, also: Sequence[str] = LORAS) -> list[str]:
+    """What a loader offers, read anew each time: files of the kind, and the user's own in the folders of `also`."""
     register(kind)
-    loras = folder_paths.filter_files_extensions(folder_paths.get_filename_list("loras"), SAFE)
-    own = (name for name in loras if not (WEIGHTS / "loras" / name).is_file() or _own_lora(name))
+    own = set()
+    for other in also:
+        found = folder_paths.filter_files_extensions(folder_paths.get_filename_list(other), SAFE)
+        own |= {name for name in found if not (WEIGHTS / other / name).is_file() or _own(other, name)}
     return sorted({*folder_paths.get_filename_list(kind), *own})
 
 
-def path_of(kind: str, name: str) -> str:
+def path_of(kind: str, name: str, also: Sequence[str] = LORAS) -> str:
     """Where a file of a kind lies. The user's own come before one that ships.
 
     Raises:
@@ -75,20 +80,21 @@ def path_of(kind: str, name: str) -> str:
     register(kind)
     path = folder_paths.get_full_path(kind, name)
     if path is None or WEIGHTS in Path(path).parents:
-        path = _own_lora(name) or path
+        path = next((own for other in also if (own := _own(other, name))), path)
     if path is None:
+        *first, last = (f"models/{folder}" for folder in (kind, *also))
         raise FileNotFoundError(
-            f"{name} is not in models/{kind} or models/loras. Put it there and refresh the page; the node's help page "
+            f"{name} is not in {', '.join(first)} or {last}. Put it there and refresh the page; the node's help page "
             "says where such files come from."
         )
     return path
 
 
-def _own_lora(name: str) -> str | None:
-    """Where a LoRA of the user lies; None for those that ship with the pack: they are of ComfyUI's own kind."""
-    for folder in folder_paths.get_folder_paths("loras"):
+def _own(kind: str, name: str) -> str | None:
+    """Where a file of the user lies in the folders of one of ComfyUI's own kinds; None for those that ship with us."""
+    for folder in folder_paths.get_folder_paths(kind):
         path = os.path.join(folder, os.path.relpath(os.path.join("/", name), "/"))  # as core: it stays in the folder
-        if folder != str(WEIGHTS / "loras") and os.path.isfile(path):
+        if folder != str(WEIGHTS / kind) and os.path.isfile(path):
             return path
     return None
 
@@ -102,14 +108,21 @@ def read(path: str, name: str, remedy: str | None = None) -> Contents:
     Raises:
         ValueError: it is damaged, or no safetensors file.
     """
-    try:
-        with safe_open(path, "pt") as file:  # core's reader for dynamic VRAM takes a header as it comes
-            metadata = file.metadata() or {}
+    with opened(path, name, remedy) as file:  # core's reader for dynamic VRAM takes a header as it comes
+        metadata = file.metadata() or {}
         tensors = comfy.utils.load_torch_file(path, safe_load=True)
+    return Contents(cast("dict[str, Tensor]", tensors), metadata)
+
+
+@contextmanager
+def opened(path: str, name: str, remedy: str | None = None) -> Iterator[Any]:
+    """A safetensors file whose tensors are read one by one, with the same errors."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         what, best = _damage(path)
         raise ValueError(f"{name} {what}. {remedy or best} ({in_one_line(error)})") from error
-    return Contents(cast("dict[str, Tensor]", tensors), metadata)
 
 
 def in_one_line(error: Any) -> str:

@@ -4,6 +4,8 @@ TiledDiffusion and its like call the model for crops of the latent, several in o
 those lie. But a crop is an exact copy of what the sampler asked for, so it is found there again.
 
 A prompt for an area is a crop as well, and none of these: it is a picture of its own by the user's wish.
+
+A feature of ours that cuts the picture itself knows where its tiles lie, and says so (`TILES`).
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+TILES = "dit_toolkit.tiles"  # in transformer_options: the Tile of each condition of a call, where a feature of ours cut
 
 
 class Tile(NamedTuple):

@@ -21,6 +21,7 @@ class Tap(Protocol):
 
     name: str  # as people see it
     wraps_blocks: bool  # works by what blocks ask for
+    skips_middle_blocks: bool  # has blocks run behind others that it skips
 
     def install(self, run: Any, model_options: dict) -> None:
         """Add hooks below APPLY_MODEL, for this run."""
@@ -52,3 +53,7 @@ class StepCache:
     report: StepCacheReport = field(default_factory=lambda: StepCacheReport("step cache"))
 
     outermost = True  # what is skipped need not be prepared by others
+
+    @property
+    def skips_middle_blocks(self) -> bool:  # see `blocks.skips_middle_blocks`
+        return self.tap.skips_middle_blocks

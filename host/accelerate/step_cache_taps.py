@@ -53,6 +53,7 @@ class PredictionTap:
 
     name = "prediction"
     wraps_blocks = False
+    skips_middle_blocks = False
 
     def install(self, run: StepCacheRun, model_options: dict) -> None:
         pass
@@ -95,6 +96,7 @@ class BlockTap(ABC):
     family: Family
     keys: tuple[Key, ...]
     wraps_blocks = True
+    skips_middle_blocks = False
 
     @property
     @abstractmethod
@@ -255,6 +257,7 @@ class SpanTap(BlockTap):
 
     stages: Stages = field(default_factory=Stages)
     name = "block span"
+    skips_middle_blocks = True
 
     @property
     def payload(self) -> Literal["output", "residual"]:
@@ -279,6 +282,7 @@ class ModuleTap:
     max_bytes: int | None = None
     name = "every module"
     wraps_blocks = True
+    skips_middle_blocks = False
 
     def install(self, run: StepCacheRun, model_options: dict) -> None:
         for key in self.keys:
