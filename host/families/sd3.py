@@ -103,19 +103,18 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **rest: Any
     return optimized_attention(q, k, v, mask=mask, **rest)
 
 
-def control_of_parts(control: dict | None, grid: tuple[int, int], parts: Sequence[Any], patch: int) -> dict | None:
+def control_of_parts(control: dict, transformer: Any, size: tuple[int, int], parts: Sequence[Any]) -> dict:
     """What ControlNets add to the picture's tokens, for a call with `parts` of it side by side in the batch.
 
     Args:
         control: "output" has `[B, N, D]` or None for each block.
-        grid: rows and columns of the whole picture's tokens.
-        parts: windows of the latent, at whole tokens; `patch` is the side of one.
+        size: height and width of the whole latent.
+        parts: windows of it, at whole tokens.
 
     Raises:
         ValueError: it adds something else than one value for each token.
     """
-    if control is None:
-        return None
+    grid, patch = token_grid(transformer, *size), transformer.patch_size
 
     def cut(added: Tensor | None) -> Tensor | None:
         if added is None:

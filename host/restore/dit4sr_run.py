@@ -168,14 +168,16 @@ class Restorer:
     # Windows
 
     def cut(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
-        """APPLY_MODEL, outside of all features: call the model for each window, and blend what comes of it."""
+        """APPLY_MODEL, outside of all features: call the model for each window, and blend what comes of it.
+
+        A negative model of its own is cut, too: only so do the two of them ask for as much memory.
+        """
         settings, options = self.settings, transformer_options or {}
         size = (x.shape[-2], x.shape[-1])
         found = windows(size, settings.tile, settings.overlap)
-        if len(found) == 1 or not self.given(executor.class_obj):
+        if len(found) == 1:
             return executor(x, t, c_concat, c_crossattn, control, options, **conds)
         transformer = executor.class_obj.diffusion_model
-        grid, side = sd3.token_grid(transformer, *size), transformer.patch_size
         corners = self.run.corners(x, options)
         blend, progress, rest = Blend(size), self.progress.of_call(float(t.flatten()[0]), len(found)), iter(found)
         while some := tuple(islice(rest, settings.tile_batch)):
@@ -183,7 +185,7 @@ class Restorer:
             several = partial(parts_of, parts=some, like=x)
             result = executor(
                 *map(several, (x, t, c_concat, c_crossattn)),
-                sd3.control_of_parts(control, grid, some, side),
+                None if control is None else sd3.control_of_parts(control, transformer, size, some),
                 options_of(options, some, corners),
                 **{name: several(value) for name, value in conds.items()},
             )
