@@ -112,7 +112,7 @@ def refuse_too_many_tokens(transformer: sd3.OpenAISignatureMMDITWrapper, setting
     height, width = (8 * side for side in settings.size)
     raise ValueError(
         f"{width} x {height} pixels in one piece are more than the model has positions for: {most * TOKEN} along a "
-        "side. Set 'tile' to 64, or lower 'upscale_by'."
+        "side. Set 'tile' to 64 or less, or lower 'upscale_by'."
     )
 
 

@@ -86,6 +86,7 @@ class Tensors(Mapping[str, Tensor]):
 
 def names() -> list[str]:
     """What the loader offers, read anew each time. Files of one transformer are shown once, as their index."""
+    _register()
     found = set()
     for name in model_files.names(FOLDER, ALSO):
         match = SHARD.fullmatch(name)
@@ -148,6 +149,7 @@ def path_of(name: str) -> str:
         FileNotFoundError: nowhere.
         ValueError: a folder without a transformer, or with several.
     """
+    _register()
     shards = SHARD.fullmatch(name)
     if shards is not None:
         name = f"{shards['stem']}{INDEX}"
@@ -160,7 +162,6 @@ def path_of(name: str) -> str:
 
 def _beside(name: str) -> Iterator[Path]:
     """Where something that is no safetensors file may lie in the folders of the list."""
-    model_files.register(FOLDER)
     inside = os.path.relpath(os.path.join("/", name), "/")  # as core: it stays in the folder
     for kind in (FOLDER, *ALSO):
         yield from (Path(folder) / inside for folder in folder_paths.get_folder_paths(kind))
@@ -231,6 +232,42 @@ def _weight_map(path: str, name: str) -> dict[str, object]:
 # --------------------------------------------------------------------------------------------------- making a patch
 
 
+def target_of(name: str) -> str:
+    """A new file in output/dit4sr, called so and with a number that is free.
+
+    Raises:
+        ValueError: a name that is no name of a file.
+    """
+    if not re.fullmatch(r"\w[\w .()-]{0,99}", name):
+        raise ValueError(
+            "Extract DiT4SR Patch: 'name' must be at most 100 letters, digits, blanks, dots, brackets and dashes, and "
+            f"begin with a letter or a digit; got {shown(name)}."
+        )
+    folder = _output()
+    number = 1
+    while (path := folder / f"{name}_{number:05}.safetensors").exists():
+        number += 1
+    return str(path)
+
+
+def _output() -> Path:
+    return Path(folder_paths.get_output_directory()) / FOLDER
+
+
+def _register() -> None:
+    """Make what was extracted part of the list, behind what the user has put into models/dit4sr.
+
+    Core fails at a folder of the list that is gone.
+    """
+    model_files.register(FOLDER)
+    (paths, _), extracted = folder_paths.folder_names_and_paths[FOLDER], str(_output())
+    if os.path.isdir(extracted) and extracted not in paths:
+        paths.append(extracted)
+    elif not os.path.isdir(extracted) and extracted in paths:
+        paths.remove(extracted)
+        folder_paths.filename_list_cache.pop(FOLDER, None)
+
+
 def extract(name: str, target: str, precision: Precision = "as in the file", model: ModelPatcher | None = None) -> str:
     """Write the control weights of a published transformer into a patch at `target`. Returns a line on what was done.
 
@@ -262,7 +299,8 @@ def extract(name: str, target: str, precision: Precision = "as in the file", mod
         if os.path.exists(partly):
             os.remove(partly)
     size = os.path.getsize(target) / 2**20
-    return f"{os.path.basename(target)}: {size:.1f} MiB, variant {checkpoint.variant}; {checkpoint.summary}{checked}"
+    what = f"{size:.1f} MiB, {precision}, variant {checkpoint.variant}"
+    return f"{os.path.basename(target)}: {what}; {checkpoint.summary}{checked}"
 
 
 LAYERS = {  # of a block, by their names in ComfyUI, and the tensors in the file that they are made of

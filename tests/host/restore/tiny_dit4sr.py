@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import comfy.sample
 import comfy.sd
+import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_toolkit.host.restore import dit4sr, dit4sr_files
 from dit_toolkit.host.restore.dit4sr_files import DiT4SRFile
 from dit_toolkit.host.restore.dit4sr_settings import DiT4SR
+from dit_toolkit.models.restore.dit4sr_keys import write
 from dit_toolkit.tests.host.families import text
 from dit_toolkit.tests.models.restore import dit4sr_reference as reference
 
@@ -40,6 +44,17 @@ def base(seed: int = 0) -> ModelPatcher:
 @cache
 def file(variant: str = "r1", seed: int = 0) -> DiT4SRFile:
     return dit4sr_files.from_state(published(variant, seed), f"tiny_{variant}.safetensors")
+
+
+def write_files() -> None:
+    """Into the tests' models folder: a whole transformer, which comes first in the list, a patch, and another one."""
+    folder = Path(folder_paths.models_dir) / dit4sr_files.FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(published("v1"), folder / "a_whole_transformer.safetensors")
+    tensors, metadata = write(file("r1", 1).checkpoint.weights, "r1")
+    save_file(tensors, folder / "b_patch.safetensors", metadata)
+    save_file(published("r1", 1), folder / "c_another_transformer.safetensors")
+    folder_paths.filename_list_cache.pop(dit4sr_files.FOLDER, None)
 
 
 def latent(seed: int, size: tuple[int, int] = (8, 8), batch: int = 1) -> Tensor:
