@@ -13,6 +13,9 @@ tensor that a block returned. So:
 - never return a tensor that you keep, return a clone;
 - record and inject in the same block, the last of the wrapped ones: the residual is then added both times.
 
+A feature that computes a block itself takes the place of the block (`replace_block`), inside all wraps. So a wrap that
+skips the block skips the feature too, and a wrap that reads the block's result reads the feature's.
+
 Limit: SkipLayerGuidance puts its own replacements over ours for one more pass of the model. In that pass, ComfyUI does
 not call our wraps of those blocks.
 """
@@ -52,6 +55,31 @@ def wrap_block(model_options: dict, key: BlockKey, wrap: Wrap) -> None:
         return wrap(args, lambda inner: earlier(inner, extra))
 
     set_model_options_patch_replace(model_options, replacement, "dit", *key)
+
+
+def replace_block(model_options: dict, key: BlockKey, run: Wrap) -> None:
+    """Run `run(args, run_block)` where block `key` itself would run, inside of all wraps, whenever they came.
+
+    Args:
+        model_options: those of the run, see `wrap_block`.
+        run: gets the block's args and what runs the block. Returns what the block returns.
+    """
+    untraced(run)
+    earlier = model_options["transformer_options"].get("patches_replace", {}).get("dit", {}).get(key)
+
+    @untraced
+    def replacement(args: BlockArgs, extra: dict[str, Any]) -> dict[str, Any]:
+        def block(inner: BlockArgs) -> dict[str, Any]:
+            return run(inner, extra["original_block"])
+
+        return block(args) if earlier is None else earlier(args, {**extra, "original_block": block})
+
+    set_model_options_patch_replace(model_options, replacement, "dit", *key)
+
+
+def skips_middle_blocks(description: object) -> bool:
+    """Whether a description on a MODEL has blocks run behind others that it skips, as Delta-DiT does."""
+    return getattr(description, "skips_middle_blocks", False)
 
 
 def number_blocks(model: ModelPatcher, model_options: dict) -> None:

@@ -7,6 +7,8 @@ for our kinds, because core lists, tags and uploads files by folder.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +20,7 @@ from torch import Tensor
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # the pack's own files
 SAFE = {".safetensors", ".sft"}
 DEMO = "dit_toolkit_demo_"
+LORAS = ("loras",)  # where many keep all LoRAs, whatever their kind
 
 AGAIN = "Download it again."
 CONVERT = "Get it as a safetensors file; another ending is not enough."
@@ -58,15 +61,17 @@ def offer_loras() -> None:
         folder_paths.add_model_folder_path("loras", str(shipped))
 
 
-def names(kind: str) -> list[str]:
-    """The names that a loader offers, read anew each time: files of the kind, and the user's LoRAs."""
+def names(kind: str, also: Sequence[str] = LORAS) -> list[str]:
+    """The names that a loader offers, read anew each time: files of the kind, and the user's in the folders `also`."""
     register(kind)
-    loras = folder_paths.filter_files_extensions(folder_paths.get_filename_list("loras"), SAFE)
-    own = (name for name in loras if not (WEIGHTS / "loras" / name).is_file() or _own_lora(name))
+    own = set()
+    for other in also:
+        found = folder_paths.filter_files_extensions(folder_paths.get_filename_list(other), SAFE)
+        own |= {name for name in found if not (WEIGHTS / other / name).is_file() or _own(other, name)}
     return sorted({*folder_paths.get_filename_list(kind), *own})
 
 
-def path_of(kind: str, name: str) -> str:
+def path_of(kind: str, name: str, also: Sequence[str] = LORAS) -> str:
     """The path of a file of a kind. The user's own files come before those of the pack.
 
     Raises:
@@ -75,20 +80,21 @@ def path_of(kind: str, name: str) -> str:
     register(kind)
     path = folder_paths.get_full_path(kind, name)
     if path is None or WEIGHTS in Path(path).parents:
-        path = _own_lora(name) or path
+        path = next((own for other in also if (own := _own(other, name))), path)
     if path is None:
+        *first, last = (f"models/{folder}" for folder in (kind, *also))
         raise FileNotFoundError(
-            f"{name} is not in models/{kind} or models/loras. Put it there and refresh the page; the node's help page "
+            f"{name} is not in {', '.join(first)} or {last}. Put it there and refresh the page; the node's help page "
             "says where such files come from."
         )
     return path
 
 
-def _own_lora(name: str) -> str | None:
-    """The path of a LoRA of the user. None for the pack's LoRAs, which are of ComfyUI's own kind."""
-    for folder in folder_paths.get_folder_paths("loras"):
+def _own(kind: str, name: str) -> str | None:
+    """The path of a user's file of one of ComfyUI's kinds. None for the pack's own files."""
+    for folder in folder_paths.get_folder_paths(kind):
         path = os.path.join(folder, os.path.relpath(os.path.join("/", name), "/"))  # as core: stays in the folder
-        if folder != str(WEIGHTS / "loras") and os.path.isfile(path):
+        if folder != str(WEIGHTS / kind) and os.path.isfile(path):
             return path
     return None
 
@@ -102,14 +108,21 @@ def read(path: str, name: str, remedy: str | None = None) -> Contents:
     Raises:
         ValueError: the file is damaged, or no safetensors file.
     """
-    try:
-        with safe_open(path, "pt") as file:  # core's reader for dynamic VRAM does not check the header
-            metadata = file.metadata() or {}
+    with opened(path, name, remedy) as file:  # core's reader for dynamic VRAM does not check the header
+        metadata = file.metadata() or {}
         tensors = comfy.utils.load_torch_file(path, safe_load=True)
+    return Contents(cast("dict[str, Tensor]", tensors), metadata)
+
+
+@contextmanager
+def opened(path: str, name: str, remedy: str | None = None) -> Iterator[Any]:
+    """A safetensors file whose tensors are read one by one, with the same errors."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         what, best = _damage(path)
         raise ValueError(f"{name} {what}. {remedy or best} ({in_one_line(error)})") from error
-    return Contents(cast("dict[str, Tensor]", tensors), metadata)
 
 
 def in_one_line(error: Any) -> str:

@@ -11,7 +11,8 @@ modules.
 Three hooks belong to the run itself. PREDICT_NOISE is one evaluation by the sampler, whatever the guider makes of it.
 CALC_COND_BATCH tells which prompts a guider computes, because core's guiders do not agree on their order. APPLY_MODEL
 is one call of the model, with one or more conditions side by side in its batch: a `Chunk`. A second APPLY_MODEL
-wrapper, inside all features, watches whether blocks ask for what features hand to them: `offers.py`.
+wrapper, inside all features, watches whether blocks ask for what features hand to them: `offers.py`. A third one stands
+outside all features, for the one that cuts the picture into tiles: to the others, each tile is a call (`Run.cut`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from .offers import Offers
-from .tiles import Tile, tiles_of
+from .tiles import TILES, Tile, tiles_of
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,8 @@ class Run:
         self.names = dict(names or {})
         self.noise = noise
         self.x: torch.Tensor | None = None
-        self.areas: set[Hashable] = set()  # prompts for an area of the picture, by uuid
+        self.areas: dict[Hashable, tuple[int, int]] = {}  # prompts for an area of the picture, by uuid: its corner
+        self.cut: Callable[..., torch.Tensor] | None = None  # APPLY_MODEL of a feature that makes several calls of one
         self.sigmas = tuple(sigmas)
         self.sampler = sampler
         self.evaluation = -1
@@ -185,9 +187,11 @@ class Run:
         blocks = options.get("patches_replace", {}).get("dit", {})
         patched = tuple(sorted((key for key, call in blocks.items() if self.replaced.get(key) is not call), key=str))
         conditions = []
-        tiles = self.tiles(x, window, uuids)
+        prompts = tuple(zip(uuids, indices, strict=True))
+        given = options.get(TILES)
+        parts = product(self.tiles(x, window, uuids), prompts) if given is None else zip(given, prompts, strict=True)
         with self._lock:
-            for tile, (uuid, index) in product(tiles, zip(uuids, indices, strict=True)):
+            for tile, (uuid, index) in parts:
                 same = (uuid, index, frames, hooks, x.device, patched, tile)
                 name = names[index] if index < len(names) else self.name_of(uuid, index)
                 identity = (uuid, index, self._seen[same], frames, hooks, x.device, patched, tile)
@@ -197,10 +201,19 @@ class Run:
 
     def tiles(self, x: torch.Tensor, window: Any, uuids: Sequence[Hashable]) -> list[Tile | None]:
         """The tiles in a call with batch `x`; `[None]` for whole pictures, and for prompts that are for an area."""
-        if self.x is None or self.areas.intersection(uuids):
+        if self.x is None or any(uuid in self.areas for uuid in uuids):
             return [None]
         batch = window.index_list if window is not None and window.dim == 0 else range(self.x.shape[0])
         return tiles_of(x, self.x, len(uuids), batch[0], len(batch))
+
+    def corners(self, x: torch.Tensor, options: dict) -> list[Tile]:
+        """Which part of the picture each condition of a call with batch `x` is for, tile by tile, areas included."""
+        uuids = options.get("uuids") or [None] * len(options.get("cond_or_uncond") or [None])
+        if TILES in options:
+            return list(options[TILES])
+        whole = (x if self.x is None else self.x).shape[-2:]
+        tiles = self.tiles(x, options.get("context_window"), uuids)
+        return [tile or Tile(*self.areas.get(uuid, (0, 0)), (whole[0], whole[1])) for tile in tiles for uuid in uuids]
 
     def on_close(self, call: Callable[[bool], None]) -> None:
         """Call `call(completed)` at the end of the run, before its lanes go. An interrupted run is not completed."""
@@ -263,9 +276,12 @@ def sampler_run(executor, *args, **kwargs):
             run.x = None
 
     def name_prompts(executor, model, conds, x, timestep, model_options):
-        run.areas.update(each.get("uuid") for prompts in conds for each in prompts or () if each.get("area"))
+        run.areas.update(areas_in(conds))
         options = {**model_options["transformer_options"], PROMPTS: run.names_of(conds)}
         return executor(model, conds, x, timestep, {**model_options, "transformer_options": options})
+
+    def cut(executor, *call, **conds):
+        return executor(*call, **conds) if run.cut is None else run.cut(executor, *call, **conds)
 
     def name_conditions(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         hooks = getattr(executor.class_obj.current_patcher, "current_hooks", None)
@@ -277,7 +293,8 @@ def sampler_run(executor, *args, **kwargs):
     try:
         add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, count, options, is_model_options=True)
         add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, name_prompts, options, is_model_options=True)
-        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, name_conditions, options, is_model_options=True)
+        for wrapper in (cut, name_conditions):
+            add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper, options, is_model_options=True)
         found: tuple[Attached, ...] = options["transformer_options"].get(KEY, ())
         for each in sorted(found, key=lambda each: each.turn):
             each.bind(each.description, run, options)
@@ -295,6 +312,13 @@ def sampler_run(executor, *args, **kwargs):
 def names_in(conds: Mapping[str, Sequence[Mapping]]) -> dict[Hashable, str]:
     """The guider's name for each of its prompts, by uuid."""
     return {prompt["uuid"]: name for name, prompts in conds.items() for prompt in prompts if "uuid" in prompt}
+
+
+def areas_in(conds: Sequence[Sequence[Mapping] | None]) -> Iterator[tuple[Hashable, tuple[int, int]]]:
+    """Each prompt that is for an area of the picture, with the area's top and left, in cells of the latent."""
+    for prompt in (prompt for prompts in conds for prompt in prompts or ()):
+        if prompt.get("area"):  # sizes along all axes, then starts
+            yield prompt.get("uuid"), (prompt["area"][-2], prompt["area"][-1])
 
 
 def schedule_of(noise=None, latent_image=None, sampler=None, sigmas=None, *args, **kwargs) -> tuple[list[float], str]:

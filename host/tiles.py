@@ -4,6 +4,8 @@ TiledDiffusion and similar nodes call the model for crops of the latent, several
 crops lie. But each crop is an exact copy of a part of the sampler's latent, so we search for it there.
 
 A prompt for an area is a crop too, but no tile: the user wants it to be a picture of its own.
+
+A feature of ours that cuts the picture knows where its tiles lie, and says so (`TILES`).
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+TILES = "dit_toolkit.tiles"  # in transformer_options: the Tile of each condition of a call, where a feature of ours cut
 
 
 class Tile(NamedTuple):

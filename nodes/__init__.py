@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..host.model_files import offer_loras
 from . import (
     accelerate,
+    dit4sr,
     easycontrol,
     embedded,
     freecus,
@@ -21,6 +22,7 @@ FEATURES = (
     in_context_lora,
     freecus,
     try_on,
+    dit4sr,
     accelerate,
     step_cache,
     re_ttention,

@@ -35,6 +35,7 @@ GIVERS = {
     "DIT_PANELS": "Panel Layout",
     "DIT_TRY_ON": "Load Try-On LoRA",
     "DIT_CROP": "Try-On Prepare",
+    "DIT_DIT4SR": "Load DiT4SR Patch",
 }
 
 ANY_FLUX1 = "A FLUX.1 model: dev, schnell or a fine-tune, fp8 included."

@@ -48,6 +48,7 @@ FEATURES = {
     "try-on": ("*.try_on*", "models.control.mc_vton*"),
     "FreeCus": ("*.freecus*", "models.control.subject_description"),
     "In-Context LoRA": ("*.in_context_lora", "host.control.training", "models.control.panel_*"),
+    "DiT4SR": ("*.dit4sr*",),
     "image difference": ("*.image_difference*",),
     "embedded default": ("*.embedded", "models.tiny_*"),
 }

@@ -21,6 +21,7 @@ class Tap(Protocol):
 
     name: str  # as people see it
     wraps_blocks: bool  # needs blocks that ask for their replacement
+    skips_middle_blocks: bool  # skips blocks and runs others behind them
 
     def install(self, cache: Any, model_options: dict) -> None:
         """Add hooks below APPLY_MODEL, for this run."""
@@ -52,3 +53,7 @@ class StepCache:
     report: StepCacheReport = field(default_factory=lambda: StepCacheReport("step cache"))
 
     outermost = True  # decides before others prepare for the call
+
+    @property
+    def skips_middle_blocks(self) -> bool:  # see `blocks.skips_middle_blocks`
+        return self.tap.skips_middle_blocks

@@ -50,6 +50,7 @@ class PredictionTap:
 
     name = "prediction"
     wraps_blocks = False
+    skips_middle_blocks = False
 
     def install(self, cache: StepCacheRun, model_options: dict) -> None:
         pass
@@ -92,6 +93,7 @@ class BlockTap(ABC):
     family: Family
     block_keys: tuple[BlockKey, ...]
     wraps_blocks = True
+    skips_middle_blocks = False
 
     @property
     @abstractmethod
@@ -252,6 +254,7 @@ class SpanTap(BlockTap):
 
     stages: Stages = field(default_factory=Stages)
     name = "block span"
+    skips_middle_blocks = True
 
     @property
     def payload(self) -> Literal["output", "residual"]:
@@ -276,6 +279,7 @@ class ModuleTap:
     max_bytes: int | None = None
     name = "every module"
     wraps_blocks = True
+    skips_middle_blocks = False
 
     def install(self, cache: StepCacheRun, model_options: dict) -> None:
         for key in self.block_keys:

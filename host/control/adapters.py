@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from uuid import UUID
 
 import comfy.model_management
 import comfy.model_patcher
@@ -29,6 +30,11 @@ def patcher(
     lora.load_state_dict(dict(weights), assign=made.is_dynamic())  # after the patcher: dynamic VRAM maps the file
     lora.requires_grad_(False)
     return made
+
+
+def module_in(model: ModelPatcher, adapter: UUID) -> nn.Module | None:
+    """The module of an adapter as it hangs on `model`, by the uuid that all its clones have; None where it does not."""
+    return next((each.model for each in model.get_additional_models() if each.clone_base_uuid == adapter), None)
 
 
 def beside(model: ModelPatcher, adapter: ModelPatcher) -> ModelPatcher:

@@ -24,6 +24,7 @@ from ..attention import ExtraKeys, KeysByBlock, with_keys
 from ..families import flux
 from ..run import Chunk, Run, attached, chunk_of
 from ..tiles import Tile
+from . import adapters
 from .conditions_settings import ConditionImage
 
 logger = logging.getLogger(__name__)
@@ -123,9 +124,8 @@ class Encoder:
         """The module of the LoRA on the device of this MODEL; None for plain tokens."""
         if self.settings.adapter is None:
             return None
-        for adapter in patcher.get_additional_models():
-            if adapter.clone_base_uuid == self.settings.adapter:
-                return adapter.model
+        if (lora := adapters.module_in(patcher, self.settings.adapter)) is not None:
+            return lora
         raise RuntimeError(
             f"{self.settings.node}: the LoRA {self.settings.name} did not reach {patcher.load_device}. Put "
             f"{self.settings.node} before the node that spreads the model over several GPUs."

@@ -3,16 +3,27 @@
 Tokens: text, picture; some blocks have a second attention over the picture alone. Values reach attention by head,
 `[B, L, H, d]`, queries and keys flat. Blocks: img, txt; they make new tensors, and after the last one txt is None.
 Attention does not know its block. Between blocks: ControlNet.
+
+The second half of this file is for DiT4SR, which needs SD3.5 Medium. All of it goes through the live modules and core's
+own functions, so that fp8 weights, offloading and weight patches apply.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
+import comfy.ops
+import torch
+from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+from comfy.model_patcher import ModelPatcher
+from einops import rearrange
 from torch import Tensor
 
 from ...models.accelerate.sparse_attention import Grid
+from ..transformer import class_of, core_name, transformer_of
 from .family import Family, Grids, cells, double_blocks
 
 
@@ -32,3 +43,88 @@ SD3 = Family(
     kinds=double_blocks("joint_blocks", "img", "txt"),
     numbered=False,
 )
+
+
+class Sizes(NamedTuple):
+    """What a model must have in common with weights that were trained for it."""
+
+    dim: int
+    blocks: int
+    dual: frozenset[int]  # blocks with a second attention
+
+    def __str__(self) -> str:
+        return f"hidden size {self.dim}, {self.blocks} blocks, {len(self.dual)} of them with a second attention"
+
+
+def require_sd35(model: ModelPatcher, node: str) -> Any:
+    """The transformer of an SD3 or SD3.5 model. `node` is the display name of who asks.
+
+    Raises:
+        ValueError: `model` is of another family.
+    """
+    if not issubclass(class_of(model), OpenAISignatureMMDITWrapper):
+        raise ValueError(
+            f"{node} needs a Stable Diffusion 3.5 Medium model, got {core_name(model)}. Connect one to 'model'."
+        )
+    return transformer_of(model)
+
+
+def sizes(transformer: Any) -> Sizes:
+    blocks = transformer.joint_blocks
+    dual = frozenset(i for i, block in enumerate(blocks) if block.x_block.x_block_self_attn)
+    return Sizes(transformer.hidden_size, len(blocks), dual)
+
+
+def token_grid(transformer: Any, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of tokens of a latent of this size."""
+    rows, columns = cells((height, width), transformer.x_embedder.patch_size)
+    return rows, columns
+
+
+def most_tokens(transformer: Any) -> int | None:
+    """Along one side, which the table of positions has room for; None where there is no table."""
+    return None if transformer.pos_embed is None else transformer.pos_embed_max_size
+
+
+def tokens(base: Any, latent: Tensor) -> Tensor:
+    """A latent as a VAE gives it, `[B, C, h, w]`, as the model's tokens with their positions, `[B, N, D]`."""
+    transformer, dtype = base.diffusion_model, base.get_dtype_inference()
+    embedded = transformer.x_embedder(base.process_latent_in(latent).to(dtype))
+    positions = transformer.cropped_pos_embed(latent.shape[-2:], device=latent.device)
+    return embedded + comfy.ops.cast_to_input(positions, embedded)
+
+
+def attention(transformer: Any, options: dict) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    """Core's attention as the blocks call it: q, k, v `[B, L, D]`, a mask or None, to `[B, L, D]`."""
+    return partial(_attention, heads=transformer.num_heads, transformer_options=options)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **rest: Any) -> Tensor:
+    return optimized_attention(q, k, v, mask=mask, **rest)
+
+
+def control_of_parts(control: dict, transformer: Any, size: tuple[int, int], parts: Sequence[Any]) -> dict:
+    """What ControlNets add to the picture's tokens, for a call with `parts` of it side by side in the batch.
+
+    Args:
+        control: "output" has `[B, N, D]` or None for each block.
+        size: height and width of the whole latent.
+        parts: windows of it, at whole tokens.
+
+    Raises:
+        ValueError: it adds something else than one value for each token.
+    """
+    grid, patch = token_grid(transformer, *size), transformer.patch_size
+
+    def cut(added: Tensor | None) -> Tensor | None:
+        if added is None:
+            return None
+        if added.ndim != 3 or added.shape[1] != grid[0] * grid[1]:
+            raise ValueError(
+                f"Apply DiT4SR cannot cut what a ControlNet adds into tiles: {list(added.shape)} for "
+                f"{grid[0]} x {grid[1]} tokens. Remove the ControlNet, or set 'tile' to 0."
+            )
+        rows = rearrange(added, "b (h w) d -> b d h w", h=grid[0])
+        return torch.cat([rearrange(part.of(rows, patch), "b d h w -> b (h w) d") for part in parts])
+
+    return {kind: [cut(added) for added in each] for kind, each in control.items()}

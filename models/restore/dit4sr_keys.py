@@ -15,7 +15,8 @@ a projection of its own, `to_k_control`. Training never reaches that projection 
 that do not say their variant are v1 where it is zero throughout, and r1 where it is not. A v1 patch may leave it out.
 
 The published second attention also carries layers for a text that it never sees (`attn2.add_*`, `attn2.to_add_out`,
-`attn2.norm_added_*`). They are known, counted and left out. A key that fits nowhere, or a missing one, refuses the file.
+`attn2.norm_added_*`). They are known, counted and left out. A key that fits nowhere refuses the file, and so does one
+that is missing.
 """
 
 from __future__ import annotations
@@ -194,10 +195,7 @@ def _checked_dim(weights: Mapping[str, Tensor], name: str) -> int:
     """Hidden size, once the shape of every tensor follows from it."""
     dim = weights["transformer_blocks.0.attn.to_q_control.weight"].shape[1]
     for key, weight in weights.items():
-        if ".control_conv." in key:
-            expected = (4 * dim, 1, 3, 3)
-        else:
-            expected = (dim, dim)
+        expected = (4 * dim, 1, 3, 3) if ".control_conv." in key else (dim, dim)
         expected = expected[:1] if key.endswith(".bias") else expected
         if tuple(weight.shape) != expected:
             raise ValueError(

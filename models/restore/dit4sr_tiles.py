@@ -1,8 +1,9 @@
 """Windows over a large latent, and how their results become one.
 
-Source: the authors' code of DiT4SR, arXiv:2503.23580, after Mixture of Diffusers, arXiv:2302.02412. A latent is cut into
-windows of one size, whose first ones lie `tile - overlap` apart; the last one ends at the border. Each is a picture of
-its own to the model. Where windows overlap, the result is their mean, weighted by a Gaussian around the middle of each:
+Source: the authors' code of DiT4SR, arXiv:2503.23580, after Mixture of Diffusers, arXiv:2302.02412. A latent is cut
+into windows of one size, whose first ones lie `tile - overlap` apart; the last one ends at the border. Each is a
+picture of its own to the model. Where windows overlap, the result is their mean, weighted by a Gaussian around the
+middle of each:
 
     w(y, x) = exp(-((y - t_y / 2)^2 / t_y^2 + (x - (t_x - 1) / 2)^2 / t_x^2) / (2 * 0.01))
 
@@ -31,9 +32,10 @@ class Window:
     height: int
     width: int
 
-    def of(self, x: Tensor) -> Tensor:
-        """That part of `x`, `[..., h, w]`."""
-        return x[..., self.top : self.top + self.height, self.left : self.left + self.width]
+    def of(self, x: Tensor, cell: int = 1) -> Tensor:
+        """That part of `x`, `[..., h, w]`, where one value stands for `cell` x `cell` cells."""
+        top, left, height, width = (side // cell for side in (self.top, self.left, self.height, self.width))
+        return x[..., top : top + height, left : left + width]
 
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:
@@ -56,9 +58,7 @@ def windows(size: tuple[int, int], tile: int, overlap: int) -> list[Window]:
         return [Window(0, 0, height, width)]
     tall, wide = min(tile, height), min(tile, width)
     return [
-        Window(top, left, tall, wide)
-        for top in starts(height, tile, overlap)
-        for left in starts(width, tile, overlap)
+        Window(top, left, tall, wide) for top in starts(height, tile, overlap) for left in starts(width, tile, overlap)
     ]
 
 

@@ -25,6 +25,7 @@ from dit_toolkit.models.control.panel_layout import panel_layout  # noqa: E402
 from dit_toolkit.models.control.try_on_image import fitted_masks, plan  # noqa: E402
 from dit_toolkit.nodes import DiTToolkit  # noqa: E402
 from dit_toolkit.nodes.accelerate import AccelerateDiT, Autotune  # noqa: E402
+from dit_toolkit.nodes.dit4sr import ApplyDiT4SR, DiT4SRSampling, ExtractDiT4SR  # noqa: E402
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl  # noqa: E402
 from dit_toolkit.nodes.freecus import ApplyFreeCus  # noqa: E402
 from dit_toolkit.nodes.image_difference import ImageDifference  # noqa: E402
@@ -33,6 +34,7 @@ from dit_toolkit.nodes.inputs import GIVERS, shown  # noqa: E402
 from dit_toolkit.nodes.step_cache import AccelerationReport, ConfidenceGatedTaylor, TaylorSeer  # noqa: E402
 from dit_toolkit.tests.host import tiny  # noqa: E402
 from dit_toolkit.tests.host.control.test_try_on import file_of  # noqa: E402
+from dit_toolkit.tests.host.restore import tiny_dit4sr  # noqa: E402
 
 NODES = asyncio.run(DiTToolkit().get_node_list())
 every_node = pytest.mark.parametrize("node", NODES, ids=lambda node: node.__name__)
@@ -44,10 +46,11 @@ MASK[:, 8:20, 8:20] = 1
 LATENT = {"samples": torch.zeros(1, 16, 8, 8)}
 
 
+OF_SD3 = {ApplyDiT4SR, DiT4SRSampling, ExtractDiT4SR}  # all others take FLUX.1, or any model
 NOT_BOTH = {(ApplyEasyControl, "latent"), (SplitPanels, "latent")}  # where an image is given
 CAPS = {  # so that no call takes long
     "width": 64, "height": 64, "megapixels": 0.01, "condition_size": 64, "person_size": 64, "garment_size": 64,
-    "panel_width": 64, "panel_height": 64, "batch_size": 2, "trials": 1, "steps": 2,
+    "panel_width": 64, "panel_height": 64, "batch_size": 2, "trials": 1, "steps": 2, "min_side": 64, "upscale_by": 2.0,
 }  # fmt: skip
 
 
@@ -68,9 +71,11 @@ class Vae:
 
 @pytest.fixture(scope="module")
 def stand_ins(tiny_flux) -> dict[str, Any]:
-    """What there is to connect, by type: small and good."""
+    """What there is to connect, by type: small and good. Files of DiT4SR are beside what ships."""
+    tiny_dit4sr.write_files()
     return {
         "MODEL": tiny_flux,
+        "MODEL of SD3": tiny_dit4sr.base(),
         "VAE": Vae(),
         "CONDITIONING": tiny.prompt(),
         "IMAGE": PICTURE,
@@ -78,6 +83,7 @@ def stand_ins(tiny_flux) -> dict[str, Any]:
         "LATENT": LATENT,
         "DIT_EASYCONTROL": easycontrol_files.from_state(tiny.lora_state(), "canny.safetensors"),
         "DIT_TRY_ON": file_of(),
+        "DIT_DIT4SR": tiny_dit4sr.file(),
         "DIT_REPORT": StepCacheReport("Test"),
         "DIT_PANELS": panel_layout("custom", 1, 2, 16, 32, "auto", "", "1"),
         "DIT_CROP": plan(fitted_masks(MASK, PICTURE), 0.5, (32, 32)),
@@ -94,7 +100,9 @@ def good(node: type[io.ComfyNode], stand_ins: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(entry, io.Combo.Input):
             values[entry.id] = entry.default or entry.options[0]
         else:
-            values[entry.id] = stand_ins.get(entry.get_io_type(), getattr(entry, "default", None))
+            kind = entry.get_io_type()
+            kind = "MODEL of SD3" if kind == "MODEL" and node in OF_SD3 else kind
+            values[entry.id] = stand_ins.get(kind, getattr(entry, "default", None))
         if (node, entry.id) in NOT_BOTH:
             values[entry.id] = None
         if entry.id in CAPS:
@@ -234,10 +242,18 @@ def drawn(node: type[io.ComfyNode], stand_ins: dict[str, Any], dice: random.Rand
             chosen = dice.sample(entry.template.names[:4], dice.choice([0, 1, 1, 2]))
             values[entry.id] = {name: allowed(entry.template.input, dice) for name in chosen}
         elif entry.optional and dice.random() < 0.3:
-            values[entry.id] = stand_ins[entry.get_io_type()] if values[entry.id] is None else None
+            values[entry.id] = good(node, stand_ins)[entry.id] if values[entry.id] is None else None
         elif dice.random() < 0.25 and (value := allowed(entry, dice)) is not None:
             values[entry.id] = value
     return values
+
+
+def sampled(node: type[io.ComfyNode], model: Any, others: list[Any]) -> torch.Tensor:
+    """What a sampler makes of a node's MODEL."""
+    if node not in OF_SD3:
+        return tiny.sample(model, 2)
+    latent = next((each["samples"] for each in others if isinstance(each, dict)), LATENT["samples"])
+    return tiny_dit4sr.sample(model, 1, size=latent.shape[-2:], batch=latent.shape[0])
 
 
 def outcome(node: type[io.ComfyNode], values: dict[str, Any], plain: Any) -> Exception | None:
@@ -245,8 +261,8 @@ def outcome(node: type[io.ComfyNode], values: dict[str, Any], plain: Any) -> Exc
     try:
         with torch.inference_mode():
             first, *others = call(node, **values)
-            if isinstance(first, type(plain)) and first is not plain:
-                assert tiny.sample(first, 2).isfinite().all()
+            if isinstance(first, type(plain)) and first not in (plain, values.get("model")):
+                assert sampled(node, first, others).isfinite().all()
         for report in (other for other in others if hasattr(other, "json")):
             report.text()
             report.json()

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 from uuid import UUID
@@ -34,6 +36,7 @@ from dit_toolkit.host.run import attached  # noqa: E402
 from dit_toolkit.models.control.panel_layout import panel_layout  # noqa: E402
 from dit_toolkit.models.control.try_on_image import fitted_masks, plan  # noqa: E402
 from dit_toolkit.nodes.accelerate import Autotune  # noqa: E402
+from dit_toolkit.nodes.dit4sr import ApplyDiT4SR, DiT4SRPrompt, DiT4SRSampling, ExtractDiT4SR, LoadDiT4SR  # noqa: E402
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl, LoadEasyControl  # noqa: E402
 from dit_toolkit.nodes.freecus import ApplyFreeCus, SubjectDescription  # noqa: E402
 from dit_toolkit.nodes.image_difference import ImageDifference  # noqa: E402
@@ -43,6 +46,7 @@ from dit_toolkit.nodes.step_cache import TaylorSeer  # noqa: E402
 from dit_toolkit.nodes.try_on import ApplyTryOn, TryOnComposite, TryOnPrepare  # noqa: E402
 from dit_toolkit.tests.host import tiny  # noqa: E402
 from dit_toolkit.tests.host.control.test_try_on import file_of  # noqa: E402
+from dit_toolkit.tests.host.restore import tiny_dit4sr  # noqa: E402
 from dit_toolkit.tests.models.accelerate.test_clear_keys import published  # noqa: E402
 from dit_toolkit.tests.nodes import test_inputs  # noqa: E402
 from dit_toolkit.tests.nodes.test_inputs import LATENT, MASK, NODES, PICTURE, Vae, call, every_node, good  # noqa: E402
@@ -78,6 +82,9 @@ MANY = 8  # choices; of longer lists two are tried
 # Where inputs are read only beside other values than the defaults: all of a node, then one by one. What is loaded for a
 # test stands here as a function.
 BESIDE: dict[tuple[type[io.ComfyNode], str | None], dict[str, Any]] = {
+    (ApplyDiT4SR, None): {"upscale_by": 2.4, "tile": 16, "overlap": 8},  # a tenth more is one token more
+    (ExtractDiT4SR, "file"): {"model": None},
+    (DiT4SRPrompt, "filter"): {"caption": "A cat. The background is blurred."},
     (Autotune, None): {"steps": 5, "cfg": 2.0, "trials": 1},
     (ImageDifference, None): {"image": SPOTS},
     (PanelLatent, None): {"images": {"image_1": PICTURE}},
@@ -103,6 +110,8 @@ BESIDE: dict[tuple[type[io.ComfyNode], str | None], dict[str, Any]] = {
 # Another value than the next one or the other choices, where that would be refused or be the same case.
 ANOTHER: dict[tuple[type[io.ComfyNode], str], Any] = {
     (ApplyFreeCus, "layers"): "0-1",
+    (ExtractDiT4SR, "file"): "c_another_transformer.safetensors",
+    (ExtractDiT4SR, "model"): None,
     (Autotune, "floor"): 100.0,
     (ImageDifference, "merge_gap"): 0,
     (ImageDifference, "min_pixels"): 30,
@@ -119,6 +128,7 @@ ANOTHER: dict[tuple[type[io.ComfyNode], str], Any] = {
 # What makes no difference, and why.
 SILENT: dict[tuple[type[io.ComfyNode], str, Any], str] = {
     (ApplyClear, "below_min_tokens", "dense"): "auto is dense without a file",
+    (LoadDiT4SR, "variant", "v1"): "auto is v1 for a v1 file",
     (ImageDifference, "resize", "image to reference"): "read for pictures of two sizes, which 'off' refuses",
     (ApplyTryOn, "garment_position", "beside"): "auto is beside for a file that was trained so",
     (PanelLayout, "tags", "position"): "auto is position for two panels in a row",
@@ -162,6 +172,7 @@ def others(stand_ins) -> dict[str, Any]:
     """Something else to connect, by type."""
     return {
         "MODEL": tiny.load_flux(tiny.flux_state(5)),
+        "MODEL of SD3": tiny_dit4sr.base(1),
         "VAE": OtherVae(),
         "CONDITIONING": tiny.prompt(8),
         "IMAGE": PICTURE.flip(2),
@@ -169,6 +180,7 @@ def others(stand_ins) -> dict[str, Any]:
         "LATENT": {"samples": LATENT["samples"] + 1},
         "DIT_EASYCONTROL": easycontrol_files.from_state(tiny.lora_state(2), "canny.safetensors"),
         "DIT_TRY_ON": file_of(3, 4),
+        "DIT_DIT4SR": tiny_dit4sr.file("v1", 1),
         "DIT_REPORT": StepCacheReport("Other", "other settings"),
         "DIT_PANELS": panel_layout("custom", 2, 1, 32, 16, "auto", "", "1"),
         "DIT_CROP": plan(fitted_masks(MASK, PICTURE), 0.1, (32, 32)),
@@ -198,7 +210,8 @@ def others_of(node: type[io.ComfyNode], entry: Any, now: Any, others: dict[str, 
             return [f"{now} teapot"]
         case io.Autogrow.Input():
             return [{name: others["IMAGE"] for name in now}]
-    return [others[entry.get_io_type()]]
+    kind = entry.get_io_type()
+    return [others["MODEL of SD3" if kind == "MODEL" and node in test_inputs.OF_SD3 else kind]]
 
 
 @pytest.fixture
@@ -239,9 +252,10 @@ def sampled(monkeypatch) -> list:
 def shown(node: type[io.ComfyNode], values: dict[str, Any], sampled: list) -> Any:
     """What a node makes of its inputs. Beside a MODEL, other outputs say in words what hangs on it."""
     sampled.clear()
+    shutil.rmtree(Path(folder_paths.get_output_directory(), "dit4sr"), ignore_errors=True)  # names are counted through
     with torch.inference_mode():
         found = call(node, **values)
-    if not isinstance(found[0], ModelPatcher):
+    if not isinstance(found[0], ModelPatcher) or node is DiT4SRSampling:
         return fingerprint(found)
     if node is Autotune:
         picked = re.sub(r", [\d.]+ x faster", "", found[2])  # by the clock
