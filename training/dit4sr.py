@@ -36,7 +36,7 @@ class RestoreRecipe:
     """What decides the weights, apart from the base and the code."""
 
     seed: int = 3
-    pool: int = 40_000
+    pool: int = 24_000
     batch: int = 48
     steps: int = 1_500
     lr: float = 1.5e-3
