@@ -390,6 +390,11 @@ RELATIVES: dict[str, Family] = {
 ALL = FAMILIES | RELATIVES
 
 
+def random_noise(family: Family, batch: int = 1, seed: int = 7, size: tuple[int, ...] = ()) -> Tensor:
+    shape = (*family.latent_shape[: len(family.latent_shape) - len(size)], *size)
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed))
+
+
 def sample(
     family: Family,
     model: ModelPatcher | None = None,
@@ -400,11 +405,16 @@ def sample(
     batch: int = 1,
     scheduler: str = "simple",
     seed: int = 7,
+    size: tuple[int, ...] = (),
+    noise: Tensor | None = None,
     positive: list | None = None,
     negative: list | None = None,
 ) -> Tensor:
-    """What ComfyUI's KSampler makes of `family`'s model, or of a patched one: `[batch, *latent_shape]`."""
-    noise = torch.randn(batch, *family.latent_shape, generator=torch.Generator().manual_seed(seed))
+    """What ComfyUI's KSampler makes of `family`'s model, or of a patched one: `[batch, *latent_shape]`.
+
+    size: the last sides of the latent, where they are others than the family's.
+    """
+    noise = random_noise(family, batch, seed, size) if noise is None else noise
     return comfy.sample.sample(
         family.load() if model is None else model,
         noise,
