@@ -218,6 +218,10 @@ def computed(model: ModelPatcher) -> bool:
     return set(strip(model)) == {"#"}
 
 
+def computed_and_not_stored(model: ModelPatcher) -> bool:
+    return computed(model) and last_run(model).bytes_held == 0
+
+
 def asked_each_time(model: ModelPatcher) -> bool:
     return computed(model) and len([error for error in last_run(model).errors if error > 1e-12]) == STEPS - 1
 
@@ -341,7 +345,7 @@ FEATURES = (
         lambda: {"boundary": 0.5},
         WITH_BLOCKS,
         off=({"interval": 1}, {"share": 0.0}),
-        idle={**at_interval_1("span"), "share 0": Idle(no_block, computed)},
+        idle={**at_interval_1("span"), "share 0": Idle(no_block, computed_and_not_stored)},
         others=lambda: ({"share": 0.5}, {"first_full": 2}, {"boundary": 0.0}, {"boundary": 1.0}),
         often={"interval": 12, "first_full": 2, "boundary": 1.0},
         worked=skipped,

@@ -264,47 +264,6 @@ def one(stack):
     return world.caption(scene), world.edge_map(world.render(scene, SIDE), 2)
 
 
-def test_strength_0_is_the_model_itself(stack, apply, one):
-    text, edge = one
-    plain = stack.latents(stack.model, text)
-    assert torch.equal(stack.latents(apply(edge, strength=0.0), text), plain)
-    assert torch.equal(stack.latents(apply(edge, influence=0.0), text), plain)
-
-
-def test_removing_the_node_leaves_no_trace(stack, apply, one):
-    text, edge = one
-    before = stack.latents(stack.model, text)
-    weights = {k: v.clone() for k, v in stack.model.model.state_dict().items()}
-    acted = stack.latents(apply(edge), text)
-    assert not torch.allclose(acted, before, atol=0.05)
-    assert torch.equal(stack.latents(stack.model, text), before)
-    assert all(torch.equal(v, weights[k]) for k, v in stack.model.model.state_dict().items())
-
-
-def test_another_size_after_the_first_is_as_if_it_were_the_first(stack, apply, one):
-    text, edge = one
-    patched = apply(edge)
-    stack.latents(patched, text)
-    second = stack.latents(patched, text, size=(64, 128))
-    assert torch.equal(second, stack.latents(apply(edge), text, size=(64, 128)))
-
-
-def test_a_run_after_an_interrupted_one_is_clean(stack, apply, one):
-    text, edge = one
-    patched, fresh = apply(edge), stack.latents(apply(edge), text)
-
-    class Stop(Exception):
-        pass
-
-    def stop(step, *_):
-        if step == 6:
-            raise Stop
-
-    with pytest.raises(Stop):
-        stack.latents(patched, text, callback=stop)
-    assert torch.equal(stack.latents(patched, text), fresh)
-
-
 def test_batches_cfg_and_samplers_work(stack, apply, one):
     text, edge = one
     pair = stack.latents(apply(np.stack([edge, edge])), text, batch=2, cfg=3.0)

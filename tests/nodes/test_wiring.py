@@ -45,7 +45,8 @@ from dit_toolkit.tests.host import tiny  # noqa: E402
 from dit_toolkit.tests.host.control.test_try_on import file_of  # noqa: E402
 from dit_toolkit.tests.models.accelerate.test_clear_keys import published  # noqa: E402
 from dit_toolkit.tests.nodes import test_inputs  # noqa: E402
-from dit_toolkit.tests.nodes.test_inputs import LATENT, MASK, NODES, PICTURE, Vae, call, every_node, good  # noqa: E402
+from dit_toolkit.tests.nodes.calling import run_node  # noqa: E402
+from dit_toolkit.tests.nodes.test_inputs import LATENT, MASK, NODES, PICTURE, Vae, every_node, good  # noqa: E402
 
 stand_ins = test_inputs.stand_ins
 
@@ -240,7 +241,7 @@ def shown(node: type[io.ComfyNode], values: dict[str, Any], sampled: list) -> An
     """What a node makes of its inputs. Beside a MODEL, other outputs say in words what hangs on it."""
     sampled.clear()
     with torch.inference_mode():
-        found = call(node, **values)
+        found = run_node(node, **values)
     if not isinstance(found[0], ModelPatcher):
         return fingerprint(found)
     if node is Autotune:
