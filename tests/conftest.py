@@ -59,6 +59,12 @@ def pytest_runtest_setup(item):
         pytest.skip("runs on its own: pytest -m gpu")
 
 
+def pytest_unconfigure():
+    """While Python is shut down, core could not take its models apart any more."""
+    if shared := sys.modules.get("dit_toolkit.tests.host.shared"):
+        shared.SHARED.clear()
+
+
 @contextmanager
 def seeded() -> Iterator[None]:
     """The global random generators begin at 0, and go on afterwards as if nobody had drawn from them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import wraps
 from typing import Any
 
 import comfy.model_management
@@ -23,9 +23,10 @@ def share(name: str, model: ModelPatcher) -> ModelPatcher:
 def shared(load: Callable[[], ModelPatcher]) -> Callable[[], ModelPatcher]:
     """Load once, for all tests."""
 
-    @cache
+    @wraps(load)
     def once() -> ModelPatcher:
-        return share(load.__name__, load())
+        name = load.__name__
+        return SHARED[name][0] if name in SHARED else share(name, load())
 
     return once
 
