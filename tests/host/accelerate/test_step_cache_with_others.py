@@ -537,7 +537,7 @@ def test_a_compiled_model_makes_the_same_decisions(tap, texts):
         policy = gate(tap, threshold=errors[len(errors) // 2], warm_up=2)
     plain = cached(model, policy, tap, 1)
     fast = compiled(plain) if tap == "gated" else cached(compiled(model), policy, tap, 1)  # the order does not matter
-    for text in (prompt(), prompt(9, length=7))[:texts]:
+    for text in (prompt(), prompt(9))[:texts]:
         expected, marks = sample(plain, 6, positive=text), strip(plain)
         close(sample(fast, 6, positive=text), expected, atol=1e-4)
         assert strip(fast) == marks
