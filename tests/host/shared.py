@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from types import FunctionType, MethodType
 from typing import Any
 
 import comfy.model_management
@@ -57,8 +58,18 @@ def state_of(model: ModelPatcher) -> dict[str, Any]:
         "injections": fingerprint(model.injections),
         "hooks of modules": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules],
         "classes of modules": [type(module).__name__ for module in modules],
-        "methods of modules": [name for module in modules for name, value in vars(module).items() if callable(value)],
+        "methods of modules": [
+            f"{place}.{name}"
+            for place, module in model.model.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, FunctionType) or (isinstance(value, MethodType) and not is_own(value, name))
+        ],
     }
+
+
+def is_own(method: MethodType, name: str) -> bool:
+    """The method that the module's class gives it anyway: monkeypatch puts it back on the module itself."""
+    return method.__func__ is getattr(type(method.__self__), name, None)
 
 
 def bits(value: Tensor) -> tuple:

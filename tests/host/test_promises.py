@@ -46,7 +46,8 @@ def home(feature: Feature) -> Family:
 def sample(family: Family, model: ModelPatcher, steps: int = STEPS, *, longer: bool = False, **given: Any) -> Tensor:
     """`longer`: the negative prompt has more tokens than the positive one, so the two are never side by side."""
     given = {"cfg": CFG, **({"negative": family.prompt(4, length=9)} if longer else {}), **given}
-    return families.sample(family, model, steps, **given)
+    with torch.no_grad():
+        return families.sample(family, model, steps, **given)
 
 
 @cache
