@@ -90,15 +90,6 @@ def test_a_schedule_that_names_all_computes_all(tiny_flux, schedule):
     assert strip(model) == "####"
 
 
-@every_cache
-def test_the_input_model_is_untouched(tiny_flux, node):
-    before = sample(tiny_flux, 3)
-    model, _ = run_node(node, model=tiny_flux)
-    sample(model, 8)
-    assert model is not tiny_flux
-    assert torch.equal(sample(tiny_flux, 3), before)
-
-
 def test_settings_of_taylorseer_reach_the_cache(tiny_flux):
     values = {
         "interval": 4,
