@@ -4,12 +4,17 @@ Everything runs on the CPU, and gives the same numbers on every machine. The tes
 `pytest -m gpu`, because ComfyUI chooses its device once per process.
 """
 
+import random
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,6 +59,44 @@ def pytest_runtest_setup(item):
         pytest.skip("runs on its own: pytest -m gpu")
 
 
+def pytest_unconfigure():
+    """While Python is shut down, core could not take its models apart any more."""
+    if shared := sys.modules.get("dit_toolkit.tests.host.shared"):
+        shared.SHARED.clear()
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """The global random generators begin at 0, and go on afterwards as if nobody had drawn from them."""
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        yield
+    random.setstate(before[0]), np.random.set_state(before[1])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def seeded_module() -> Iterator[None]:
+    """What the fixtures of a file draw does not depend on the files before it."""
+    with seeded():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seeded_test() -> Iterator[None]:
+    """What a test draws does not depend on the tests before it."""
+    with seeded():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_models() -> Iterator[None]:
+    """A file of tests leaves the models that all share as they were."""
+    yield
+    shared = sys.modules.get("dit_toolkit.tests.host.shared")  # a file that needs torch only has none
+    assert not shared or not (found := shared.changed()), f"A test has changed what all share: {', '.join(found)}"
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Server:
     """A real ComfyUI with this pack, the example pictures, and an empty file for every model that is not embedded."""
@@ -92,13 +135,17 @@ def tiny_state():
 def tiny_flux(tiny_state):
     """A MODEL as UNETLoader gives it. Nobody may change it: every test shares it."""
     from dit_toolkit.tests.host import tiny
+    from dit_toolkit.tests.host.shared import share
 
-    return tiny.load_flux(tiny_state)
+    return share("tiny_flux", tiny.load_flux(tiny_state))
 
 
 @pytest.fixture(scope="session")
 def file():
     """A random EasyControl LoRA for the tiny model."""
     from dit_toolkit.tests.host import tiny
+    from dit_toolkit.tests.host.shared import share
 
-    return tiny.lora_file()
+    made = tiny.lora_file()
+    share("file", made.patchers[0])
+    return made

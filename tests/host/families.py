@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import comfy.ldm.chroma.model
@@ -40,6 +40,7 @@ from torch import Tensor
 from dit_toolkit.host import families as host
 from dit_toolkit.models.accelerate.sparse_attention import Grid
 from dit_toolkit.tests.host import tiny
+from dit_toolkit.tests.host.shared import shared
 
 TEXT, POOLED, TOKENS = 32, 24, 6
 
@@ -123,7 +124,7 @@ def text(seed: int, *, length: int = TOKENS, width: int = TEXT, pooled: int = 0,
     return [[torch.randn(1, length, width, generator=generator), values]]
 
 
-@cache
+@shared
 def flux() -> ModelPatcher:
     """FLUX.1 dev: guidance, 2 double and 2 single blocks."""
     return tiny.load_flux(tiny.flux_state())
@@ -135,7 +136,7 @@ def kontext_prompt(seed: int, length: int = 5, **values) -> list:
     return tiny.prompt(seed, length, **values)
 
 
-@cache
+@shared
 def chroma() -> ModelPatcher:
     """2 double and 2 single blocks. The width of the modulation network (5120) and its output (3072) are written down
     in core."""
@@ -149,7 +150,7 @@ def chroma() -> ModelPatcher:
     return load_with_sizes(state, modulation)
 
 
-@cache
+@shared
 def sd35() -> ModelPatcher:
     """SD3.5: RMS norms of queries and keys. 3 blocks, of which the first has a second attention, as SD3.5 medium."""
     size = 3
@@ -163,7 +164,7 @@ def sd35() -> ModelPatcher:
     return load(state)
 
 
-@cache
+@shared
 def qwen() -> ModelPatcher:
     """3 blocks. Heads, their size, the text's width and the axes are written down in core."""
     sizes = {"num_attention_heads": 2, "attention_head_dim": 32, "joint_attention_dim": TEXT}
@@ -172,7 +173,7 @@ def qwen() -> ModelPatcher:
     return load_with_sizes(state, sizes)
 
 
-@cache
+@shared
 def wan() -> ModelPatcher:
     """Wan 2.1, text to video: 3 blocks of one head. The text's width comes with the metadata."""
     sizes = {"dim": 128, "ffn_dim": 256, "num_heads": 1, "num_layers": 3}
@@ -180,7 +181,7 @@ def wan() -> ModelPatcher:
     return load(state, {"text_dim": TEXT})
 
 
-@cache
+@shared
 def hunyuan_video() -> ModelPatcher:
     """HunyuanVideo: guidance, 2 double and 2 single blocks of one head."""
     sizes = {"in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": TEXT, "hidden_size": 128}
@@ -190,7 +191,7 @@ def hunyuan_video() -> ModelPatcher:
     return load(weights(comfy.ldm.hunyuan_video.model.HunyuanVideo, **sizes))
 
 
-@cache
+@shared
 def cogvideox() -> ModelPatcher:
     """CogVideoX 1.0 with rotary positions: 3 blocks of 2 heads."""
     state = weights(
@@ -207,13 +208,13 @@ LUMINA_SIZES = {"n_heads": 2, "n_kv_heads": 1, "axes_dims": [8, 12, 12], "axes_l
 LUMINA_SIZES |= {"rope_theta": 10000.0, "ffn_dim_multiplier": 1.0}
 
 
-@cache
+@shared
 def lumina2() -> ModelPatcher:
     """2 + 2 refining blocks and 3 main ones; two heads share keys. Core knows the heads for a width of 2304 only."""
     return load_with_sizes(weights(comfy.ldm.lumina.model.NextDiT, **LUMINA, **LUMINA_SIZES), LUMINA_SIZES)
 
 
-@cache
+@shared
 def z_image() -> ModelPatcher:
     """Lumina's network, padded to multiples of 32 tokens; no shared keys. Core tells it by its width of 3840.
 
@@ -225,7 +226,7 @@ def z_image() -> ModelPatcher:
     return load_with_sizes(state, sizes, recognise={"dim": 3840})
 
 
-@cache
+@shared
 def pixart() -> ModelPatcher:
     """PixArt Sigma: 2 blocks. Width, heads and the text's width are written down in core."""
     sizes = {"hidden_size": 64, "num_heads": 2, "caption_channels": TEXT}
@@ -235,14 +236,14 @@ def pixart() -> ModelPatcher:
     return load_with_sizes(state, sizes)
 
 
-@cache
+@shared
 def ltx() -> ModelPatcher:
     """LTX video: 3 blocks. Heads and the text's width come with the metadata."""
     sizes = {"num_attention_heads": 2, "attention_head_dim": 32, "cross_attention_dim": 64, "caption_channels": TEXT}
     return load(weights(comfy.ldm.lightricks.model.LTXVModel, num_layers=3, **sizes), sizes)
 
 
-@cache
+@shared
 def mochi() -> ModelPatcher:
     """3 blocks of 2 heads. Core writes all sizes down, and asserts an MLP of 12288 channels."""
     sizes = {"depth": 3, "num_heads": 2, "hidden_size_x": 64, "hidden_size_y": 32, "mlp_ratio_x": 192.0}
@@ -337,7 +338,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-@cache
+@shared
 def flux2() -> ModelPatcher:
     """FLUX.2: shared modulation, patches of one, 2 double and 2 single blocks. Core pads the text to 512 tokens."""
     sizes = {**tiny.FLUX1, "in_channels": 128, "out_channels": 128, "vec_in_dim": None, "context_in_dim": TEXT}
@@ -347,7 +348,7 @@ def flux2() -> ModelPatcher:
     return load(weights(comfy.ldm.flux.model.Flux, gain=1.2, **sizes))
 
 
-@cache
+@shared
 def wan_vace() -> ModelPatcher:
     """Wan VACE: 4 blocks, of which the first and the third are followed by a block of the control videos."""
     sizes = {"dim": 128, "ffn_dim": 256, "num_heads": 1, "num_layers": 4, "vace_layers": 2, "vace_in_dim": 96}
@@ -390,6 +391,11 @@ RELATIVES: dict[str, Family] = {
 ALL = FAMILIES | RELATIVES
 
 
+def random_noise(family: Family, batch: int = 1, seed: int = 7, size: tuple[int, ...] = ()) -> Tensor:
+    shape = (*family.latent_shape[: len(family.latent_shape) - len(size)], *size)
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed))
+
+
 def sample(
     family: Family,
     model: ModelPatcher | None = None,
@@ -400,11 +406,16 @@ def sample(
     batch: int = 1,
     scheduler: str = "simple",
     seed: int = 7,
+    size: tuple[int, ...] = (),
+    noise: Tensor | None = None,
     positive: list | None = None,
     negative: list | None = None,
 ) -> Tensor:
-    """What ComfyUI's KSampler makes of `family`'s model, or of a patched one: `[batch, *latent_shape]`."""
-    noise = torch.randn(batch, *family.latent_shape, generator=torch.Generator().manual_seed(seed))
+    """What ComfyUI's KSampler makes of `family`'s model, or of a patched one: `[batch, *latent_shape]`.
+
+    size: the last sides of the latent, where they are others than the family's.
+    """
+    noise = random_noise(family, batch, seed, size) if noise is None else noise
     return comfy.sample.sample(
         family.load() if model is None else model,
         noise,

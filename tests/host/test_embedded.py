@@ -20,6 +20,7 @@ from dit_toolkit.host.control.easycontrol_files import load as load_lora
 from dit_toolkit.models.tiny_text import SLOTS
 from dit_toolkit.models.tiny_vae import SCALES
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl
+from dit_toolkit.tests.nodes.calling import run_node
 from dit_toolkit.training import data, world
 from dit_toolkit.training.easycontrol import caption_for, condition_picture
 from dit_toolkit.training.embedded import load_shipped
@@ -29,7 +30,7 @@ from dit_toolkit.training.score import edge_distance, score, silhouette_agreemen
 pytestmark = pytest.mark.comfy
 
 SCALE, SHIFT = SCALES["FLUX.1"]
-SIDE, STEPS, CFG = 96, 20, 2.5  # as in the example workflows
+SIDE, STEPS, CFG = 96, 12, 2.5  # the example workflows take 20 steps
 
 
 @dataclass
@@ -40,25 +41,28 @@ class Stack:
     clip: object
     vae: object
 
-    def words(self, text: str):
-        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+    def words(self, *texts: str):
+        """CONDITIONING with a row per text."""
+        rows = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))[0] for text in texts]
+        pooled = torch.cat([about["pooled_output"] for _, about in rows])
+        return [[torch.cat([context for context, _ in rows]), {**rows[0][1], "pooled_output": pooled}]]
 
     @torch.inference_mode()
     def latents(
-        self, model, text, seed=1, cfg=CFG, steps=STEPS, size=(SIDE, SIDE), batch=1, sampler="euler", callback=None,
-        alike=False,
+        self, model, *texts, seed=1, cfg=CFG, steps=STEPS, size=(SIDE, SIDE), batch=1, sampler="euler"
     ):  # fmt: skip
-        """alike: all pictures of the batch start from the same noise."""
-        empty = torch.zeros(batch, 16, size[0] // 8, size[1] // 8)
-        noise = comfy.sample.prepare_noise(empty, seed, [0] * batch if alike else None)
+        """A picture for each text, or `batch` for one."""
+        empty = torch.zeros(max(batch, len(texts)), 16, size[0] // 8, size[1] // 8)
+        noise = comfy.sample.prepare_noise(empty, seed)
         return comfy.sample.sample(
-            model, noise, steps, cfg, sampler, "simple", self.words(text), self.words(""), empty, seed=seed,
-            callback=callback, disable_pbar=True,
+            model, noise, steps, cfg, sampler, "simple", self.words(*texts), self.words(""), empty, seed=seed,
+            disable_pbar=True,
         )  # fmt: skip
 
     @torch.inference_mode()
-    def picture(self, model, text, **options) -> np.ndarray:
-        shown = self.vae.decode(self.latents(model, text, **options))
+    def pictures(self, model, texts, seed) -> np.ndarray:
+        """One for each text, drawn together. uint8 RGB `[N, 96, 96, 3]`."""
+        shown = self.vae.decode(self.latents(model, *texts, seed=seed))
         return (shown * 255).round().byte().numpy()
 
 
@@ -72,14 +76,13 @@ def apply(stack):
     """Apply EasyControl as the node does, with a tiny adapter and a picture `[N, S, S, 3]` uint8."""
 
     @torch.inference_mode()
-    def applied(pictures, adapter="edge", kind="spatial", strength=1.0, model=None, influence=1.0):
+    def applied(pictures, adapter="edge", kind="spatial", model=None):
         image = torch.from_numpy(np.asarray(pictures)).float() / 255
         image = image if image.ndim == 4 else image[None]
-        return ApplyEasyControl.execute(
-            model=model or stack.model, easycontrol=load_lora(f"tiny_{adapter}.safetensors"), kind=kind,
-            strength=strength, start_percent=0.0, end_percent=1.0, condition_size=SIDE, pad_color="grey", slot=0,
-            influence=influence, kv_cache="on GPU", image=image, vae=stack.vae,
-        ).result[0]  # fmt: skip
+        return run_node(
+            ApplyEasyControl, model=model or stack.model, easycontrol=load_lora(f"tiny_{adapter}.safetensors"),
+            kind=kind, condition_size=SIDE, image=image, vae=stack.vae,
+        )[0]  # fmt: skip
 
     return applied
 
@@ -138,7 +141,7 @@ def test_the_round_trip_through_the_autoencoder_is_close(stack):
 
 
 def test_tiled_decoding_agrees(stack):
-    latents = stack.latents(stack.model, "a red ball, on a white ground", steps=4, size=(512, 512))
+    latents = stack.latents(stack.model, "a red ball, on a white ground", steps=2, size=(384, 384))
     with torch.inference_mode():
         whole, tiled = stack.vae.decode(latents), stack.vae.decode_tiled(latents, tile_x=32, tile_y=32, overlap=8)
     assert (whole - tiled).abs().mean() < 0.01
@@ -181,14 +184,10 @@ def test_an_empty_and_an_endless_prompt_have_the_same_shape(stack, caplog):
 # It draws what is asked for
 
 
-def drawn(stack, model, captions, **options) -> list[np.ndarray]:
-    return [stack.picture(model, text, seed=100 + k, **options)[0] for k, text in enumerate(captions)]
-
-
 def test_prompts_are_followed(stack):
     """Object, colour, position and ground all right, on held-out prompts."""
-    scenes = shipped.some(48, data.LEVELS, seed=21)
-    images = drawn(stack, stack.model, [world.caption(s) for s in scenes])
+    scenes = shipped.some(32, data.LEVELS, seed=21)
+    images = stack.pictures(stack.model, [world.caption(s) for s in scenes], seed=100)
     right = [score(i, s) for i, s in zip(images, scenes, strict=True)]
     assert np.mean([r.all for r in right]) >= 0.8
     shuffled = [score(i, s).all for i, s in zip(images, scenes[1:] + scenes[:1], strict=True)]
@@ -207,23 +206,17 @@ def test_the_same_seed_gives_the_same_picture(stack):
 
 @pytest.fixture(scope="module")
 def edges(stack, apply):
-    """32 held-out scenes drawn with their edges, without, and with somebody else's; the same prompts and seeds.
+    """24 held-out scenes drawn with their edges, without, and with somebody else's; the same prompts and noise.
 
     The prompts name things and colours, not places and poses: those are the condition's to give.
     """
-    scenes = shipped.some(32, shipped.CONTROLLED["edge"], seed=31)
+    scenes = shipped.some(24, shipped.CONTROLLED["edge"], seed=31)
     rng = np.random.default_rng(0)
     maps = [condition_picture("edge", s, SIDE, rng) for s in scenes]
     truth = [world.canny(world.render(s, SIDE)) for s in scenes]
     captions = [shipped.prompt_for("edge", s) for s in scenes]
-    images = {"with": [], "without": [], "other": []}
-    for k, text in enumerate(captions):
-        both = apply([maps[k], maps[k - 1]])
-        for name, picture in zip(
-            ("with", "other"), stack.picture(both, text, seed=200 + k, batch=2, alike=True), strict=True
-        ):
-            images[name].append(picture)
-        images["without"].append(stack.picture(stack.model, text, seed=200 + k)[0])
+    models = {"with": apply(maps), "without": stack.model, "other": apply(maps[-1:] + maps[:-1])}
+    images = {name: stack.pictures(model, captions, seed=200) for name, model in models.items()}
     return scenes, truth, images
 
 
@@ -265,48 +258,7 @@ def one(stack):
     return world.caption(scene), world.edge_map(world.render(scene, SIDE), 2)
 
 
-def test_strength_0_is_the_model_itself(stack, apply, one):
-    text, edge = one
-    plain = stack.latents(stack.model, text)
-    assert torch.equal(stack.latents(apply(edge, strength=0.0), text), plain)
-    assert torch.equal(stack.latents(apply(edge, influence=0.0), text), plain)
-
-
-def test_removing_the_node_leaves_no_trace(stack, apply, one):
-    text, edge = one
-    before = stack.latents(stack.model, text)
-    weights = {k: v.clone() for k, v in stack.model.model.state_dict().items()}
-    acted = stack.latents(apply(edge), text)
-    assert not torch.allclose(acted, before, atol=0.05)
-    assert torch.equal(stack.latents(stack.model, text), before)
-    assert all(torch.equal(v, weights[k]) for k, v in stack.model.model.state_dict().items())
-
-
-def test_another_size_after_the_first_is_as_if_it_were_the_first(stack, apply, one):
-    text, edge = one
-    patched = apply(edge)
-    stack.latents(patched, text)
-    second = stack.latents(patched, text, size=(64, 128))
-    assert torch.equal(second, stack.latents(apply(edge), text, size=(64, 128)))
-
-
-def test_a_run_after_an_interrupted_one_is_clean(stack, apply, one):
-    text, edge = one
-    patched, fresh = apply(edge), stack.latents(apply(edge), text)
-
-    class Stop(Exception):
-        pass
-
-    def stop(step, *_):
-        if step == 6:
-            raise Stop
-
-    with pytest.raises(Stop):
-        stack.latents(patched, text, callback=stop)
-    assert torch.equal(stack.latents(patched, text), fresh)
-
-
-def test_batches_cfg_and_samplers_work(stack, apply, one):
+def test_a_batch_of_conditions_is_as_one_for_all(stack, apply, one):
     text, edge = one
     pair = stack.latents(apply(np.stack([edge, edge])), text, batch=2, cfg=3.0)
     assert pair.shape[0] == 2
@@ -314,25 +266,22 @@ def test_batches_cfg_and_samplers_work(stack, apply, one):
     broadcast = stack.latents(apply(edge), text, batch=2, cfg=3.0)
     live = load_shipped()[0].flux.size.live
     assert torch.allclose(pair[:, :live], broadcast[:, :live], atol=1e-3)
-    for sampler in ("heun", "dpmpp_2m", "euler_ancestral"):
-        assert torch.isfinite(stack.latents(apply(edge), text, steps=6, sampler=sampler)).all()
 
 
 def test_two_conditions_act_together(stack, apply):
     """The outline gives the pose, the reference the colours, and the prompt names neither."""
-    scenes = shipped.some(24, (0, 0, 1.0), seed=51)
+    scenes = shipped.some(16, (0, 0, 1.0), seed=51)
     rng = np.random.default_rng(1)
-    right = {"edge and subject": [], "edge alone": []}
-    overlap = []
-    for k, scene in enumerate(scenes):
-        text = caption_for("subject", scene)
-        edge = world.edge_map(world.render(scene, SIDE), 2)
-        subject = condition_picture("subject", scene, SIDE, rng)
-        edged = apply(edge)
-        both = stack.picture(apply(subject, "subject", "subject", model=edged), text, seed=300 + k)[0]
-        right["edge and subject"].append(score(both, scene).colours)
-        right["edge alone"].append(score(stack.picture(edged, text, seed=300 + k)[0], scene).colours)
-        overlap.append(silhouette_agreement(both, scene))
+    texts = [caption_for("subject", scene) for scene in scenes]
+    edged = apply([world.edge_map(world.render(scene, SIDE), 2) for scene in scenes])
+    subjects = [condition_picture("subject", scene, SIDE, rng) for scene in scenes]
+    models = {"edge and subject": apply(subjects, "subject", "subject", model=edged), "edge alone": edged}
+    images = {name: stack.pictures(model, texts, seed=300) for name, model in models.items()}
+    right = {
+        name: [score(image, scene).colours for image, scene in zip(shown, scenes, strict=True)]
+        for name, shown in images.items()
+    }
+    overlap = [silhouette_agreement(i, s) for i, s in zip(images["edge and subject"], scenes, strict=True)]
     share = {name: np.mean(values) for name, values in right.items()}
     assert share["edge and subject"] >= share["edge alone"] + 0.4, share
     assert np.mean(overlap) >= 0.8

@@ -1,4 +1,4 @@
-"""A part of the run is the same steps for every feature, and begins where a timestep range of ComfyUI does."""
+"""A part of the run begins where a timestep range of ComfyUI does. That every feature acts in it: `promises.py`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,7 @@ pytestmark = pytest.mark.comfy
 import comfy.model_sampling  # noqa: E402
 import comfy.samplers  # noqa: E402
 
-from dit_toolkit.host import embedded  # noqa: E402
-from dit_toolkit.host.accelerate.sparse_attention import SparseAttention  # noqa: E402
-from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse  # noqa: E402
-from dit_toolkit.host.control import freecus  # noqa: E402
 from dit_toolkit.host.part_of_run import PartOfRun  # noqa: E402
-from dit_toolkit.models.accelerate.policies import Listed  # noqa: E402
-from dit_toolkit.models.accelerate.sparse_attention import Disc  # noqa: E402
-from dit_toolkit.tests.host.accelerate.caching import cached  # noqa: E402
-from dit_toolkit.tests.host.tiny import controlled, sample  # noqa: E402
 
 SCHEDULERS = ("simple", "normal", "sgm_uniform", "beta", "karras", "linear_quadratic")
 STEPS = (4, 10, 20)
@@ -104,33 +96,3 @@ def test_all_of_the_run_is_every_step_also_beyond_the_schedule():
 def test_parts_that_mean_nothing_are_refused(part, sentence):
     with pytest.raises(ValueError, match=sentence):
         PartOfRun(*part)
-
-
-def subject(model, part):
-    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(20))
-    return freecus.attach(model, image, None, embedded.load_vae(), layers="all", part=part)
-
-
-FEATURES = {
-    "EasyControl": lambda model, part: controlled(model, part=part),
-    "FreeCus": subject,
-    "CLEAR": lambda model, part: attach_sparse(model, SparseAttention("test", Disc(1), 0, part=part)),
-    "step cache": lambda model, part: cached(model, Listed((True,) + (False,) * 99), part=part),
-}
-
-
-@pytest.mark.parametrize("steps", [4, 10])  # one whose middle core takes for the step's, and one
-@pytest.mark.parametrize("name", FEATURES)
-def test_every_feature_acts_in_the_same_steps(tiny_flux, name, steps):
-    """A bound on a step: the picture is that of a bound inside the steps where ComfyUI would begin."""
-    sampling, boundary = tiny_flux.get_model_object("model_sampling"), 2 / steps
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", steps)[:-1]
-    first = [cores(sampling, sigma, start=boundary) for sigma in sigmas.split(1)].index(True)
-    same, other = (boundary - 0.01, boundary + 0.01) if first == 2 else (boundary + 0.01, boundary - 0.01)
-    for side in ("start", "end"):
-        at, inside, beside = (
-            sample(FEATURES[name](tiny_flux, PartOfRun(**{side: percent})), steps)
-            for percent in (boundary, same, other)
-        )
-        assert torch.equal(at, inside)
-        assert not torch.equal(at, beside)

@@ -10,29 +10,19 @@ from dit_toolkit.host.accelerate.step_cache_settings import StepCache
 from dit_toolkit.host.run import attached
 from dit_toolkit.nodes.accelerate import AccelerateDiT, Autotune
 from dit_toolkit.tests.host import tiny
+from dit_toolkit.tests.nodes.calling import run_node
 
 pytestmark = pytest.mark.comfy
 
 
-@pytest.fixture
-def call():
-    """Run a node with the hidden inputs that ComfyUI would give it."""
-
-    def run(node, **values):
-        clone = node.PREPARE_CLASS_CLONE(None)
-        return clone.execute(**values).args
-
-    return run
-
-
-def test_off_gives_the_model_back(call, tiny_flux):
-    model, _, picked = call(AccelerateDiT, model=tiny_flux, quality="off")
+def test_off_gives_the_model_back(tiny_flux):
+    model, _, picked = run_node(AccelerateDiT, model=tiny_flux, quality="off")
     assert model is tiny_flux
     assert picked == "off"
 
 
-def test_it_says_what_it_picked_and_where_the_numbers_come_from(call, tiny_flux):
-    model, report, picked = call(AccelerateDiT, model=tiny_flux, quality="fast")
+def test_it_says_what_it_picked_and_where_the_numbers_come_from(tiny_flux):
+    model, report, picked = run_node(AccelerateDiT, model=tiny_flux, quality="fast")
     assert "Confidence-Gated Taylor, threshold 0.13" in picked
     assert "FLUX.1, fast" in picked
     assert "arXiv:2508.02240" in picked
@@ -41,13 +31,13 @@ def test_it_says_what_it_picked_and_where_the_numbers_come_from(call, tiny_flux)
     assert picked in report.text()
 
 
-def test_a_model_that_is_accelerated_already_is_refused(call, tiny_flux):
-    model = call(AccelerateDiT, model=tiny_flux, quality="fast")[0]
+def test_a_model_that_is_accelerated_already_is_refused(tiny_flux):
+    model = run_node(AccelerateDiT, model=tiny_flux, quality="fast")[0]
     with pytest.raises(ValueError, match=r"TaylorSeer|Confidence-Gated Taylor cannot work on a model that"):
-        call(AccelerateDiT, model=model, quality="fast")
+        run_node(AccelerateDiT, model=model, quality="fast")
 
 
-def test_autotune_returns_a_model_a_list_of_trials_and_a_chart(call):
+def test_autotune_returns_a_model_a_list_of_trials_and_a_chart():
     model, clip, vae = embedded.load_model(), embedded.load_clip(), embedded.load_vae()
     prompt = clip.encode_from_tokens_scheduled(clip.tokenize("a blue heart on a white ground"))
     values = dict(
@@ -55,22 +45,22 @@ def test_autotune_returns_a_model_a_list_of_trials_and_a_chart(call):
         steps=12, cfg=1.0, sampler_name="euler", scheduler="simple",
     )  # fmt: skip
     with torch.inference_mode():
-        patched, report, picked, chart = call(Autotune, model=model, vae=vae, **values)
+        patched, report, picked, chart = run_node(Autotune, model=model, vae=vae, **values)
         assert len(picked.splitlines()) == 3
         assert chart.shape[0] == 1
         assert attached(patched)
         tiny.sample(patched, 12, noise=tiny.latent(size=(12, 12)), positive=prompt, negative=prompt)
         assert 0 < report.runs[-1].computed < 12
-        strict = call(Autotune, model=model, **{**values, "floor": 100.0})
+        strict = run_node(Autotune, model=model, **{**values, "floor": 100.0})
         assert strict[0] is model
         assert strict[2].startswith("nothing")
 
 
-def test_a_latent_of_other_channels_is_made_to_fit(call):
+def test_a_latent_of_other_channels_is_made_to_fit():
     """Empty Latent Image gives 4 channels, and ComfyUI's samplers take it all the same."""
     model, clip = embedded.load_model(), embedded.load_clip()
     prompt = clip.encode_from_tokens_scheduled(clip.tokenize("a blue heart on a white ground"))
-    result = call(
+    result = run_node(
         Autotune, model=model, positive=prompt, negative=prompt, latent={"samples": torch.zeros(1, 4, 12, 12)},
         floor=10.0, trials=1, seed=3, steps=8, cfg=1.0, sampler_name="heun", scheduler="simple",
     )  # fmt: skip

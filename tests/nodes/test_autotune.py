@@ -12,6 +12,7 @@ from dit_toolkit.host.accelerate.accelerate import psnr_db
 from dit_toolkit.nodes import accelerate
 from dit_toolkit.nodes.accelerate import Autotune
 from dit_toolkit.tests.host import tiny
+from dit_toolkit.tests.nodes.calling import run_node
 from dit_toolkit.tests.nodes.test_inputs import Vae
 
 pytestmark = pytest.mark.comfy
@@ -37,9 +38,8 @@ def sampled(monkeypatch) -> list:
 
 def tuned(model, latent, vae=None):
     with torch.inference_mode():
-        clone = Autotune.PREPARE_CLASS_CLONE(None)
         given = {"positive": tiny.prompt(), "negative": tiny.prompt(4), "latent": latent, "vae": vae}
-        return clone.execute(model=model, **given, **VALUES).args, given
+        return run_node(Autotune, model=model, **given, **VALUES), given
 
 
 def test_every_run_is_sampled_as_its_inputs_say(tiny_flux, sampled):

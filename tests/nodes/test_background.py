@@ -9,7 +9,8 @@ pytestmark = pytest.mark.comfy
 
 from dit_toolkit.nodes.freecus import ApplyFreeCus  # noqa: E402
 from dit_toolkit.tests.nodes import test_inputs  # noqa: E402
-from dit_toolkit.tests.nodes.test_inputs import call, good  # noqa: E402
+from dit_toolkit.tests.nodes.calling import run_node  # noqa: E402
+from dit_toolkit.tests.nodes.test_inputs import good  # noqa: E402
 
 stand_ins = test_inputs.stand_ins
 
@@ -21,5 +22,5 @@ def test_a_mask_of_the_background_has_every_corner(stand_ins, caplog, without):
     if without:
         mask[0, without[0], without[1]] = 0
     with caplog.at_level(logging.WARNING):
-        call(ApplyFreeCus, **{**good(ApplyFreeCus, stand_ins), "subject": mask})
+        run_node(ApplyFreeCus, **{**good(ApplyFreeCus, stand_ins), "subject": mask})
     assert ("put Invert Mask between" in caplog.text) == (without is None)

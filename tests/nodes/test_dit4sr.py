@@ -12,7 +12,8 @@ from dit_toolkit.host.run import attached  # noqa: E402
 from dit_toolkit.nodes.dit4sr import ApplyDiT4SR, DiT4SRPrompt, DiT4SRSampling  # noqa: E402
 from dit_toolkit.tests.host import families  # noqa: E402
 from dit_toolkit.tests.host.restore import tiny_dit4sr as tiny  # noqa: E402
-from dit_toolkit.tests.nodes.test_inputs import NAN, Vae, call, good  # noqa: E402
+from dit_toolkit.tests.nodes.calling import run_node  # noqa: E402
+from dit_toolkit.tests.nodes.test_inputs import NAN, Vae, good  # noqa: E402
 
 SMALL = {"min_side": 64, "tile": 8, "overlap": 4}
 
@@ -23,7 +24,7 @@ def photo(height=16, width=24, channels=3, batch=1):
 
 def applied(**values):
     given = {"MODEL of SD3": tiny.base(), "VAE": Vae(), "IMAGE": photo(), "DIT_DIT4SR": tiny.file()}
-    return call(ApplyDiT4SR, **{**good(ApplyDiT4SR, given), **SMALL, "upscale_by": 4.0, **values})
+    return run_node(ApplyDiT4SR, **{**good(ApplyDiT4SR, given), **SMALL, "upscale_by": 4.0, **values})
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_another_model_is_refused():
     with pytest.raises(ValueError, match=r"Apply DiT4SR needs a Stable Diffusion 3\.5 Medium model, got Flux\."):
         applied(model=flux)
     with pytest.raises(ValueError, match=r"DiT4SR Sampling needs a Stable Diffusion 3\.5 Medium model, got Flux\."):
-        call(DiT4SRSampling, model=flux, steps=40, cfg=8.0, shift=3.0)
+        run_node(DiT4SRSampling, model=flux, steps=40, cfg=8.0, shift=3.0)
 
 
 def test_a_vae_that_breaks_is_refused():
@@ -95,7 +96,7 @@ def test_a_vae_that_breaks_is_refused():
 
     with pytest.raises(ValueError, match="the encoded picture holds NaN or infinite values"):
         applied(vae=Broken())
-    with pytest.raises(ValueError, match="must have 16 channels, got 4. Connect the VAE of the model"):
+    with pytest.raises(ValueError, match=r"must have 16 channels, got 4. Connect the VAE of the model"):
         applied(vae=Other())
 
 
@@ -112,25 +113,25 @@ def schedule_by_definition(steps: int, shift: float = 3.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("steps", [40, 20, 4])
 def test_the_schedule_is_the_authors(steps):
-    model, _, sigmas, cfg = call(DiT4SRSampling, model=tiny.base(), steps=steps, cfg=8.0, shift=3.0)
+    model, _, sigmas, cfg = run_node(DiT4SRSampling, model=tiny.base(), steps=steps, cfg=8.0, shift=3.0)
     torch.testing.assert_close(sigmas.double(), schedule_by_definition(steps), rtol=0, atol=1e-6)
     assert cfg == 8.0
     assert model.get_model_object("model_sampling").shift == 3.0
 
 
 def test_the_published_schedule_has_the_noise_levels_of_the_card():
-    sigmas = call(DiT4SRSampling, **good(DiT4SRSampling, {"MODEL of SD3": tiny.base()}) | {"steps": 40})[2]
+    sigmas = run_node(DiT4SRSampling, **good(DiT4SRSampling, {"MODEL of SD3": tiny.base()}) | {"steps": 40})[2]
     assert [round(float(sigmas[i]), 4) for i in (0, 1, -3, -2, -1)] == [1.0, 0.9913, 0.0810, 0.0089, 0.0]
 
 
 def test_the_shift_is_of_this_model_alone():
-    call(DiT4SRSampling, model=tiny.base(), steps=4, cfg=8.0, shift=9.0)
+    run_node(DiT4SRSampling, model=tiny.base(), steps=4, cfg=8.0, shift=9.0)
     assert tiny.base().get_model_object("model_sampling").shift == 3.0
 
 
 def test_all_of_it_plugs_into_cores_sampler():
     model, latent, reference, *_ = applied()
-    sampled, sampler, sigmas, cfg = call(DiT4SRSampling, model=model, steps=3, cfg=4.0, shift=3.0)
+    sampled, sampler, sigmas, cfg = run_node(DiT4SRSampling, model=model, steps=3, cfg=4.0, shift=3.0)
     out = custom.SamplerCustom.execute(
         sampled, True, 7, cfg, tiny.prompt(), tiny.prompt(4), sampler, sigmas, latent
     ).args[0]["samples"]
@@ -141,7 +142,7 @@ def test_all_of_it_plugs_into_cores_sampler():
     ).args[0]["samples"]
     assert torch.equal(out, again)
     plain = custom.SamplerCustom.execute(
-        call(DiT4SRSampling, model=tiny.base(), steps=3, cfg=4.0, shift=3.0)[0], True, 7, cfg, tiny.prompt(),
+        run_node(DiT4SRSampling, model=tiny.base(), steps=3, cfg=4.0, shift=3.0)[0], True, 7, cfg, tiny.prompt(),
         tiny.prompt(4), sampler, sigmas, latent,
     ).args[0]["samples"]  # fmt: skip
     assert (out - plain).abs().mean() > 0.01
@@ -150,10 +151,10 @@ def test_all_of_it_plugs_into_cores_sampler():
 
 
 def test_the_prompt_node_gives_both_prompts():
-    positive, negative = call(DiT4SRPrompt, caption="A fox. It is blurred.", preset="published", filter=True)
+    positive, negative = run_node(DiT4SRPrompt, caption="A fox. It is blurred.", preset="published", filter=True)
     assert positive.startswith("A fox. Cinematic, ")
     assert negative.startswith("motion blur, noisy")
-    assert call(DiT4SRPrompt, caption="A fox. It is blurred.", preset="none", filter=False) == (
+    assert run_node(DiT4SRPrompt, caption="A fox. It is blurred.", preset="none", filter=False) == (
         "A fox. It is blurred.",
         "",
     )

@@ -16,20 +16,9 @@ from dit_toolkit.models.checkpoint import described
 from dit_toolkit.models.control.easycontrol_keys import write_metadata
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl, LoadEasyControl
 from dit_toolkit.tests.host import tiny
+from dit_toolkit.tests.nodes.calling import run_node
 
 pytestmark = pytest.mark.comfy
-
-DEFAULTS = dict(
-    kind="spatial",
-    strength=1.0,
-    start_percent=0.0,
-    end_percent=1.0,
-    condition_size=64,
-    pad_color="grey",
-    slot=0,
-    influence=1.0,
-    kv_cache="on GPU",
-)
 
 
 @pytest.fixture
@@ -58,7 +47,8 @@ class Vae:
 
 
 def apply(model, file, **values):
-    return ApplyEasyControl.execute(model=model, easycontrol=file, **{**DEFAULTS, **values}).args[0]
+    small = {"kind": "spatial", "condition_size": 64}
+    return run_node(ApplyEasyControl, model=model, easycontrol=file, **{**small, **values})[0]
 
 
 def image(batch=1, height=40, width=56):

@@ -12,9 +12,9 @@ from comfy_extras.nodes_rtdetr import DrawBBoxes  # noqa: E402
 from server import PromptServer  # noqa: E402
 
 from dit_toolkit.nodes.image_difference import ImageDifference  # noqa: E402
+from dit_toolkit.tests.nodes.calling import defaults  # noqa: E402
 
 SCHEMA = ImageDifference.define_schema()
-DEFAULTS = {entry.id: entry.default for entry in SCHEMA.inputs if hasattr(entry, "default")}
 
 
 def images(batch=1, height=32, width=48, channels=3, value=0.5):
@@ -28,7 +28,7 @@ def with_spot(pictures, x, y, width, height, change=0.3):
 
 
 def run(reference, image, **values):
-    result = ImageDifference.execute(reference=reference, image=image, **{**DEFAULTS, **values})
+    result = ImageDifference.execute(reference=reference, image=image, **{**defaults(ImageDifference), **values})
     return SimpleNamespace(
         ui=result.ui,
         **{output.display_name: value for output, value in zip(SCHEMA.outputs, result.args, strict=True)},

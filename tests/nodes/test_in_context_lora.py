@@ -26,13 +26,14 @@ from dit_toolkit.nodes.in_context_lora import (  # noqa: E402
     SplitPanels,
     pictures,
 )
+from dit_toolkit.tests.nodes.calling import defaults, run_node  # noqa: E402
 
-LAYOUT = {entry.id: entry.default for entry in PanelLayout.define_schema().inputs}
+LAYOUT = defaults(PanelLayout)
 
 
 def layout(**values):
     """The outputs of Panel Layout: small panels, unless something else is asked."""
-    return PanelLayout.execute(**{**LAYOUT, "panel_width": 96, "panel_height": 96, **values}).args
+    return run_node(PanelLayout, **{"panel_width": 96, "panel_height": 96, **values})
 
 
 def latent(panels, vae, *images, fit="crop", encode="per panel", start="neutral", batch_size=1):

@@ -35,6 +35,7 @@ from dit_toolkit.nodes.step_cache import AccelerationReport, ConfidenceGatedTayl
 from dit_toolkit.tests.host import tiny  # noqa: E402
 from dit_toolkit.tests.host.control.test_try_on import file_of  # noqa: E402
 from dit_toolkit.tests.host.restore import tiny_dit4sr  # noqa: E402
+from dit_toolkit.tests.nodes.calling import run_node  # noqa: E402
 
 NODES = asyncio.run(DiTToolkit().get_node_list())
 every_node = pytest.mark.parametrize("node", NODES, ids=lambda node: node.__name__)
@@ -110,11 +111,6 @@ def good(node: type[io.ComfyNode], stand_ins: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def call(node: type[io.ComfyNode], **values: Any) -> tuple:
-    """As the executor calls it."""
-    return node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "12"}}).execute(**values).args
-
-
 # What a schema does not allow
 
 
@@ -178,7 +174,7 @@ def test_what_the_schema_does_not_allow_is_refused_by_name(node, stand_ins):
                 continue
             bad = value if id == name else {name: value}
             with pytest.raises((ValueError, FileNotFoundError)) as refused:
-                call(node, **{**good(node, stand_ins), id: bad})
+                run_node(node, **{**good(node, stand_ins), id: bad})
             said = str(refused.value)
             if refused.type is FileNotFoundError:  # a file that the list does not know may be there: who opens it says
                 assert isinstance(entry, io.Combo.Input), name
@@ -260,7 +256,7 @@ def outcome(node: type[io.ComfyNode], values: dict[str, Any], plain: Any) -> Exc
     """What the node says to these values; None where it takes them, and what it gives can be sampled and read."""
     try:
         with torch.inference_mode():
-            first, *others = call(node, **values)
+            first, *others = run_node(node, **values)
             if isinstance(first, type(plain)) and first not in (plain, values.get("model")):
                 assert sampled(node, first, others).isfinite().all()
         for report in (other for other in others if hasattr(other, "json")):
@@ -301,17 +297,17 @@ def test_a_choice_of_few_is_named_and_one_of_many_is_not(stand_ins):
     with pytest.raises(
         ValueError, match=r"'quality' must be one of 'off', 'quality', 'balanced', 'fast'; got 'best'\."
     ):
-        call(AccelerateDiT, model=None, quality="best")
+        run_node(AccelerateDiT, model=None, quality="best")
     with pytest.raises(ValueError, match=r"'preset' must be one of the choices in its list; got 'unknown'\."):
-        call(PanelLayout, **{**good(PanelLayout, stand_ins), "preset": "unknown"})
+        run_node(PanelLayout, **{**good(PanelLayout, stand_ins), "preset": "unknown"})
 
 
 def test_numbers_of_another_kind_are_taken_as_numbers(stand_ins):
     """As nodes that calculate with numpy give them, and whole numbers where a fraction may be."""
     for value in (np.int64(5), np.uint8(5)):
-        assert call(TaylorSeer, **{**good(TaylorSeer, stand_ins), "interval": value})
+        assert run_node(TaylorSeer, **{**good(TaylorSeer, stand_ins), "interval": value})
     for value in (1, np.float32(0.5), np.float64(0.5), np.int64(1)):
-        assert call(ConfidenceGatedTaylor, **{**good(ConfidenceGatedTaylor, stand_ins), "threshold": value})
+        assert run_node(ConfidenceGatedTaylor, **{**good(ConfidenceGatedTaylor, stand_ins), "threshold": value})
 
 
 @pytest.mark.parametrize(
@@ -321,7 +317,7 @@ def test_numbers_of_another_kind_are_taken_as_numbers(stand_ins):
 def test_a_condition_that_no_vae_gives_is_refused(stand_ins, latent):
     values = {**good(ApplyEasyControl, stand_ins), "image": None, "vae": None}
     with pytest.raises(ValueError, match=r"far larger ones than any VAE gives|must be \[N, 16, h, w\]"):
-        call(ApplyEasyControl, **{**values, "latent": {"samples": latent}})
+        run_node(ApplyEasyControl, **{**values, "latent": {"samples": latent}})
 
 
 def test_a_reference_that_the_vae_breaks_is_refused(stand_ins):
@@ -329,7 +325,7 @@ def test_a_reference_that_the_vae_breaks_is_refused(stand_ins):
         def encode(self, pixels):
             return super().encode(pixels) * NAN
 
-    (model,) = call(ApplyFreeCus, **{**good(ApplyFreeCus, stand_ins), "vae": Broken()})
+    (model,) = run_node(ApplyFreeCus, **{**good(ApplyFreeCus, stand_ins), "vae": Broken()})
     with pytest.raises(ValueError, match="Apply FreeCus: the reference holds NaN or infinite values"):
         tiny.sample(model, 1)
 
@@ -337,13 +333,13 @@ def test_a_reference_that_the_vae_breaks_is_refused(stand_ins):
 @pytest.mark.parametrize("folder", [".", "..", "./", "unheard of", "../../etc"])
 def test_a_folder_of_sets_lies_inside_the_input_folder(stand_ins, folder):
     with pytest.raises((ValueError, FileNotFoundError), match=r"input folder\. (Choose one that is|Refresh the page)"):
-        call(PanelSets, folder=folder, panels=stand_ins["DIT_PANELS"], fit="crop")
+        run_node(PanelSets, folder=folder, panels=stand_ins["DIT_PANELS"], fit="crop")
 
 
 def test_grey_pictures_are_stretched_too():
     grey, large = torch.rand(2, 8, 8, 1), torch.rand(1, 20, 12, 1)
     values = good(ImageDifference, {"IMAGE": grey})
-    marked = call(ImageDifference, **{**values, "image": large, "resize": "image to reference"})[1]
+    marked = run_node(ImageDifference, **{**values, "image": large, "resize": "image to reference"})[1]
     assert marked.shape == (2, 8, 8, 3)
 
 
@@ -362,17 +358,17 @@ def test_without_what_a_bypassed_node_gives_it_runs_or_says_whom_to_connect(node
     del values[entry.id]
     giver = GIVERS.get(entry.get_io_type())
     if giver is None:
-        assert call(node, **values)
+        assert run_node(node, **values)
         return
     assert giver in {other.define_schema().display_name for other in NODES}
     with pytest.raises(
         ValueError, match=f"'{entry.id}' is missing. Connect {giver}, or bypass this node, too, if that"
     ):
-        call(node, **values)
+        run_node(node, **values)
 
 
 def test_a_report_without_a_node_that_accelerates_says_so():
-    text, values, after = call(AccelerationReport, after=5)
+    text, values, after = run_node(AccelerationReport, after=5)
     assert text == "There is no report: the node that accelerates the model is bypassed, muted or not connected."
     assert json.loads(values)["evaluations"] == []
     assert after == 5
@@ -386,8 +382,8 @@ def test_a_mask_of_the_background_is_noticed_by_freecus_too(caplog, stand_ins, b
     """As Load Image gives it of a cut-out: 1 where the picture is transparent."""
     mask = 1 - MASK if background else MASK
     for shape in (mask, mask[0]):
-        call(ApplyFreeCus, **{**good(ApplyFreeCus, stand_ins), "subject": shape})
-    call(ApplyFreeCus, **{**good(ApplyFreeCus, stand_ins), "subject": torch.ones(1, 32, 32)})
+        run_node(ApplyFreeCus, **{**good(ApplyFreeCus, stand_ins), "subject": shape})
+    run_node(ApplyFreeCus, **{**good(ApplyFreeCus, stand_ins), "subject": torch.ones(1, 32, 32)})
     said = [record.getMessage() for record in caplog.records if "put Invert Mask between" in record.getMessage()]
     assert len(said) == 2 * background
     assert all(text.startswith("Apply FreeCus: 'subject' covers all corners of its picture") for text in said)

@@ -15,13 +15,11 @@ from dit_toolkit.models.accelerate.re_ttention import Schedule  # noqa: E402
 from dit_toolkit.nodes.re_ttention import ApplyReTtention  # noqa: E402
 from dit_toolkit.nodes.step_cache import AccelerationReport  # noqa: E402
 from dit_toolkit.tests.host import tiny  # noqa: E402
-
-DEFAULTS = {entry.id: entry.default for entry in ApplyReTtention.define_schema().inputs if entry.id != "model"}
+from dit_toolkit.tests.nodes.calling import run_node  # noqa: E402
 
 
 def apply(model, **values):
-    patched, report = ApplyReTtention.execute(model, **(DEFAULTS | values)).result
-    return patched, report
+    return run_node(ApplyReTtention, model=model, **values)
 
 
 @pytest.mark.parametrize("neutral", [{"keep": 1.0}, {"interval": 1}])

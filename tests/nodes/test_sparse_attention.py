@@ -14,6 +14,7 @@ from dit_toolkit.nodes.sparse_attention import MASK_ONLY, ApplyClear  # noqa: E4
 from dit_toolkit.tests.host import tiny  # noqa: E402
 from dit_toolkit.tests.host.families import FAMILIES  # noqa: E402
 from dit_toolkit.tests.models.accelerate.test_clear_keys import published  # noqa: E402
+from dit_toolkit.tests.nodes.calling import run_node  # noqa: E402
 
 DEFAULTS = {
     "file": MASK_ONLY,
@@ -28,7 +29,7 @@ DEFAULTS = {
 
 
 def apply(model, **inputs):
-    return ApplyClear.execute(model, **{**DEFAULTS, **inputs}).result
+    return run_node(ApplyClear, model=model, **inputs)
 
 
 @pytest.fixture
@@ -87,9 +88,7 @@ def test_the_weights_of_a_file_are_local_at_every_size(tiny_flux, down_4):
 
 def test_who_asks_for_dense_attention_below_min_tokens_gets_it_and_is_told(tiny_flux, down_4):
     dense, report = apply(tiny_flux, file=down_4, below_min_tokens="dense")
-    weights_alone = tiny_flux.clone()
-    weights_alone.patches = dense.patches
-    assert torch.equal(tiny.sample(dense, size=(32, 32)), tiny.sample(weights_alone, size=(32, 32)))
+    assert torch.equal(tiny.sample(dense, size=(32, 32)), tiny.sample(weights_of(dense, tiny_flux), size=(32, 32)))
     assert report.endswith("below 4096 tokens: dense, which this file was not trained for")
 
 
@@ -105,9 +104,16 @@ def test_pooled_keys_stay_where_the_disc_covers_the_picture(tiny_flux, down_4):
     found = sampled(tiny_flux, down_4, radius=64, size=(8, 8))
     widest = sampled(tiny_flux, down_4, radius=7, size=(8, 8))  # covers 4 x 4 tokens as well
     assert torch.equal(found, widest)
-    weights_alone = tiny_flux.clone()
-    weights_alone.patches = apply(tiny_flux, file=down_4)[0].patches
+    weights_alone = weights_of(apply(tiny_flux, file=down_4)[0], tiny_flux)
     assert not torch.allclose(found, tiny.sample(weights_alone), atol=1e-3)
+
+
+def weights_of(patched, model):
+    """`model` with the weights of a patched one alone."""
+    weights_alone = model.clone()
+    weights_alone.patches = patched.patches
+    weights_alone.patches_uuid = patched.patches_uuid  # by which core knows that it has other weights to load
+    return weights_alone
 
 
 def sampled(model, file, *, size=(32, 32), **inputs):

@@ -9,7 +9,6 @@ import torch
 
 pytestmark = pytest.mark.comfy
 
-from comfy_api.latest import io  # noqa: E402
 from comfy_extras.nodes_easycache import EasyCacheNode  # noqa: E402
 
 from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, ModuleTap, PredictionTap, SpanTap  # noqa: E402
@@ -32,16 +31,10 @@ from dit_toolkit.tests.host import families  # noqa: E402
 from dit_toolkit.tests.host.accelerate.caching import settings_of, strip  # noqa: E402
 from dit_toolkit.tests.host.families import FAMILIES  # noqa: E402
 from dit_toolkit.tests.host.tiny import sample  # noqa: E402
+from dit_toolkit.tests.nodes.calling import run_node  # noqa: E402
 
 CACHES = (TaylorSeer, ConfidenceGatedTaylor, DeltaDiT)
 every_cache = pytest.mark.parametrize("node", CACHES)
-
-
-def apply(node, model, **values):
-    """MODEL and report, as the executor calls the node: with its defaults and its id."""
-    called = node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "12"}})
-    defaults = {entry.id: entry.default for entry in node.define_schema().inputs if hasattr(entry, "default")}
-    return called.execute(model=model, **{**defaults, **values}).args
 
 
 def test_inputs_keep_their_places():
@@ -59,7 +52,7 @@ def test_inputs_keep_their_places():
 
 @every_cache
 def test_with_its_defaults_it_skips_and_says_so(tiny_flux, node):
-    model, report = apply(node, tiny_flux, **({"threshold": 2.0} if node is ConfidenceGatedTaylor else {}))
+    model, report = run_node(node, model=tiny_flux, **({"threshold": 2.0} if node is ConfidenceGatedTaylor else {}))
     out = sample(model, 12)
     assert torch.isfinite(out).all()
     assert "." in strip(model)
@@ -85,25 +78,16 @@ NEUTRAL = [
 
 @pytest.mark.parametrize(("node", "values"), NEUTRAL)
 def test_neutral_values_pass_the_model_on(tiny_flux, node, values):
-    model, report = apply(node, tiny_flux, **values)
+    model, report = run_node(node, model=tiny_flux, **values)
     assert torch.equal(sample(model, 4), sample(tiny_flux, 4))
     assert isinstance(AccelerationReport.execute(report, None).args[0], str)
 
 
 @pytest.mark.parametrize("schedule", ["1111", "11"])
 def test_a_schedule_that_names_all_computes_all(tiny_flux, schedule):
-    model, _ = apply(TaylorSeer, tiny_flux, schedule=schedule)
+    model, _ = run_node(TaylorSeer, model=tiny_flux, schedule=schedule)
     assert torch.equal(sample(model, 4), sample(tiny_flux, 4))
     assert strip(model) == "####"
-
-
-@every_cache
-def test_the_input_model_is_untouched(tiny_flux, node):
-    before = sample(tiny_flux, 3)
-    model, _ = apply(node, tiny_flux)
-    sample(model, 8)
-    assert model is not tiny_flux
-    assert torch.equal(sample(tiny_flux, 3), before)
 
 
 def test_settings_of_taylorseer_reach_the_cache(tiny_flux):
@@ -116,26 +100,26 @@ def test_settings_of_taylorseer_reach_the_cache(tiny_flux):
         "spacing": "as published",
     }
     values |= {"start_percent": 0.1, "end_percent": 0.9, "offload": True}
-    settings = settings_of(apply(TaylorSeer, tiny_flux, **values)[0])
+    settings = settings_of(run_node(TaylorSeer, model=tiny_flux, **values)[0])
     assert settings.policy == Interval(4, 5)
     assert settings.forecaster == Forecaster(2, derivatives_from=4)
     assert (settings.guard, settings.part, settings.offload) == (Guard(2), PartOfRun(0.1, 0.9), True)
     assert isinstance(settings.tap, PredictionTap)
-    listed = settings_of(apply(TaylorSeer, tiny_flux, schedule=" 0-2, 5 ")[0])
+    listed = settings_of(run_node(TaylorSeer, model=tiny_flux, schedule=" 0-2, 5 ")[0])
     assert listed.policy == Listed.parse("0-2,5")
-    spread = settings_of(apply(TaylorSeer, tiny_flux, interval=4, spacing="to the last step")[0])
+    spread = settings_of(run_node(TaylorSeer, model=tiny_flux, interval=4, spacing="to the last step")[0])
     assert spread.policy == Interval(4, 3, to_end=True)
 
 
 def test_a_schedule_takes_the_place_of_first_full(tiny_flux):
     """Also for the rule that keeps early features from having derivatives."""
-    models = [apply(TaylorSeer, tiny_flux, schedule="0, 1, 5", order=1, first_full=n)[0] for n in (1, 6)]
+    models = [run_node(TaylorSeer, model=tiny_flux, schedule="0, 1, 5", order=1, first_full=n)[0] for n in (1, 6)]
     assert torch.equal(*(sample(model, 8) for model in models))
 
 
 @pytest.mark.parametrize("name", FORECASTS)
 def test_every_form_of_forecast_can_be_chosen(tiny_flux, name):
-    model, _ = apply(TaylorSeer, tiny_flux, forecast=name, order=2)
+    model, _ = run_node(TaylorSeer, model=tiny_flux, forecast=name, order=2)
     assert (settings_of(model).forecaster.form, settings_of(model).forecaster.coordinate) == FORECASTS[name]
     assert torch.isfinite(sample(model, 9, sampler="heun")).all()
 
@@ -153,15 +137,15 @@ def test_every_form_of_forecast_can_be_chosen(tiny_flux, name):
     ],
 )
 def test_the_tap_is_what_was_chosen_and_auto_what_is_there(name, tap, kind):
-    assert type(settings_of(apply(TaylorSeer, FAMILIES[name].load(), tap=tap)[0]).tap) is kind
+    assert type(settings_of(run_node(TaylorSeer, model=FAMILIES[name].load(), tap=tap)[0]).tap) is kind
 
 
 def test_most_memory_is_a_limit(tiny_flux):
     """Two points of a tiny model's modules are 252 KiB: 1/8192 GiB is too little, 1/1024 is enough."""
-    model, _ = apply(TaylorSeer, tiny_flux, tap="every module", max_memory=1 / 8192)
+    model, _ = run_node(TaylorSeer, model=tiny_flux, tap="every module", max_memory=1 / 8192)
     with pytest.raises(ValueError, match=r"TaylorSeer on every module would hold .* Set 'tap' to 'last block'"):
         sample(model, 8)
-    model, _ = apply(TaylorSeer, tiny_flux, tap="every module", max_memory=1 / 1024)
+    model, _ = run_node(TaylorSeer, model=tiny_flux, tap="every module", max_memory=1 / 1024)
     sample(model, 8)
     assert "." in strip(model)
 
@@ -169,17 +153,19 @@ def test_most_memory_is_a_limit(tiny_flux):
 def test_settings_of_the_gate_reach_the_cache(tiny_flux):
     values = {"threshold": 0.2, "warm_up": 4, "max_consecutive": 3, "last_full": 2, "first_order": 2, "last_order": 0}
     values |= {"compare": "residual", "gate_rows": "cond", "forecast": "Newton, sigma"}
-    settings = settings_of(apply(ConfidenceGatedTaylor, tiny_flux, **values)[0])
+    settings = settings_of(run_node(ConfidenceGatedTaylor, model=tiny_flux, **values)[0])
     assert settings.policy == FirstBlockGate(0.2, 4, 2, "residual", "cond")
     assert settings.forecaster == Forecaster(0, "newton", "sigma")
     assert settings.guard == Guard(2, 3)
     assert (settings.tap.gated, settings.tap.residual) == (True, True)
-    paper = settings_of(apply(ConfidenceGatedTaylor, tiny_flux)[0])
+    paper = settings_of(run_node(ConfidenceGatedTaylor, model=tiny_flux)[0])
     assert (paper.tap.residual, paper.guard) == (False, Guard(1))
 
 
 def test_settings_of_delta_dit_reach_the_cache(tiny_flux):
-    model, _ = apply(DeltaDiT, tiny_flux, interval=3, share=0.5, boundary=0.25, first_full=2, last_full=1, order=1)
+    model, _ = run_node(
+        DeltaDiT, model=tiny_flux, interval=3, share=0.5, boundary=0.25, first_full=2, last_full=1, order=1
+    )
     settings = settings_of(model)
     assert isinstance(settings.tap, SpanTap)
     assert settings.tap.stages == Stages(0.5, 0.25)
@@ -211,7 +197,7 @@ def test_settings_of_delta_dit_reach_the_cache(tiny_flux):
 )
 def test_wrong_inputs_are_answered_with_a_sentence(tiny_flux, node, values, message):
     with pytest.raises(ValueError, match=message):
-        apply(node, tiny_flux, **values)
+        run_node(node, model=tiny_flux, **values)
 
 
 @pytest.mark.parametrize(
@@ -240,21 +226,20 @@ def test_wrong_inputs_are_answered_with_a_sentence(tiny_flux, node, values, mess
 )
 def test_a_model_that_does_not_offer_it_is_refused(node, name, values, message):
     with pytest.raises(ValueError, match=message):
-        apply(node, FAMILIES[name].load(), **values)
+        run_node(node, model=FAMILIES[name].load(), **values)
 
 
 @pytest.mark.parametrize(("node", "values"), [(ConfidenceGatedTaylor, {"threshold": 0}), (DeltaDiT, {"share": 0})])
 def test_neutral_values_are_neutral_where_blocks_cannot_be_patched(node, values):
     model = FAMILIES["cogvideox"].load()
-    assert apply(node, model, **values)[0] is model
+    assert run_node(node, model=model, **values)[0] is model
 
 
 @pytest.mark.parametrize("name", ["cogvideox", "flux"])
 def test_a_gate_on_the_input_works_on_every_model(name):
     family = FAMILIES[name]
-    model, report = apply(
-        ConfidenceGatedTaylor, family.load(), compare="input change", threshold=2.0, warm_up=3, last_full=0
-    )
+    values = {"compare": "input change", "threshold": 2.0, "warm_up": 3, "last_full": 0}
+    model, report = run_node(ConfidenceGatedTaylor, model=family.load(), **values)
     result = families.sample(family, model, steps=8)
     run = report.runs[-1]
     assert torch.isfinite(result).all()
@@ -267,12 +252,12 @@ def test_a_gate_on_the_input_works_on_every_model(name):
 @pytest.mark.parametrize("first", CACHES)
 @pytest.mark.parametrize("second", CACHES)
 def test_two_of_them_are_refused(tiny_flux, first, second):
-    model, _ = apply(first, tiny_flux)
-    names = [settings_of(apply(node, tiny_flux)[0]).method for node in (second, first)]
+    model, _ = run_node(first, model=tiny_flux)
+    names = [settings_of(run_node(node, model=tiny_flux)[0]).method for node in (second, first)]
     with pytest.raises(
         ValueError, match=f"^{names[0]} cannot work on a model that {names[1]} already caches. Remove one"
     ):
-        apply(second, model)
+        run_node(second, model=model)
 
 
 @every_cache
@@ -281,11 +266,11 @@ def test_easycache_is_refused(tiny_flux, node):
     with pytest.raises(
         ValueError, match=r"cannot work on a model that EasyCache already caches\. Remove one of the two\."
     ):
-        apply(node, theirs)
+        run_node(node, model=theirs)
 
 
 def test_a_report_before_the_sampler_says_so(tiny_flux):
-    _, report = apply(TaylorSeer, tiny_flux)
+    _, report = run_node(TaylorSeer, model=tiny_flux)
     text, values, after = AccelerationReport.execute(report, 5).args
     assert text.endswith("No sampler has run with this model yet.")
     assert json.loads(values)["evaluations"] == []
@@ -297,7 +282,7 @@ def test_a_report_before_the_sampler_says_so(tiny_flux):
     [(TaylorSeer, {"interval": 1}), (ConfidenceGatedTaylor, {"threshold": 0}), (DeltaDiT, {"share": 0})],
 )
 def test_the_report_of_a_node_that_is_off_says_so(tiny_flux, node, values):
-    model, report = apply(node, tiny_flux, **values)
+    model, report = run_node(node, model=tiny_flux, **values)
     sample(model, 2)
     assert AccelerationReport.execute(report, 5).args[0].endswith(" is off: the model is as it came.")
 
@@ -305,4 +290,4 @@ def test_the_report_of_a_node_that_is_off_says_so(tiny_flux, node, values):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_a_limit_of_memory_that_is_no_number_is_refused(tiny_flux, value):
     with pytest.raises(ValueError, match=f"'max_memory' must be a number from 0.0 to 1024.0, got {value}"):
-        apply(TaylorSeer, tiny_flux, max_memory=value)
+        run_node(TaylorSeer, model=tiny_flux, max_memory=value)

@@ -15,20 +15,14 @@ from dit_toolkit.models.control.mc_vton_keys import Checkpoint, Settings, write,
 from dit_toolkit.nodes.try_on import ApplyTryOn, LoadTryOn, TryOnComposite, TryOnPrepare
 from dit_toolkit.tests.host import tiny
 from dit_toolkit.tests.host.control.test_try_on import file_of, random_branch
+from dit_toolkit.tests.nodes.calling import run_node
 
 pytestmark = pytest.mark.comfy
 
 
-def defaults(node, **values):
-    given = {
-        entry.id: entry.default for entry in node.define_schema().inputs if getattr(entry, "default", None) is not None
-    }
-    return {**given, **values}
-
-
 def prepare(**values):
     values = {"person": image(60, 44), "mask": hole(60, 44), "garment": image(30, 30, seed=1), **values}
-    return TryOnPrepare.execute(**defaults(TryOnPrepare, **values)).args
+    return run_node(TryOnPrepare, **values)
 
 
 def composite(result, person, crop, feather, mask=None):
@@ -37,7 +31,7 @@ def composite(result, person, crop, feather, mask=None):
 
 def apply(model, file, **values):
     given = {"vae": Vae(), "person": image(64, 64), "garment": image(64, 48, seed=1), **values}
-    return ApplyTryOn.execute(**defaults(ApplyTryOn, model=model, try_on=file, **given)).args[0]
+    return run_node(ApplyTryOn, model=model, try_on=file, **given)[0]
 
 
 def image(height, width, batch=1, channels=3, seed=0):

@@ -49,7 +49,8 @@ from dit_toolkit.tests.host.control.test_try_on import file_of  # noqa: E402
 from dit_toolkit.tests.host.restore import tiny_dit4sr  # noqa: E402
 from dit_toolkit.tests.models.accelerate.test_clear_keys import published  # noqa: E402
 from dit_toolkit.tests.nodes import test_inputs  # noqa: E402
-from dit_toolkit.tests.nodes.test_inputs import LATENT, MASK, NODES, PICTURE, Vae, call, every_node, good  # noqa: E402
+from dit_toolkit.tests.nodes.calling import run_node  # noqa: E402
+from dit_toolkit.tests.nodes.test_inputs import LATENT, MASK, NODES, PICTURE, Vae, every_node, good  # noqa: E402
 
 stand_ins = test_inputs.stand_ins
 
@@ -254,7 +255,7 @@ def shown(node: type[io.ComfyNode], values: dict[str, Any], sampled: list) -> An
     sampled.clear()
     shutil.rmtree(Path(folder_paths.get_output_directory(), "dit4sr"), ignore_errors=True)  # names are counted through
     with torch.inference_mode():
-        found = call(node, **values)
+        found = run_node(node, **values)
     if not isinstance(found[0], ModelPatcher) or node is DiT4SRSampling:
         return fingerprint(found)
     if node is Autotune:

@@ -44,13 +44,13 @@ def test_training_never_sees_a_held_out_caption():
 
 @pytest.mark.parametrize("level", range(4))
 def test_the_scorer_is_right_on_the_worlds_own_pictures(level):
-    scenes = some(level, 40)
+    scenes = some(level, 20)
     assert all(score(picture(scene), scene).all for scene in scenes)
 
 
 @pytest.mark.parametrize("level", range(4))
 def test_the_scorer_sees_another_colour_kind_and_ground(level):
-    for scene in some(level, 12):
+    for scene in some(level, 6):
         shown, first = picture(scene), scene.things[0]
         colour = next(c for c in world.COLOURS if c not in [t.colour for t in scene.things] + [first.bottom_colour])
         assert not score(shown, replace(scene, things=(replace(first, colour=colour), *scene.things[1:]))).colours
@@ -66,13 +66,13 @@ def test_the_scorer_sees_another_colour_kind_and_ground(level):
 @pytest.mark.parametrize("level", [1, 3])
 def test_the_scorer_sees_a_wrong_place(level):
     opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}
-    for scene in some(level, 20):
+    for scene in some(level, 10):
         assert not score(picture(scene), replace(scene, relation=opposite[scene.relation])).position
 
 
 def test_details_of_dolls_are_seen():
     """Pattern, garment, hairstyle and pose: right in nearly all, and wrong when the caption is changed."""
-    scenes = some(2, 60)
+    scenes = some(2, 30)
     right = [score(picture(s), s).details for s in scenes]
     assert np.mean([all(d.values()) for d in right]) > 0.85
     other = {"plain": "striped", "striped": "spotted", "spotted": "plain"}

@@ -78,12 +78,6 @@ def backend(request, monkeypatch):
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_a_radius_beyond_the_picture_is_the_model_without_the_node(name):
-    family = FAMILIES[name]
-    assert torch.equal(sample(family, sparse(family.load(), Disc(9))), sample(family))
-
-
-@pytest.mark.parametrize("name", KNOWN)
 def test_a_pattern_is_dense_attention_under_its_mask(name, backend):
     family = FAMILIES[name]
     pattern = FrameBand(2) if len(family.latent_shape) == 4 else Disc(2)
@@ -224,14 +218,6 @@ def test_no_override_and_no_plan_is_left_behind(tiny_flux):
     assert OVERRIDE not in patched.model_options["transformer_options"]
     assert token_grid.TOKENS not in patched.model_options["transformer_options"]
     assert torch.equal(tiny.sample(patched, **FLUX), tiny.sample(patched, **FLUX))
-
-
-def test_another_size_is_another_grid(tiny_flux):
-    patched = sparse(tiny_flux, Disc(3))
-    large = tiny.sample(patched, size=(20, 16))
-    small = tiny.sample(patched, size=(8, 12))
-    assert torch.equal(large, tiny.sample(sparse(tiny_flux, Disc(3)), size=(20, 16)))
-    assert torch.equal(small, tiny.sample(sparse(tiny_flux, Disc(3)), size=(8, 12)))
 
 
 def test_one_line_says_what_was_done_and_what_was_not(tiny_flux, caplog):

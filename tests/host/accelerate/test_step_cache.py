@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from math import inf
 
 import comfy.samplers
@@ -21,7 +20,7 @@ from dit_toolkit.models.accelerate.policies import Guard, Interval, Listed
 from dit_toolkit.models.accelerate.taylorseer import Forecaster
 from dit_toolkit.tests.host import tiny
 from dit_toolkit.tests.host.accelerate.caching import cached, calls, last_run, strip
-from dit_toolkit.tests.host.families import ALL, FAMILIES, sample
+from dit_toolkit.tests.host.families import FAMILIES, sample
 from dit_toolkit.tests.models.accelerate.test_taylorseer import forecast_by_recursion
 
 pytestmark = pytest.mark.comfy
@@ -41,66 +40,11 @@ family_and_tap = pytest.mark.parametrize(("name", "tap"), names_and_taps(FAMILIE
 family_with_blocks = pytest.mark.parametrize("name", WITH_BLOCKS)
 
 
-@cache
-def plain(name: str, steps=4, cfg=2.0) -> Tensor:
-    """The picture without us."""
-    return sample(ALL[name], steps=steps, cfg=cfg)
-
-
 def test_only_models_with_block_hooks_have_blocks():
     assert tuple(name for name, family in FAMILIES.items() if block_hooks(family.load())) == WITH_BLOCKS
 
 
 # neutral values, with the cache attached: the nodes themselves leave it out
-
-
-@pytest.mark.parametrize(("name", "tap"), names_and_taps(ALL))
-def test_interval_1_is_the_model_without_the_cache(name, tap):
-    model = cached(ALL[name].load(), Interval(1, 1), tap, order=1)
-    assert torch.equal(sample(ALL[name], model, cfg=2.0), plain(name))
-    assert strip(model) == "####"
-    assert last_run(model).bytes_held > 0  # it was there, and stored
-
-
-@pytest.mark.parametrize("name", [name for name, family in ALL.items() if family.answers.kinds])
-@pytest.mark.parametrize(("threshold", "compare"), [(0.0, "output"), (1e-12, "output"), (1e-12, "residual")])
-def test_a_gate_that_never_opens_is_the_model_without_it(name, threshold, compare):
-    """At threshold 0 nobody is asked; just above, block 0 is forecast and compared each time."""
-    gate = FirstBlockGate(threshold, warm_up=1, compare=compare)
-    tap = "gated residual" if compare == "residual" else "gated"
-    model = cached(ALL[name].load(), gate, tap, order=1)
-    assert torch.equal(sample(ALL[name], model, cfg=2.0), plain(name))
-    assert strip(model) == "####"
-    errors = [error for error in last_run(model).errors if error > 1e-12]
-    assert len(errors) == (3 if threshold else 0)
-
-
-@family_with_blocks
-def test_share_0_is_the_model_without_the_cache(name):
-    family = FAMILIES[name]
-    model = cached(family.load(), Interval(2, 1), SpanTap(*block_hooks(family.load()), stages=Stages(0.0)))
-    assert torch.equal(sample(family, model, cfg=2.0), plain(name))
-    assert strip(model) == "####"
-    assert last_run(model).bytes_held == 0
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_input_change_0_is_the_model_without_it(name):
-    model = cached(FAMILIES[name].load(), InputChange(0.0, 2))
-    assert torch.equal(sample(FAMILIES[name], model, cfg=2.0), plain(name))
-
-
-@family_and_tap
-def test_interval_2_changes_the_picture_and_leaves_it_one(name, tap):
-    family = FAMILIES[name]
-    stages = Stages(0.75, 0.0) if tap == "span" else None  # no change of span: that is tested on its own
-    taken = SpanTap(*block_hooks(family.load()), stages=stages) if stages else tap
-    model = cached(family.load(), Interval(2, 1), taken)
-    out = sample(family, model, cfg=2.0)
-    assert strip(model) == "#.#."
-    assert torch.isfinite(out).all()
-    change = (out - plain(name)).abs().mean() / plain(name).abs().mean()
-    assert 1e-4 < change < 2
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -526,14 +470,6 @@ def test_a_sampler_that_looks_ahead_computes_what_it_cannot_tell(tiny_flux):
     assert torch.equal(tiny.sample(model, 8, sampler="heunpp2"), tiny.sample(tiny_flux, 8, sampler="heunpp2"))
     assert "." not in strip(model)
     assert last_run(model).notes == ["Started anew 6 times, last at evaluation 18: sigma rose."]
-
-
-@pytest.mark.parametrize("tap", ["last block", "gated", "span", "every module"])
-@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2s_ancestral"])
-def test_blocks_are_skipped_with_samplers_that_evaluate_twice(tiny_flux, tap, sampler):
-    model = cached(tiny_flux, Interval(2, 1), tap, order=1)
-    assert torch.isfinite(tiny.sample(model, 5, sampler=sampler)).all()
-    assert strip(model).count(".") >= 3
 
 
 @pytest.mark.parametrize(

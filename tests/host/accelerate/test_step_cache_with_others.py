@@ -374,15 +374,6 @@ def with_conditions(model, count, **settings):
 
 
 @every_tap
-@pytest.mark.parametrize("conditions", [1, 2])
-def test_easycontrol_with_a_neutral_cache_is_easycontrol(tiny_flux, tap, conditions):
-    expected = sample(with_conditions(tiny_flux, conditions), 3)
-    assert torch.equal(sample(neutral(with_conditions(tiny_flux, conditions), tap), 3), expected)
-    assert torch.equal(sample(with_conditions(neutral(tiny_flux, tap), conditions), 3), expected)
-    assert (expected - sample(tiny_flux, 3)).abs().mean() > 0.01
-
-
-@every_tap
 def test_easycontrol_is_accelerated_the_same_in_both_orders(tiny_flux, tap, encodings):
     """The condition is encoded once, as without the cache."""
     ours_last = accelerated(with_conditions(tiny_flux, 2), tap)
@@ -546,7 +537,7 @@ def test_a_compiled_model_makes_the_same_decisions(tap, texts):
         policy = gate(tap, threshold=errors[len(errors) // 2], warm_up=2)
     plain = cached(model, policy, tap, 1)
     fast = compiled(plain) if tap == "gated" else cached(compiled(model), policy, tap, 1)  # the order does not matter
-    for text in (prompt(), prompt(9, length=7))[:texts]:
+    for text in (prompt(), prompt(9))[:texts]:
         expected, marks = sample(plain, 6, positive=text), strip(plain)
         close(sample(fast, 6, positive=text), expected, atol=1e-4)
         assert strip(fast) == marks

@@ -1,4 +1,4 @@
-"""EasyControl on a tiny FLUX.1, sampled by ComfyUI itself: the promises every feature keeps, and the cache."""
+"""EasyControl on a tiny FLUX.1, sampled by ComfyUI itself: its keys, their cache, and what it says."""
 
 from __future__ import annotations
 
@@ -37,44 +37,9 @@ from dit_toolkit.tests.host.tiny import (
 pytestmark = pytest.mark.comfy
 
 
-@pytest.mark.parametrize("off", [{"strength": 0.0}, {"influence": 0.0}])
-def test_off_is_the_model_without_the_node(tiny_flux, file, off):
-    model = controlled(tiny_flux, file=file, **off)
-    assert model is tiny_flux
-
-
-def test_a_range_that_never_comes_is_the_model_without_the_node(tiny_flux, file, encodings):
-    """Simple schedules evaluate at 1 first and never between the last percent and 0."""
-    late = controlled(tiny_flux, file=file, part=PartOfRun(start=0.9999))
-    assert torch.equal(sample(late), sample(tiny_flux))
-    assert encodings == []
-
-
-@pytest.mark.parametrize("kind", ["spatial", "subject"])
-def test_the_condition_and_its_lora_act(tiny_flux, kind):
-    plain = sample(tiny_flux)
-    one = sample(controlled(tiny_flux, kind=kind))
-    other_image = sample(controlled(tiny_flux, kind=kind, condition=latent(99)))
-    other_lora = sample(controlled(tiny_flux, kind=kind, file=lora_file(5)))
-    weaker = sample(controlled(tiny_flux, kind=kind, strength=0.5))
-    for a, b in ((plain, one), (one, other_image), (one, other_lora), (one, weaker)):
-        assert (a - b).abs().mean() > 0.01
-    assert torch.equal(one, sample(controlled(tiny_flux, kind=kind)))
-
-
 def test_where_the_condition_lies_matters(tiny_flux, file):
     spatial, subject = (sample(controlled(tiny_flux, file=file, kind=kind)) for kind in ("spatial", "subject"))
     assert (spatial - subject).abs().mean() > 0.001
-
-
-def test_the_input_model_is_untouched(tiny_flux, file):
-    before = sample(tiny_flux)
-    options = repr(tiny_flux.model_options), dict(tiny_flux.wrappers), dict(tiny_flux.additional_models)
-    weights = {name: weight.clone() for name, weight in tiny_flux.model.state_dict().items()}
-    sample(controlled(tiny_flux, file=file))
-    assert (repr(tiny_flux.model_options), dict(tiny_flux.wrappers), dict(tiny_flux.additional_models)) == options
-    assert all(torch.equal(weight, weights[name]) for name, weight in tiny_flux.model.state_dict().items())
-    assert torch.equal(sample(tiny_flux), before)
 
 
 @pytest.mark.parametrize("cache", ["offload to CPU", "off"])
@@ -92,49 +57,10 @@ def test_a_condition_is_encoded_once_per_prompt_and_run(tiny_flux, file, encodin
     encodings.clear()
     sample(model, 4, cfg=3.0)  # two prompts
     assert len(encodings) == 2 * times
+    if cache == "on GPU":
+        sample(model, 4, sampler="heun")  # asks seven times
+        assert len(encodings) == 3 * times
     assert not torch.equal(encodings[0].pooled, encodings[1].pooled)
-
-
-@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "euler_ancestral", "dpmpp_2m", "uni_pc", "res_multistep"])
-def test_every_kind_of_sampler_gets_through(tiny_flux, file, encodings, sampler):
-    out = sample(controlled(tiny_flux, file=file), 4, sampler=sampler)
-    assert torch.isfinite(out).all()
-    assert len(encodings) == 1
-    assert (out - sample(tiny_flux, 4, sampler=sampler)).abs().mean() > 0.01
-
-
-def test_a_second_run_of_another_size_equals_a_fresh_start(tiny_flux, file):
-    model = controlled(tiny_flux, file=file)
-    first = sample(model)
-    wide = sample(model, size=(6, 10), batch=2)
-    assert torch.equal(wide, sample(controlled(tiny_flux, file=file), size=(6, 10), batch=2))
-    assert torch.equal(sample(model), first)
-
-
-def interrupt_at(monkeypatch, layer, call):
-    """Stop as ComfyUI does: from inside a layer, at its `call`-th use."""
-    count = [0]
-    forward = layer.forward
-
-    def stop(*args, **kwargs):
-        count[0] += 1
-        if count[0] == call:
-            raise comfy.model_management.InterruptProcessingException()
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(layer, "forward", stop)
-
-
-@pytest.mark.parametrize("call", [1, 2, 4])  # within the encoding, in the picture's first pass, in its third
-def test_a_run_after_an_interrupt_equals_a_fresh_start(tiny_flux, file, monkeypatch, call):
-    model = controlled(tiny_flux, file=file)
-    fresh = sample(controlled(tiny_flux, file=file))
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, tiny_flux.model.diffusion_model.single_blocks[0].linear1, call)
-        with pytest.raises(comfy.model_management.InterruptProcessingException):
-            sample(model)
-    assert torch.equal(sample(model), fresh)
-    assert torch.equal(sample(tiny_flux), sample(tiny_flux))
 
 
 def test_keys_are_gone_after_the_run(tiny_flux, file, monkeypatch):

@@ -85,25 +85,6 @@ def same_keys(a, b):
 # life cycle
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 6])  # passes of reference and picture in turn
-def test_a_run_after_an_interrupt_equals_a_fresh_start(tiny_flux, freed, monkeypatch, call):
-    model, fresh = freed(), sample(freed())
-    count, layer = [0], tiny_flux.model.diffusion_model.single_blocks[0].linear1
-    forward = layer.forward
-
-    def stop(*args, **kwargs):
-        count[0] += 1
-        if count[0] == call:
-            raise comfy.model_management.InterruptProcessingException()
-        return forward(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(layer, "forward", stop)
-        with pytest.raises(comfy.model_management.InterruptProcessingException):
-            sample(model)
-    assert torch.equal(sample(model), fresh)
-
-
 def test_nothing_is_left_after_the_run(freed, monkeypatch):
     kept, compute, runs, bind = [], ReferencePass.compute, [], ReferenceRun.__init__
 
@@ -139,11 +120,10 @@ def test_core_is_asked_for_room(tiny_flux, freed, monkeypatch):
 # step caches
 
 
-@pytest.mark.parametrize("tap", ["prediction", "last block", "span", "every module"])
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_a_step_cache_that_computes_everything_changes_nothing(tiny_flux, freed, tap, ours_first):
-    model = cached(freed(), Interval(1, 1), tap, 1) if ours_first else freed(cached(tiny_flux, Interval(1, 1), tap, 1))
-    assert torch.equal(sample(model, 4, cfg=2.0), sample(freed(), 4, cfg=2.0))
+def test_the_reference_is_drawn_once_an_evaluation(freed, recorded):
+    """Of which heun has seven in four steps."""
+    sample(freed(), 4, sampler="heun")
+    assert len(recorded) == 7
 
 
 @pytest.mark.parametrize("tap", ["prediction", "last block", "every module"])
@@ -198,15 +178,6 @@ def test_what_a_block_gave_is_told_from_what_it_gave_the_reference(tiny_flux):
     assert torch.equal(outputs[-1], last)
     with torch.no_grad():
         assert torch.equal(outputs[0], block.img_attn.proj(seen[1]))
-
-
-@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "euler_ancestral", "dpmpp_2m", "uni_pc"])
-def test_every_kind_of_sampler_gets_through(freed, recorded, sampler):
-    model = freed()
-    with calls(block=model.model.diffusion_model.double_blocks[0]) as count:
-        out = sample(model, 4, sampler=sampler)
-    assert torch.isfinite(out).all()
-    assert count["block"] == 2 * len(recorded)
 
 
 def test_easycache_of_core_sees_the_picture_only(tiny_flux, freed, recorded, caplog):
@@ -333,16 +304,6 @@ def test_the_reference_pass_knows_nothing_of_easycontrol(tiny_flux, freed, file,
         assert (both - alone).abs().mean() > 1e-3
         assert (both - sample(controlled(tiny_flux, file=file), 1)).abs().mean() > 1e-3
     assert all(same_keys(recorded[0], other) for other in recorded[1:])
-
-
-def test_order_of_nodes_does_not_matter(tiny_flux, freed, file):
-    close(sample(controlled(freed(), file=file)), sample(freed(controlled(tiny_flux, file=file))))
-
-
-def test_easycontrol_and_a_step_cache_together(tiny_flux, freed, file):
-    both = sample(controlled(freed(), file=file), 4, cfg=2.0)
-    model = cached(controlled(freed(), file=file), Interval(1, 1), "last block", 1)
-    assert torch.equal(sample(model, 4, cfg=2.0), both)
 
 
 def test_controlnet_is_added_to_the_picture_only(tiny_flux, freed, recorded):

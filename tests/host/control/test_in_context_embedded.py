@@ -25,6 +25,14 @@ def sets():
     return in_context.cases(COUNT, seed=61)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fewer_steps():
+    """Than the workflows take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_context, "STEPS", 12)
+        yield
+
+
 @pytest.fixture(scope="module")
 def drawers():
     return {"with": in_context.Drawer(), "without": in_context.Drawer(0.0)}

@@ -1,4 +1,4 @@
-"""Try-on on a tiny FLUX.1, sampled by ComfyUI itself: the promises every feature keeps, and what two branches add."""
+"""Try-on on a tiny FLUX.1, sampled by ComfyUI itself: what two branches add to a condition image."""
 
 from __future__ import annotations
 
@@ -9,24 +9,20 @@ import comfy.ldm.flux.model
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy_api.latest import io
 from comfy_extras.nodes_custom_sampler import Guider_DualModel
 from safetensors.torch import save_file
 
 from dit_toolkit.host.control import try_on, try_on_files
 from dit_toolkit.host.control.conditions_run import Encoder
 from dit_toolkit.host.control.try_on_files import TryOnFile
-from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.models.control.mc_vton import BranchLora, layers
 from dit_toolkit.models.control.mc_vton_keys import Branch, Checkpoint, Settings, parse, write, write_metadata
-from dit_toolkit.nodes.step_cache import TaylorSeer
 from dit_toolkit.tests.host.control.dense_flux import Image, grid, random_transformer, velocity
 from dit_toolkit.tests.host.tiny import (
     DOUBLE,
     HIDDEN,
     SINGLE,
     close,
-    controlled,
     flux_state,
     latent,
     load_flux,
@@ -90,31 +86,6 @@ def same_keys(a, b) -> bool:
     return all(torch.equal(x, y) for block in a for x, y in zip(a[block], b[block], strict=True))
 
 
-def test_off_is_the_model_without_the_node(tiny_flux, file):
-    assert dressed(tiny_flux, file, person_strength=0, garment_strength=0) is tiny_flux
-
-
-def test_a_range_that_never_comes_is_the_model_without_the_node(tiny_flux, file, encodings):
-    assert torch.equal(sample(dressed(tiny_flux, file, part=PartOfRun(start=0.9999))), sample(tiny_flux))
-    assert encodings == []
-
-
-def test_both_pictures_and_both_loras_act(tiny_flux, file):
-    one = sample(dressed(tiny_flux, file))
-    others = (
-        tiny_flux,
-        dressed(tiny_flux, file, person=latent(30, (8, 8))),
-        dressed(tiny_flux, file, garment=latent(31, (8, 6))),
-        dressed(tiny_flux, file_of(person=7)),
-        dressed(tiny_flux, file_of(garment=8)),
-        dressed(tiny_flux, file, person_strength=0.5),
-        dressed(tiny_flux, file, garment_strength=0.5),
-    )
-    for other in others:
-        assert (sample(other) - one).abs().mean() > 0.003
-    assert torch.equal(one, sample(dressed(tiny_flux, file)))
-
-
 def test_a_branch_of_strength_0_is_away(tiny_flux, file, encodings):
     alone = sample(dressed(tiny_flux, file, garment_strength=0))
     assert len(encodings) == 1
@@ -127,18 +98,6 @@ def test_the_garment_lies_where_the_file_or_the_user_says(tiny_flux, file):
     assert (beside - below).abs().mean() > 0.001
     assert torch.equal(sample(dressed(tiny_flux, file)), beside)
     assert torch.equal(sample(dressed(tiny_flux, file_of(position="below"))), below)
-
-
-def test_the_input_model_is_untouched(tiny_flux, file):
-    before = sample(tiny_flux)
-    options = repr(tiny_flux.model_options), dict(tiny_flux.wrappers), dict(tiny_flux.additional_models)
-    model = dressed(tiny_flux, file)
-    first = sample(model)
-    assert (repr(tiny_flux.model_options), dict(tiny_flux.wrappers), dict(tiny_flux.additional_models)) == options
-    assert torch.equal(sample(tiny_flux), before)
-    wide = sample(model, size=(6, 10), batch=2)
-    assert torch.equal(wide, sample(dressed(tiny_flux, file), size=(6, 10), batch=2))
-    assert torch.equal(sample(model), first)
 
 
 @pytest.mark.parametrize("cache", ["offload to CPU", "off"])
@@ -154,13 +113,9 @@ def test_each_picture_is_encoded_once_per_prompt_and_run(tiny_flux, file, encodi
     assert len(encodings) == times
     sample(model, 4, cfg=3.0)  # two prompts
     assert len(encodings) == 3 * times
-
-
-@pytest.mark.parametrize("sampler", ["heun", "euler_ancestral", "uni_pc"])
-def test_every_kind_of_sampler_gets_through(tiny_flux, file, encodings, sampler):
-    out = sample(dressed(tiny_flux, file), 3, sampler=sampler)
-    assert torch.isfinite(out).all()
-    assert len(encodings) == 2
+    if cache == "on GPU":
+        sample(model, 4, sampler="heun")  # asks seven times
+        assert len(encodings) == 4 * times
 
 
 def test_loras_of_zeros_are_plain_tokens_and_so_is_a_missing_branch(tiny_flux):
@@ -274,36 +229,6 @@ def test_alpha_in_a_file_scales_its_layer(tiny_flux, tmp_path):
     out = sample(dressed(tiny_flux, loaded), 1)
     close(out, sample(dressed(tiny_flux, TryOnFile("folded", folded)), 1))
     assert (out - sample(dressed(tiny_flux, bare), 1)).abs().mean() > 0.003
-
-
-def taylor(model, **values):
-    defaults = {entry.id: entry.default for entry in TaylorSeer.define_schema().inputs if hasattr(entry, "default")}
-    node = TaylorSeer.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "1"}})
-    return node.execute(model=model, **{**defaults, **values}).args[0]
-
-
-@pytest.mark.parametrize("ours_first", [True, False])
-def test_it_goes_together_with_a_step_cache(tiny_flux, file, encodings, ours_first):
-    def both(**values):
-        if ours_first:
-            return taylor(dressed(tiny_flux, file), **values)
-        return dressed(taylor(tiny_flux, **values), file)
-
-    plain = sample(dressed(tiny_flux, file), 6)
-    assert torch.equal(sample(both(interval=1), 6), plain)
-    encodings.clear()
-    skipped = sample(both(interval=2, first_full=1), 6)
-    assert len(encodings) == 2
-    assert torch.isfinite(skipped).all()
-    assert not torch.equal(skipped, plain)
-
-
-def test_it_goes_together_with_easycontrol(tiny_flux, file):
-    one = sample(dressed(controlled(tiny_flux, kind="spatial"), file))
-    other = sample(controlled(dressed(tiny_flux, file), kind="spatial"))
-    close(one, other)
-    for part in (dressed(tiny_flux, file), controlled(tiny_flux, kind="spatial")):
-        assert (sample(part) - one).abs().mean() > 0.005
 
 
 @pytest.mark.parametrize("person", [1, None])

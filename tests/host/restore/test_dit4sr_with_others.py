@@ -16,7 +16,8 @@ from dit_toolkit.nodes.accelerate import AccelerateDiT  # noqa: E402
 from dit_toolkit.nodes.sparse_attention import ApplyClear  # noqa: E402
 from dit_toolkit.nodes.step_cache import ConfidenceGatedTaylor, DeltaDiT, TaylorSeer  # noqa: E402
 from dit_toolkit.tests.host.restore.tiny_dit4sr import base, close, latent, prompt, published, restored, sample  # noqa: E402
-from dit_toolkit.tests.nodes.test_inputs import call, good  # noqa: E402
+from dit_toolkit.tests.nodes.calling import run_node  # noqa: E402
+from dit_toolkit.tests.nodes.test_inputs import good  # noqa: E402
 
 SIZE = (12, 12)  # 4 windows
 LR = latent(12, SIZE)
@@ -24,7 +25,7 @@ LR = latent(12, SIZE)
 
 def cached(model, node=TaylorSeer, **settings):
     """`model` as a node of ours accelerates it."""
-    return call(node, **{**good(node, {"MODEL": model}), **settings})[0]
+    return run_node(node, **{**good(node, {"MODEL": model}), **settings})[0]
 
 
 @pytest.fixture
