@@ -16,7 +16,8 @@ pytestmark = pytest.mark.comfy
 
 from dit_toolkit.host import model_files  # noqa: E402
 from dit_toolkit.host.restore import dit4sr, dit4sr_files  # noqa: E402
-from dit_toolkit.host.restore.dit4sr_files import extract, load, load_patcher, names, path_of, target_of  # noqa: E402
+from dit_toolkit.host.restore.dit4sr_extract import extract, target_of  # noqa: E402
+from dit_toolkit.host.restore.dit4sr_files import load, load_patcher, names, path_of  # noqa: E402
 from dit_toolkit.host.restore.dit4sr_settings import DiT4SR  # noqa: E402
 from dit_toolkit.models.restore.dit4sr_keys import write  # noqa: E402
 from dit_toolkit.tests.host import families  # noqa: E402
