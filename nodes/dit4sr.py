@@ -16,7 +16,8 @@ from comfy_api.latest import io
 
 from ..host.part_of_run import PartOfRun
 from ..host.restore.dit4sr import attach, enlarged, plan
-from ..host.restore.dit4sr_files import Precision, extract, load, names, target_of
+from ..host.restore.dit4sr_extract import Precision, extract, target_of
+from ..host.restore.dit4sr_files import load, names
 from ..host.restore.dit4sr_sampling import CFG, SHIFT, STEPS, sampling
 from ..host.restore.dit4sr_settings import NODE, DiT4SR, check_numbers, check_tiles
 from ..models.restore.dit4sr import CROSS_STREAM_SCALE
@@ -87,8 +88,8 @@ class ApplyDiT4SR(io.ComfyNode):
                 io.Float.Input("upscale_by", default=4.0, min=1.0, max=8.0, step=0.1,
                                tooltip="Size of the result, as a multiple of the photo's. Trained for 4."),
                 share("strength", 1.0,
-                      "How much of the photo reaches the picture. 1 is as published; less gives the model more "
-                      "freedom, and is slower. 0 turns the node off."),
+                      "How much of the photo reaches the picture. 1 is as published, less gives the model more "
+                      "freedom. 0 turns the node off."),
                 *part_of_run(
                     "Where in the run the model begins to look at the photo. 0 is the start.",
                     "Where in the run it stops. 1 is the end.",
@@ -107,8 +108,8 @@ class ApplyDiT4SR(io.ComfyNode):
                              tooltip="How far neighbouring tiles overlap, in latent pixels of 8. More hides seams "
                              "better and is slower."),
                 io.Int.Input("tile_batch", default=1, min=1, max=64, advanced=True,
-                             tooltip="Tiles that are computed at a time. More is faster on a large GPU, and needs "
-                             "more memory."),
+                             tooltip="Tiles that are computed at a time. More needs more memory. The picture is the "
+                             "same, up to rounding."),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model, restoring this photo."),
@@ -174,8 +175,8 @@ class ExtractDiT4SR(io.ComfyNode):
             display_name="Extract DiT4SR Patch",
             category="DiT Toolkit/loaders",
             description=(
-                "Makes a patch of 0.7 GB from the published transformer of 5 to 11 GB, which may then be deleted. The "
-                "patch goes into output/dit4sr, where Load DiT4SR Patch finds it."
+                "Makes a patch of 0.5 to 0.7 GB from the published transformer of 5 to 11 GB, which is not needed any "
+                "more then. The patch goes into output/dit4sr, where Load DiT4SR Patch finds it."
             ),
             search_aliases=["dit4sr", "extract", "save patch", "smaller file", "super resolution"],
             is_output_node=True,
@@ -242,8 +243,8 @@ class DiT4SRSampling(io.ComfyNode):
             display_name="DiT4SR Sampling",
             category="DiT Toolkit/sampling",
             description=(
-                "Sets the sampling that DiT4SR is made for: euler, schedule normal, shift 3, 40 steps, cfg 8. For "
-                "SamplerCustom. Other samplers and schedules give worse results."
+                "Sets the sampling of DiT4SR's authors: euler, schedule normal, shift 3, 40 steps, cfg 8. For "
+                "SamplerCustom. Other schedules have other noise levels."
             ),
             search_aliases=["dit4sr", "sampler", "schedule", "shift", "upscale", "super resolution"],
             inputs=[

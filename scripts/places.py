@@ -15,10 +15,11 @@ VENV = ROOT / ".venv"
 CACHE = ROOT / ".cache"
 BASE = ROOT / ".comfyui" / "base"  # models, input, output and user files of `make serve`
 WORKFLOWS = ROOT / "workflows"
+BLUEPRINTS = ROOT / "subgraphs"
 DEMO_INPUTS = ROOT / "web" / "examples"  # shipped: help pages and notes show them
 DEMO_PROMPTS = ROOT / "scripts" / "demo_prompts"
 
-MODEL_FOLDERS = ("diffusion_models", "easycontrol", "loras", "model_patches", "text_encoders", "vae")
+MODEL_FOLDERS = ("diffusion_models", "dit4sr", "easycontrol", "loras", "model_patches", "text_encoders", "vae")
 
 
 def comfyui() -> Path:

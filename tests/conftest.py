@@ -4,6 +4,7 @@ Everything runs on the CPU, and gives the same numbers on every machine. The tes
 `pytest -m gpu`, because ComfyUI chooses its device once per process.
 """
 
+import json
 import random
 import shutil
 import sys
@@ -103,8 +104,8 @@ def server(tmp_path_factory) -> Server:
     base = places.prepare_base(tmp_path_factory.mktemp("comfyui"))
     if places.DEMO_INPUTS.exists():
         shutil.copytree(places.DEMO_INPUTS, base / "input", dirs_exist_ok=True)
-    for path in places.WORKFLOWS.glob("*.json"):
-        for model in workflows.models_of(workflows.read(path.stem)):
+    for path in (*places.WORKFLOWS.glob("*.json"), *places.BLUEPRINTS.glob("*.json")):
+        for model in workflows.models_of(json.loads(path.read_text(encoding="utf-8"))):
             file = base / "models" / model["directory"] / model["name"]
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from torch import Tensor
 
-from ..families import flux
+from ..families.family import require_latent
 from ..part_of_run import WHOLE_RUN, PartOfRun
 
 PATCH = 16  # pixels per token
@@ -54,7 +54,7 @@ class ConditionImage:
         for title, value, allowed in choices:
             if value not in allowed:
                 raise ValueError(f"{title} must be one of {', '.join(allowed)}, got '{value}'.")
-        flux.require_latent(self.latent, "The condition")
+        require_latent(self.latent, "The condition")
 
     @property
     def off(self) -> bool:

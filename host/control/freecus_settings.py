@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ...models.control.freecus import KEY_SCALE, REFERENCE_SHIFT, ShiftMode, in_bytes, reference_sigma, subject_tokens
 from ...models.control.pixels import Fit
 from ...models.control.positions import GridSize
-from ..families import flux
+from ..families.family import require_latent
 from ..part_of_run import WHOLE_RUN, PartOfRun
 from ..transformer import Block
 
@@ -54,7 +54,7 @@ class Reference:
                     f"{NODE}: the VAE made {tuple(encoded.shape)} of the reference, the picture's latent is "
                     f"{height} x {width}. Connect the VAE of the FLUX.1 model."
                 )
-            flux.require_latent(encoded, f"{NODE}: the reference")
+            require_latent(encoded, f"{NODE}: the reference")
             self._latents.clear()
             self._latents[height, width] = encoded
         return self._latents[height, width]

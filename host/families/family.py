@@ -38,6 +38,8 @@ BlockKey = tuple[str, int]  # ("double_block", 3), as in patches_replace["dit"]
 BlockArgs = dict[str, Any]
 Grids = tuple[Grid, ...]
 
+LARGEST = 1e4  # value of a latent: VAEs stay within some tens, and half precision ends at 65504
+
 
 @dataclass(frozen=True)
 class BlockKind:
@@ -143,3 +145,18 @@ def cells(size: tuple[int, ...] | Any, patch: tuple[int, ...] | Any) -> tuple[in
 def count(size: tuple[int, ...] | Any, patch: tuple[int, ...] | Any) -> int:
     """Patches in all, of a latent of this size."""
     return math.prod(cells(size, patch))
+
+
+def require_latent(latent: Tensor, what: str) -> None:
+    """Refuse a latent that would turn the picture black. `what` it is, for messages.
+
+    Raises:
+        ValueError: no values at all, values that are no numbers, or far larger ones than any VAE gives.
+    """
+    if latent.numel() == 0:
+        raise ValueError(f"{what} is empty: its latent is {list(latent.shape)}. Check the image.")
+    if not latent.abs().max() <= LARGEST:  # NaN too
+        raise ValueError(
+            f"{what} holds NaN or infinite values, or far larger ones than any VAE gives. Check the image, or the VAE "
+            "that encoded it."
+        )

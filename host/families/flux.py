@@ -32,7 +32,6 @@ from ..transformer import Block, class_of, core_name, transformer_of
 from .family import Family, Grids, cells, count, double_and_single_blocks
 
 apply_rope = apply_rope1  # (x, pe) to x rotated
-LARGEST = 1e4  # value in a latent: VAEs stay within some tens, and half precision ends at 65504
 
 
 def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
@@ -85,21 +84,6 @@ def is_flux1(model: Any) -> bool:
         model: a MODEL, a running BaseModel, or its transformer.
     """
     return issubclass(class_of(model), Flux) and like_flux1(transformer_of(model))
-
-
-def require_latent(latent: Tensor, what: str) -> None:
-    """Refuse a latent that would turn the picture black. Messages call it `what`.
-
-    Raises:
-        ValueError: the latent is empty, or holds NaN, infinite values or far larger ones than any VAE gives.
-    """
-    if latent.numel() == 0:
-        raise ValueError(f"{what} is empty: its latent is {list(latent.shape)}. Check the image.")
-    if not latent.abs().max() <= LARGEST:  # NaN too
-        raise ValueError(
-            f"{what} holds NaN or infinite values, or far larger ones than any VAE gives. Check the image, or the VAE "
-            "that encoded it."
-        )
 
 
 def grid_size(transformer: Flux, height: int, width: int) -> tuple[int, int]:

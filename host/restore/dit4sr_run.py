@@ -45,6 +45,7 @@ class Stream:
         self.tokens: Tensor | None = None
         self.last = -1  # block that ran
 
+    @untraced  # it changes from call to call; the block that it calls is compiled
     def run(self, i: int, args: BlockArgs) -> dict[str, Tensor | None]:
         """Block `i` with all three streams. A block that comes again begins another pass of the model."""
         if self.tokens is None or i <= self.last:
@@ -91,12 +92,12 @@ class Restorer:
 
         A ControlNet sees the whole picture, so with one the whole is asked for.
         """
-        batch, channels, height, width = noise_shape
+        batch, *channels, height, width = noise_shape
         controlled = any(cond.get("control") is not None for prompt in conds.values() for cond in prompt)
         if len(self.windows) > 1 and not controlled:
             batch *= min(self.settings.tile_batch, len(self.windows))
             height, width = self.windows[0].height, self.windows[0].width
-        return executor(model, [batch, channels, height, 2 * width], conds, *args, **kwargs)
+        return executor(model, [batch, *channels, height, 2 * width], conds, *args, **kwargs)
 
     def given(self, base: Any) -> bool:
         """Not to the negative model of a guider with two models."""

@@ -1,7 +1,7 @@
 """How DiT4SR is sampled: the schedule its authors use, made of ComfyUI's own parts.
 
-Euler on 40 steps of the schedule "normal" at shift 3 gives the noise levels of the authors' code, to 1e-7. ComfyUI's
-other schedules give other ones, which is the usual reason for results that are worse than the authors'.
+Euler on 40 steps of the schedule "normal" at shift 3 has the noise levels of the authors' code. ComfyUI's other
+schedules have other ones.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from uuid import UUID
 from torch import Tensor
 
 from ...models.restore.dit4sr import CROSS_STREAM_SCALE
+from ..families.family import require_latent
 from ..part_of_run import WHOLE_RUN, PartOfRun
 
 NODE = "Apply DiT4SR"
-LARGEST = 1e4  # value of a latent: VAEs stay within some tens, and half precision ends at 65504
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,13 +41,9 @@ class DiT4SR:
         check_tiles(self.tile, self.overlap)
         if self.tile_batch < 1:
             raise ValueError(f"tile_batch must be at least 1, got {self.tile_batch}.")
-        if self.latent.ndim != 4 or self.latent.numel() == 0:
+        if self.latent.ndim != 4:
             raise ValueError(f"The picture's latent must be [N, C, h, w], got {list(self.latent.shape)}. Use its VAE.")
-        if not self.latent.abs().max() <= LARGEST:  # NaN too
-            raise ValueError(
-                f"{NODE}: the encoded picture holds NaN or infinite values, or far larger ones than any VAE gives. "
-                "Check the image, and the VAE."
-            )
+        require_latent(self.latent, f"{NODE}: the encoded picture")
 
     @property
     def size(self) -> tuple[int, int]:

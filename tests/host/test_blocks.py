@@ -13,7 +13,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
-from dit_toolkit.host.blocks import Wrap, wrap_block
+from dit_toolkit.host.blocks import Wrap, replace_block, wrap_block
 from dit_toolkit.host.families.family import BlockKey
 from dit_toolkit.host.run import attach
 from dit_toolkit.host.transformer import transformer_of
@@ -372,6 +372,55 @@ def test_a_compiled_model_runs_the_wraps_each_time():
         out, calls = sampled(compiled)
         assert calls == 3
         torch.testing.assert_close(out, expected)
+
+
+@dataclass(frozen=True, eq=False)
+class Replaced:
+    """A description that takes the place of one block."""
+
+    key: BlockKey
+    run: Wrap
+
+    def bind(self, run, model_options):
+        replace_block(model_options, self.key, self.run)
+
+
+@every_family
+@pytest.mark.parametrize("first", ["replaced", "wrapped"])
+def test_what_takes_the_place_of_a_block_is_inside_of_all_wraps(family, first):
+    """Whichever came first: a wrap sees what is made, and decides whether it is made at all."""
+    key, order = keys_of(family)[1], []
+
+    def doubled(args, run_block):
+        order.append("replaced")
+        out = run_block(args)
+        return {**out, "img": 2 * out["img"]}
+
+    def looked(args, run_block):
+        order.append("wrap")
+        before = args["img"].clone()
+        out = run_block(args)
+        order.append("and on" if not torch.equal(out["img"], before) else "nothing")
+        return out
+
+    def skipped(args, run_block):
+        return {name: args[name] for name in family.answers.streams(key[0])}
+
+    def both(wrap):
+        pair = [(Replaced(key, doubled), Replaced.bind), (Wrapped({key: wrap}), Wrapped.bind)]
+        model = family.load()
+        for description, bind in pair if first == "replaced" else reversed(pair):
+            model = attach(model, description, bind)
+        return sample(family, model, 1)
+
+    alone = sample(family, attach(family.load(), Replaced(key, doubled), Replaced.bind), 1)
+    assert not torch.equal(alone, sample(family, steps=1))
+    order.clear()
+    assert torch.equal(both(looked), alone)
+    assert order == ["wrap", "replaced", "and on"]
+    order.clear()
+    assert torch.equal(both(skipped), sample(family, attach(family.load(), Wrapped({key: skipped}), Wrapped.bind), 1))
+    assert order == []
 
 
 def test_mistakes_are_named():

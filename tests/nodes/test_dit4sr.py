@@ -96,12 +96,12 @@ def test_a_vae_that_breaks_is_refused():
 
     with pytest.raises(ValueError, match="the encoded picture holds NaN or infinite values"):
         applied(vae=Broken())
-    with pytest.raises(ValueError, match=r"must have 16 channels, got 4. Connect the VAE of the model"):
+    with pytest.raises(ValueError, match=r"must have 16 channels, got 4\. Connect the VAE of the model"):
         applied(vae=Other())
 
 
 def schedule_by_definition(steps: int, shift: float = 3.0) -> torch.Tensor:
-    """Diffusers' FlowMatchEulerDiscreteScheduler: even timesteps from the largest to the smallest, shifted once more."""
+    """Diffusers' FlowMatchEulerDiscreteScheduler: even steps from the largest to the smallest, shifted once more."""
 
     def shifted(sigma):
         return shift * sigma / (1 + (shift - 1) * sigma)

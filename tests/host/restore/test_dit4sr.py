@@ -355,25 +355,29 @@ def test_grey_pictures_become_rgb():
     assert torch.equal(out[..., 0], out[..., 2])
 
 
-def test_memory_is_asked_for_what_runs_at_a_time():
+@pytest.mark.parametrize(
+    ("size", "settings", "expected"),
+    [
+        ((16, 20), {}, (1, 8, 16)),
+        ((16, 20), {"tile_batch": 4}, (4, 8, 16)),
+        ((16, 20), {"tile_batch": 50}, (12, 8, 16)),
+        ((16, 20), {"tile": 0, "overlap": 0}, (1, 16, 40)),
+        ((8, 8), {}, (1, 8, 16)),
+    ],
+)
+def test_memory_is_asked_for_what_runs_at_a_time(monkeypatch, size, settings, expected):
+    """Rows, height and width of what core is told to make room for: windows with two streams. 4 x 3 windows in all."""
     asked = []
+    required = base().model.memory_required
 
-    def watch(executor, model, noise_shape, *args, **kwargs):
-        asked.append(list(noise_shape))
-        return executor(model, noise_shape, *args, **kwargs)
+    def watched(shape, **rest):
+        asked.append(tuple(shape))
+        return required(shape, **rest)
 
-    for settings, size, expected in (
-        ({"lr": latent(1, (16, 20))}, (16, 20), [1, 16, 8, 16]),
-        ({"lr": latent(1, (16, 20)), "tile_batch": 4}, (16, 20), [4, 16, 8, 16]),
-        ({"lr": latent(1, (16, 20)), "tile": 0}, (16, 20), [1, 16, 16, 40]),
-        ({}, (8, 8), [1, 16, 8, 16]),
-    ):
-        model = restored(**settings)
-        model.add_wrapper_with_key("prepare_sampling", "zz_after_ours", watch)
-        asked.clear()
-        sample(model, 1, size=size)
-        assert asked[-1] in (expected, [1, 16, *size])
-        model.model_options["transformer_options"].pop("wrappers", None)
+    monkeypatch.setattr(base().model, "memory_required", watched)
+    sample(restored(lr=latent(1, size), **settings), 1, size=size)
+    rows, height, width = expected
+    assert asked[0] == (2 * rows, 16, height, width)  # core reckons with two prompts
 
 
 def test_the_patch_is_a_model_of_its_own_to_core():

@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 pytestmark = pytest.mark.comfy
 
 from dit_toolkit.host import model_files  # noqa: E402
-from dit_toolkit.host.restore import dit4sr_files  # noqa: E402
-from dit_toolkit.host.restore.dit4sr_files import extract, load, load_patcher, names, path_of, target_of  # noqa: E402
+from dit_toolkit.host.restore import dit4sr, dit4sr_files  # noqa: E402
+from dit_toolkit.host.restore.dit4sr_extract import extract, target_of  # noqa: E402
+from dit_toolkit.host.restore.dit4sr_files import load, load_patcher, names, path_of  # noqa: E402
+from dit_toolkit.host.restore.dit4sr_settings import DiT4SR  # noqa: E402
 from dit_toolkit.models.restore.dit4sr_keys import write  # noqa: E402
 from dit_toolkit.tests.host import families  # noqa: E402
 from dit_toolkit.tests.host.restore.tiny_dit4sr import (  # noqa: E402
@@ -191,7 +193,7 @@ def test_a_damaged_file_is_refused(folders, name, contents, words):
 
 def test_other_files_are_refused(folders):
     save_file({"a": torch.zeros(2)}, folders / "dit4sr" / "other.safetensors")
-    with pytest.raises(ValueError, match=r"other.safetensors is no DiT4SR file"):
+    with pytest.raises(ValueError, match=r"other\.safetensors is no DiT4SR file"):
         load("other.safetensors")
     plain = {key: weight for key, weight in published().items() if "control" not in key}
     save_file(plain, folders / "dit4sr" / "base.safetensors")
@@ -253,7 +255,7 @@ def test_a_patch_may_have_fewer_bits(folders):
 def test_what_float16_cannot_hold_is_refused(folders):
     key = "transformer_blocks.0.attn.to_v_control.weight"
     save_file({**published(), key: published()[key] * 1e6}, folders / "dit4sr" / "whole.safetensors")
-    with pytest.raises(ValueError, match=r"is too large for float16. Choose bfloat16"):
+    with pytest.raises(ValueError, match=r"is too large for float16\. Choose bfloat16"):
         extract("whole.safetensors", target_of("mine"), "float16")
     assert not list(Path(folder_paths.get_output_directory(), "dit4sr").glob("*"))
 
@@ -265,7 +267,7 @@ def test_the_file_must_be_made_on_the_model(folders):
         extract("whole.safetensors", target, "float16", base(1))
     with pytest.raises(ValueError, match=r"is made for hidden size 192, 3 blocks, 2 of them .* the model has .* 1 of"):
         extract("whole.safetensors", target, "float16", families.FAMILIES["sd35"].load())
-    with pytest.raises(ValueError, match=r"Extract DiT4SR Patch needs a Stable Diffusion 3.5 Medium model, got Flux"):
+    with pytest.raises(ValueError, match=r"Extract DiT4SR Patch needs a Stable Diffusion 3\.5 Medium model, got Flux"):
         extract("whole.safetensors", target, "float16", families.FAMILIES["flux"].load())
     assert not Path(target).exists()
 
@@ -287,7 +289,7 @@ def test_a_model_in_fewer_bits_is_compared_as_well(folders, dtype):
 def test_a_patch_needs_no_extracting(folders):
     tensors, metadata = write(file().checkpoint.weights, "r1")
     save_file(tensors, folders / "dit4sr" / "patch.safetensors", metadata)
-    with pytest.raises(ValueError, match=r"patch.safetensors is a patch already"):
+    with pytest.raises(ValueError, match=r"patch\.safetensors is a patch already"):
         extract("patch.safetensors", target_of("mine"))
 
 
@@ -311,9 +313,6 @@ def test_a_patch_restores_as_the_file_it_was_made_of(folders):
     save_file(published(), folders / "dit4sr" / "whole.safetensors")
     extract("whole.safetensors", target_of("mine"), "as in the file")
     made = load("mine_00001.safetensors")
-    from dit_toolkit.host.restore import dit4sr
-    from dit_toolkit.host.restore.dit4sr_settings import DiT4SR
-
     patched = dit4sr.attach(base(), made.patcher, made.made_for, DiT4SR(None, made.name, latent(12)))
     close(sample(patched), sample(restored(tile=64, overlap=24)), 0)
 

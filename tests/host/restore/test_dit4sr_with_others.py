@@ -6,8 +6,12 @@ import comfy.sd
 import comfy_extras.nodes_custom_sampler as custom
 import pytest
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_easycache import LazyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
 pytestmark = pytest.mark.comfy
 
@@ -191,3 +195,45 @@ def test_a_guider_of_two_models_restores_the_one_that_it_hangs_on(work):
     out = made.args[0].sample(noise, torch.zeros_like(noise), sampler, torch.tensor([1.0, 0.5, 0.0]), disable_pbar=True)
     assert out.isfinite().all()
     assert work.count("both") == work.count("base") == 2 * 3 * 4  # evaluations, blocks, windows
+
+
+def test_windows_over_a_batch_see_their_own_pictures():
+    """Core's context windows: two windows of two pictures each, without overlap, are two runs."""
+    lr, noise = latent(30, SIZE, 4), latent(7, SIZE, 4)
+    schedule = {"context_schedule": "standard_static", "context_stride": 1, "closed_loop": False, "fuse_method": "flat"}
+    (model,) = ContextWindowsManualNode.execute(restored(lr=lr), 2, 0, **schedule, dim=0, freenoise=False).args
+    together = sample(model, 2, noise=noise)
+    halves = [sample(restored(lr=lr[i : i + 2]), 2, noise=noise[i : i + 2]) for i in (0, 2)]
+    close(together, torch.cat(halves))
+
+
+@pytest.mark.parametrize("tile", [0, 8])
+def test_a_compiled_model_sees_the_picture_of_each_call(tile):
+    """TorchCompileModel drops its checks on what is in transformer_options, and would repeat the first stream."""
+    model = restored(lr=LR, tile=tile)
+    options = model.model_options["transformer_options"]
+    options["optimized_attention_override"] = lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs)
+    expected = sample(model, 3, size=SIZE, cfg=3.0)
+    compiled = model.clone()
+    set_torch_compile_wrapper(compiled, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
+    torch.compiler.reset()
+    for _ in range(2):
+        close(sample(compiled, 3, size=SIZE, cfg=3.0), expected, 1e-4)
+
+
+def test_blocks_that_nobody_asks_through_are_an_error():
+    """Another pack's forward pass that leaves block replacements out."""
+    model = restored(lr=LR)
+    transformer = model.model.diffusion_model
+    forward = transformer.forward
+
+    def theirs(x, t, transformer_options=None, **rest):
+        kept = {key: value for key, value in (transformer_options or {}).items() if key != "patches_replace"}
+        return forward(x, t, transformer_options=kept, **rest)
+
+    transformer.forward = theirs
+    try:
+        with pytest.raises(ValueError, match="Apply DiT4SR has no effect: "):
+            sample(model, 1, size=SIZE)
+    finally:
+        del transformer.forward

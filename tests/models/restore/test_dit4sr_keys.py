@@ -79,6 +79,15 @@ def test_what_a_branch_holds_is_a_patch(variant):
     assert checkpoint.variant == variant
 
 
+@pytest.mark.parametrize(("variant", "millions"), [("r1", 350.9), ("v1", 263.5)])
+def test_the_published_size_is_that_of_the_paper_s_files(variant, millions):
+    """24 blocks of 1536 channels, 13 of them with a second attention: 37 attentions of 3 or 4 matrices, 24 MLPs."""
+    branch = ControlBranch(1536, 24, range(13), variant, operations=nn, device=torch.device("meta"))
+    weights = branch.state_dict()
+    assert sum(weight.numel() for weight in weights.values()) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert weights.keys() == set(names(24, frozenset(range(13)), keys=variant == "r1"))
+
+
 def test_the_file_says_more_than_its_weights(r1):
     zero = reference.as_v1(r1)
     assert parse(control_of(zero), NAME, described("dit4sr", {"variant": "r1"})).variant == "r1"
