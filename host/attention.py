@@ -192,3 +192,8 @@ def widen_mask(mask: Tensor | None, q: Tensor, own: int, added: Sequence[tuple[i
     if by_row and mask.ndim == 3:
         mask = mask[:, None]  # [B, 1, Lq, own]
     return F.pad(mask, (0, count)) + weights.to(mask)
+
+
+def makes_sparse(description: object) -> bool:
+    """Whether a description makes attention sparse: its class says `sparse_attention = True`. A MODEL may have one."""
+    return getattr(description, "sparse_attention", False)

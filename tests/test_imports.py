@@ -54,6 +54,7 @@ FEATURES = {
 }
 DOOR = "nodes"  # nodes/__init__.py
 
+SECTIONS = ("control", "accelerate", "restore")
 Graph = dict[str, set[str]]  # modules by their dotted names from the root, and what each imports
 
 
@@ -127,10 +128,18 @@ def feature_of(module: str) -> str | None:
     return next((name for name, patterns in FEATURES.items() if any(fnmatch(module, each) for each in patterns)), None)
 
 
+def section_of(module: str) -> str | None:
+    """The section of its room that a module lies in: control, accelerate, restore."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 2 and parts[1] in SECTIONS else None
+
+
 def sideways(graph: Graph) -> set[tuple[str, str]]:
-    """Imports of one feature by another, or by what is shared."""
-    edges = {(module, other) for module, others in graph.items() for other in others if feature_of(other)}
-    return {(a, b) for a, b in edges if feature_of(a) != feature_of(b) and a not in (DOOR, PACK)}
+    """Imports of one feature by another, or by what is shared; imports of one section by another."""
+    edges = {(module, other) for module, others in graph.items() for other in others if other in graph}
+    features = {(a, b) for a, b in edges if feature_of(b) and feature_of(a) != feature_of(b)}
+    sections = {(a, b) for a, b in edges if section_of(a) and section_of(b) and section_of(a) != section_of(b)}
+    return {(a, b) for a, b in features | sections if a not in (DOOR, PACK)}
 
 
 def strangers(graph: Graph) -> set[tuple[str, str]]:
@@ -159,6 +168,7 @@ def test_no_import_goes_the_wrong_way(find):
         ("models.control.mc_vton", "from .easycontrol import ConditionLora", sideways),
         ("host.accelerate.re_ttention", "from . import sparse_attention", sideways),
         ("host.accelerate.own_attention", "from .sparse_attention import SparseAttention", sideways),
+        ("host.restore.dit4sr", "from ..accelerate import own_attention", sideways),
         ("models.control.pixels", "import comfy.utils", strangers),
         ("models.control.pixels", "def late():\n    from comfy import utils", strangers),
         ("host.embedded", "from ..scripts import places", strangers),

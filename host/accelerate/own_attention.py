@@ -168,8 +168,3 @@ def require_known_tokens(model: ModelPatcher, node: str) -> None:
         f"{node} does not know where the picture's tokens are in a {core_name(model)} model. It works with "
         f"{', '.join(known)} and {last}."
     )
-
-
-def makes_sparse(description: object) -> bool:
-    """Whether a description makes attention sparse: its class says `sparse_attention = True`. A MODEL may have one."""
-    return getattr(description, "sparse_attention", False)

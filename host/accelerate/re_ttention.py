@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from comfy.model_patcher import ModelPatcher
 
+from ..attention import makes_sparse
 from ..run import Run, attached, descriptions_in
 from ..run import attach as attach_description
-from .own_attention import makes_sparse, require_known_tokens
+from .own_attention import require_known_tokens
 from .re_ttention_run import ReTtentionRun
 from .re_ttention_settings import ReTtention
 

@@ -35,7 +35,7 @@ class ReTtention:
     max_bytes: int | None = None
     report: ReTtentionReport = field(default_factory=ReTtentionReport)
 
-    sparse_attention = True  # see `own_attention.makes_sparse`
+    sparse_attention = True  # see `attention.makes_sparse`
 
     def __post_init__(self):
         if not 0 < self.keep < 1:

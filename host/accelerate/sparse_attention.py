@@ -51,7 +51,7 @@ class SparseAttention:
     cells: Mapping[Block, Tensor] = field(default_factory=dict)
     layers: frozenset[Block] | None = None
 
-    sparse_attention = True  # see `own_attention.makes_sparse`
+    sparse_attention = True  # see `attention.makes_sparse`
 
     def __post_init__(self):
         if self.min_tokens < 0:

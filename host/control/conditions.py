@@ -20,11 +20,10 @@ from dataclasses import replace
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
-from .. import attention
+from .. import adapters, attention
 from ..families import flux
 from ..run import KEY, Run
 from ..run import attach as attach_description
-from . import adapters
 from .conditions_run import Encoder
 from .conditions_settings import ConditionImage
 

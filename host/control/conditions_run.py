@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ...models.control.conditions import encode_condition
 from ...models.control.positions import GridSize, tokens_in_tile
+from .. import adapters
 from ..attention import ExtraKeys, KeysByBlock, with_keys
 from ..families import flux
 from ..run import Chunk, Run, attached, chunk_of
 from ..tiles import Tile
-from . import adapters
 from .conditions_settings import ConditionImage
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ...models.control.easycontrol import ConditionLora
 from ...models.control.easycontrol_keys import Checkpoint, Kind, Slot, likely_kind, parse, published_kind
-from .. import model_files
-from . import adapters
+from .. import adapters, model_files
 
 logger = logging.getLogger(__name__)
 

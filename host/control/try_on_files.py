@@ -10,8 +10,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...models.control.mc_vton import BranchLora
 from ...models.control.mc_vton_keys import Branch, Checkpoint, parse
-from .. import model_files
-from . import adapters
+from .. import adapters, model_files
 
 FOLDER = "try_on"
 

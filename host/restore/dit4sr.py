@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...models.restore.dit4sr_tiles import windows
-from ..accelerate.own_attention import makes_sparse
+from .. import adapters
+from ..attention import makes_sparse
 from ..blocks import replace_block, skips_middle_blocks
-from ..control import adapters
 from ..families import sd3
 from ..families.sd3 import Sizes
 from ..run import KEY, Run, attached, descriptions_in

@@ -22,8 +22,7 @@ from torch import Tensor
 from ...models.checkpoint import shown
 from ...models.restore.dit4sr import ControlBranch
 from ...models.restore.dit4sr_keys import Asked, Checkpoint, Variant, chosen, parse
-from .. import model_files
-from ..control import adapters
+from .. import adapters, model_files
 from ..families.sd3 import Sizes
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ...models.restore.dit4sr import joint_block
 from ...models.restore.dit4sr_tiles import Blend, Window, windows
+from .. import adapters
 from ..blocks import RunBlock
 from ..compiled import untraced
-from ..control import adapters
 from ..families import sd3
 from ..families.family import BlockArgs
 from ..offers import Offer, ask, offer

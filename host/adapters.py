@@ -1,4 +1,4 @@
-"""LoRAs that run beside the model, as ComfyUI models: core moves, offloads and maps them like any other model."""
+"""Added weights that run beside the model, as ComfyUI models: core moves, offloads and maps them like any other."""
 
 from __future__ import annotations
 
