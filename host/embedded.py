@@ -197,8 +197,8 @@ def load_vae(base: Base = "FLUX.1") -> EmbeddedVAE:
 
 
 def example_names() -> list[str]:
-    """File names of the example pictures: outlines, garments, masks, painted subjects, the photograph."""
-    kinds = ("drawn", "garment", "mask", "painted", "photo")
+    """File names of the example pictures: outlines, garments, masks, painted subjects, photographs."""
+    kinds = ("drawn", "garment", "mask", "painted", "photo", "worn")
     return sorted(path.name for kind in kinds for path in EXAMPLES.glob(f"{kind}_*"))
 
 
