@@ -52,8 +52,8 @@ class ExamplePicture(io.ComfyNode):
             inputs=[
                 choice("picture", embedded.example_names(), UNSET,
                        "drawn_*: outlines drawn by hand. garment_*: shirts laid flat. mask_*: where a doll or a shirt "
-                       "is, for Convert Image to Mask. painted_*: dolls. photo_*: a photograph. worn_*: small and noisy, for "
-                       "DiT4SR."),
+                       "is, for Convert Image to Mask. painted_*: dolls. photo_*: a photograph. worn_*: small and "
+                       "noisy, for DiT4SR."),
             ],
             outputs=[io.Image.Output(tooltip="The picture, [1, H, W, 3].")],
         )  # fmt: skip
