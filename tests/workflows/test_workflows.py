@@ -19,19 +19,25 @@ pytestmark = pytest.mark.comfy
 
 STEMS = workflows.stems()
 LOADERS = {"UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader", "LoraLoaderModelOnly", "DiTEasyControlLoader",
-           "LoadBackgroundRemovalModel"}  # fmt: skip
+           "LoadBackgroundRemovalModel", "CheckpointLoaderSimple", "DiTLoadDiT4SR"}  # fmt: skip
 SEGMENTERS = {"LoadBackgroundRemovalModel", "RemoveBackground"}
 
-# The outputs of DiTLoadEmbedded, by the node of FLUX.1-dev that they stand in for.
-EMBEDDED = {"UNETLoader": 0, "DualCLIPLoader": 1, "T5TokenizerOptions": 1, "VAELoader": 2}
+# The outputs of DiTLoadEmbedded, by the outputs of loaders that they stand in for.
+EMBEDDED = {
+    "UNETLoader": (0,), "DualCLIPLoader": (1,), "T5TokenizerOptions": (1,), "VAELoader": (2,),
+    "CheckpointLoaderSimple": (0, 1, 2),
+}  # fmt: skip
+WHOLE = ({"UNETLoader", "DualCLIPLoader", "VAELoader"}, {"CheckpointLoaderSimple"})  # either loads all there is
 TINY_FILES = {
     "canny.safetensors": "tiny_edge.safetensors",
     "subject.safetensors": "tiny_subject.safetensors",
     "couple-profile.safetensors": "dit_toolkit_demo_in_context.safetensors",
+    "dit4sr_q.safetensors": "tiny_dit4sr.safetensors",
 }
 TINY_NUMBERS = {
     "condition_size": 96, "width": 96, "height": 96, "panel_width": 96, "panel_height": 96, "steps": 4,
 }  # fmt: skip
+TINY_TILES = {"min_side": 16, "tile": 16, "overlap": 6}
 
 # What the dolls of a workflow's saved pictures wear, shirt and bottom, where its note says so and the prompt does not.
 WORN = {
@@ -82,8 +88,8 @@ def test_the_workflow_runs_as_far_as_the_models_at_hand_allow(stem, prompt_of, s
         assert failed.value.class_type in LOADERS, failed.value
 
 
-@pytest.mark.parametrize("stem", [stem for stem in STEMS if "FLUX.1" in stem])
-def test_what_comes_after_the_loaders_of_flux_runs(stem, prompt_of, server):
+@pytest.mark.parametrize("stem", [stem for stem in STEMS if "FLUX.1" in stem or "SD3.5" in stem])
+def test_what_comes_after_the_loaders_runs(stem, prompt_of, server):
     """The same graph on the embedded model: links, values, conditions and sampler, to the saved picture."""
     prompt = on_the_embedded_model(prompt_of(stem))
     result = server.client.run(prompt)
@@ -112,16 +118,18 @@ def test_what_a_note_tells_to_bypass_can_be_bypassed(stem, kind, page, server):
 
 
 def on_the_embedded_model(prompt: Prompt) -> Prompt:
-    """A FLUX.1 prompt with the embedded model and files in the place of the loaders' ones, and at its size.
+    """A FLUX.1 or SD3.5 prompt with the embedded model and files in the place of the loaders' ones, and at its size.
 
     Pictures that a user would choose are the example's person, masks that one would draw or a segmenter find its shirt.
     """
     replaced = {
-        (node_id, 0): ["embedded", EMBEDDED[kind]]
+        (node_id, slot): ["embedded", output]
         for node_id, node in prompt.items()
-        if (kind := node["class_type"]) in EMBEDDED
+        for slot, output in enumerate(EMBEDDED.get(node["class_type"], ()))
     }
-    assert {"UNETLoader", "DualCLIPLoader", "VAELoader"} <= {prompt[node_id]["class_type"] for node_id, _ in replaced}
+    loaders = {prompt[node_id]["class_type"] for node_id, _ in replaced}
+    assert any(whole <= loaders for whole in WHOLE)
+    base = "SD3.5" if "CheckpointLoaderSimple" in loaders else "FLUX.1"
     for node_id, node in prompt.items():
         if node["class_type"] in ("LoadImage", "RemoveBackground"):
             replaced[node_id, 1 if node["class_type"] == "LoadImage" else 0] = ["mask", 0]
@@ -130,7 +138,9 @@ def on_the_embedded_model(prompt: Prompt) -> Prompt:
     for node in tiny.values():
         inputs = node["inputs"]
         if node["class_type"] == "LoadImage":
-            inputs["image"] = "painted_person.png"
+            inputs["image"] = "painted_person.png" if base == "FLUX.1" else "worn_doll.png"
+        if node["class_type"] == "DiTApplyDiT4SR":
+            inputs.update(TINY_TILES)
         if node["class_type"] == "DiTPanelLayout" and (preset := PRESETS.get(inputs["preset"])):
             inputs.update(preset="custom", rows=preset.rows, columns=preset.columns)
         if node["class_type"] == "DiTClear":
@@ -142,7 +152,7 @@ def on_the_embedded_model(prompt: Prompt) -> Prompt:
                 inputs[name] = TINY_NUMBERS[name]
             elif name in ("file", "lora_name"):
                 inputs[name] = TINY_FILES.get(value, value)
-    tiny["embedded"] = {"class_type": "DiTLoadEmbedded", "inputs": {}}
+    tiny["embedded"] = {"class_type": "DiTLoadEmbedded", "inputs": {"base": base}}
     tiny["mask picture"] = {"class_type": "DiTExamplePicture", "inputs": {"picture": "mask_person_shirt.png"}}
     tiny["mask"] = {"class_type": "ImageToMask", "inputs": {"image": ["mask picture", 0], "channel": "red"}}
     return tiny
