@@ -16,7 +16,7 @@ help:
 	@echo 'make check       the seconds before a commit: lint, and the tests of models/'
 	@echo 'make lint        ruff and pyright'
 	@echo 'make serve       ComfyUI with this pack, on port $(PORT) (PORT=... for another)'
-	@echo 'make bench       the race of the accelerators; the cost of attention, of EasyControl, of loading the pack'
+	@echo 'make bench       the race of the accelerators; the cost of attention, of EasyControl, of DiT4SR, of loading the pack'
 	@echo 'make train-tiny  train the embedded models again'
 	@echo 'make clean       remove what make built, downloads excepted (make distclean removes those too)'
 
@@ -62,7 +62,7 @@ serve: setup
 	@$(PY) -m scripts.server '$(PORT)'
 
 bench: setup
-	$(call timed,Benchmarks,$(PY) -m benchmarks.load && $(PY) -m benchmarks.easycontrol && $(PY) -m benchmarks.attention && $(PY) -m benchmarks.accelerators)
+	$(call timed,Benchmarks,$(PY) -m benchmarks.load && $(PY) -m benchmarks.easycontrol && $(PY) -m benchmarks.dit4sr && $(PY) -m benchmarks.attention && $(PY) -m benchmarks.accelerators)
 
 train-tiny: setup
 	$(call timed,Training of the embedded models,$(PY) -m training all)

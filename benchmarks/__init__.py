@@ -2,10 +2,11 @@
 
     python -m benchmarks.accelerators   step caches against each other and against fewer steps, in `race/`
     python -m benchmarks.attention      sparse attention against dense attention
+    python -m benchmarks.dit4sr         a step of DiT4SR with and without a step cache; memory with and without tiles
     python -m benchmarks.easycontrol    a step with conditions against a step without
     python -m benchmarks.load           how long ComfyUI waits for the pack when it starts
 
-`make bench` runs all four. The repository is importable here as `dit_toolkit`, as in `scripts/`.
+`make bench` runs all five. The repository is importable here as `dit_toolkit`, as in `scripts/`.
 """
 
 import sys

@@ -14,6 +14,7 @@ own test file says what no other feature says: its method, its memory, its messa
     samplers       of every kind: one evaluation a step and more, with noise added and without, with a memory
     part           start_percent and end_percent mean the steps that ComfyUI would choose; outside it costs nothing
     stacked        on any other feature: both act, in either order of the nodes; an idle one leaves the other alone
+    refused        what cannot go together says so, in either order of the nodes
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ from comfy_api.latest import io
 from dit_toolkit.host import embedded
 from dit_toolkit.host.accelerate import re_ttention
 from dit_toolkit.host.accelerate.step_cache_taps import SpanTap, block_hooks
+from dit_toolkit.host.restore import dit4sr_files
 from dit_toolkit.host.run import attached
+from dit_toolkit.host.transformer import transformer_of
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
 from dit_toolkit.models.accelerate.delta_dit import Stages
 from dit_toolkit.models.accelerate.input_change import InputChange
 from dit_toolkit.models.accelerate.policies import Interval
 from dit_toolkit.models.accelerate.re_ttention import Schedule
+from dit_toolkit.nodes.dit4sr import ApplyDiT4SR, DiT4SRSampling
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl
 from dit_toolkit.nodes.freecus import ApplyFreeCus
 from dit_toolkit.nodes.re_ttention import ApplyReTtention
@@ -46,7 +50,8 @@ from dit_toolkit.nodes.try_on import ApplyTryOn
 from dit_toolkit.tests.host import tiny
 from dit_toolkit.tests.host.accelerate.caching import cached, last_run, strip
 from dit_toolkit.tests.host.control.test_try_on import file_of
-from dit_toolkit.tests.host.families import ALL
+from dit_toolkit.tests.host.families import ALL, POOLED, TEXT
+from dit_toolkit.tests.models.restore import dit4sr_reference
 from dit_toolkit.tests.nodes.calling import run_node
 
 Values = Mapping[str, Any]
@@ -56,6 +61,10 @@ STEPS = 4  # of a run, unless a test says otherwise: enough for a forecast, and 
 FLUX1 = tuple(name for name, family in ALL.items() if family.of == "FLUX.1")
 WITH_BLOCKS = tuple(name for name, family in ALL.items() if family.answers.kinds)
 WITH_GRID = tuple(name for name, family in ALL.items() if family.grid is not None)
+RIVALS = {  # features of one kind on one MODEL, and what the second one says
+    "step cache": "cannot work on a model that .* already caches",
+    "sparse attention": "the model's attention is sparse already. Remove one of the two nodes",
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,9 @@ class Feature:
     others: values each of which makes another picture than `given` does.
     often: values for runs in which a step more or less of its part is seen.
     worked: whether the last run on this MODEL did what the feature is for, beyond another picture.
-    rival: features of one kind refuse each other on one MODEL.
+    rival: of `RIVALS`: features of one kind refuse each other on one MODEL.
+    refuses: other features, or kinds of them, by what the sampler says when they meet.
+    other_size: what the sampler says of a picture of another size, where a feature is made for one.
     adds_keys: to attention, in the order of the nodes. Two such features sum up in that order, too.
     beneath: another feature that it is put upon, to make two of a kind.
     """
@@ -97,6 +108,8 @@ class Feature:
     often: Values = field(default_factory=dict)
     worked: Callable[[ModelPatcher], bool] = lambda model: True
     rival: str = ""
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    other_size: str = ""
     adds_keys: bool = False
     beneath: Feature | None = None
 
@@ -120,18 +133,18 @@ class Lora(Feature):
 
     def put(self, model: ModelPatcher, **values: Any) -> ModelPatcher:
         strength = {**self.given(), **values}["strength"]
-        return comfy.sd.load_lora_for_models(model, None, lora_of_every_block(), strength, 0.0)[0]
+        return comfy.sd.load_lora_for_models(model, None, lora_of_every_block(model), strength, 0.0)[0]
 
 
-@cache
-def lora_of_every_block() -> dict[str, torch.Tensor]:
+def lora_of_every_block(model: ModelPatcher) -> dict[str, torch.Tensor]:
+    """For the layers that make the picture's queries, keys and values."""
     generator, state = torch.Generator().manual_seed(5), {}
-    layers = {f"double_blocks.{i}.img_attn.qkv": 3 for i in range(tiny.DOUBLE)}
-    layers |= {f"single_blocks.{i}.linear1": 7 for i in range(tiny.SINGLE)}
-    for layer, times in layers.items():
-        for part, size in (("down", (4, tiny.HIDDEN)), ("up", (times * tiny.HIDDEN, 4))):
-            weight = torch.randn(size, generator=generator) * 0.07
-            state[f"diffusion_model.{layer}.lora_{part}.weight"] = weight
+    for name, layer in transformer_of(model).named_modules():
+        if name.endswith(("img_attn.qkv", "linear1", "x_block.attn.qkv")):
+            rows, columns = layer.weight.shape
+            for part, size in (("down", (4, columns)), ("up", (rows, 4))):
+                weight = torch.randn(size, generator=generator) * 0.07
+                state[f"diffusion_model.{name}.lora_{part}.weight"] = weight
     return state
 
 
@@ -205,6 +218,28 @@ def other_subjects() -> tuple[Values, ...]:
         {"prompts": "positive and negative"},
         {"noise": "own seed", "noise_seed": 3},
     )
+
+
+@cache
+def dit4sr_file(seed: int) -> dit4sr_files.DiT4SRFile:
+    """A random patch for the tiny SD3.5."""
+    weights = dit4sr_reference.random_weights(blocks=3, dual=(0,), text=TEXT, pooled=POOLED, side=16, seed=seed)
+    return dit4sr_files.from_state(weights, f"random{seed}.safetensors")
+
+
+def a_photo() -> Values:
+    """A sixteenth of the picture that the tiny SD3.5 draws."""
+    settings = {"upscale_by": 4.0, "min_side": 16}
+    return {"dit4sr": dit4sr_file(1), "vae": vae(), "image": picture(20)[:, 24:40, 24:40], **settings}
+
+
+def other_photos() -> tuple[Values, ...]:
+    given = {"dit4sr": dit4sr_file(2)}, {"image": picture(20)[:, 40:56, 24:40]}
+    return *given, {"strength": 0.5}, {"cross_stream_scale": 0.0}, {"tile": 4, "overlap": 2}
+
+
+def looking_never(model: ModelPatcher) -> ModelPatcher:
+    return run_node(ApplyDiT4SR, model=model, **a_photo(), start_percent=0.9999)[0]
 
 
 # Step caches. Every other evaluation is computed, and the one between is forecast.
@@ -328,7 +363,28 @@ FEATURES = (
         adds_keys=True,
     ),
     Feature("FreeCus", ApplyFreeCus, a_subject, others=other_subjects, adds_keys=True),
-    Lora("In-Context LoRA", None, lambda: {"strength": 1.0}, others=lambda: ({"strength": 0.5},)),
+    Lora("In-Context LoRA", None, lambda: {"strength": 1.0}, (*FLUX1, "sd35"), others=lambda: ({"strength": 0.5},)),
+    Feature(
+        "DiT4SR",
+        ApplyDiT4SR,
+        a_photo,
+        ("sd35",),
+        off=({"strength": 0.0},),
+        idle={"a start that never comes": Idle(looking_never, lambda model: bool(attached(model)))},
+        others=other_photos,
+        refuses={
+            "Delta-DiT": "cannot work with a step cache that skips blocks in the middle, such as Apply Delta-DiT",
+            "sparse attention": "puts a second picture into the attention, and a sparse pattern knows only one",
+        },
+        other_size="Apply DiT4SR prepared .* Connect the 'latent' of Apply DiT4SR to the sampler",
+    ),
+    Feature(
+        "DiT4SR Sampling",
+        DiT4SRSampling,
+        lambda: {"shift": 1.0},
+        ("sd35",),
+        others=lambda: ({"shift": 6.0},),
+    ),
     taylorseer("prediction", tuple(ALL)),
     taylorseer("last block", WITH_BLOCKS),
     taylorseer("every module", FLUX1),

@@ -16,12 +16,12 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from dit_toolkit.host.run import Run
+from dit_toolkit.host.run import Run, attached
 from dit_toolkit.nodes import DiTToolkit
 from dit_toolkit.tests.host import families
 from dit_toolkit.tests.host.accelerate.caching import calls
 from dit_toolkit.tests.host.families import ALL, Family
-from dit_toolkit.tests.host.promises import FEATURES, STEPS, Feature
+from dit_toolkit.tests.host.promises import FEATURES, RIVALS, STEPS, Feature
 from dit_toolkit.tests.host.shared import state_of
 from dit_toolkit.tests.host.test_part_of_run import cores
 
@@ -175,7 +175,7 @@ def test_a_run_that_is_interrupted_leaves_nothing(feature, monkeypatch, runs):
                 sample(family, model)
         assert torch.equal(sample(family, model), fresh), at
     gc.collect()
-    assert runs or feature.node is None
+    assert runs or not attached(model)
     assert not any(run() for run in runs)
     assert state_of(family.load()) == state
 
@@ -189,6 +189,10 @@ def test_a_second_run_of_another_kind_is_a_fresh_run(feature):
     model = feature.put(family.load())
     first = sample(family, model)
     for given in ({"size": (7, 10)}, {"batch": 2}, {"longer": True}, {"cfg": 1.0}):
+        if "size" in given and feature.other_size:
+            with pytest.raises(ValueError, match=feature.other_size):
+                sample(family, model, **given)
+            continue
         out = sample(family, model, **given)
         assert torch.equal(out, sample(family, feature.put(family.load()), **given)), given
         assert apart(out, plain(family.name, **given)), given
@@ -255,11 +259,22 @@ def test_it_acts_in_the_steps_where_comfyui_would_begin(feature, steps):
 # stacked
 
 
-def meeting(a: Feature, b: Feature) -> str:
-    """The first family on which both run; empty where there is none, or the two refuse each other."""
-    if (a.rival and a.rival == b.rival) or a.beneath is b or b.beneath is a:
-        return ""
+def refusal(a: Feature, b: Feature) -> str:
+    """What is said when the two meet on one MODEL; empty where they go together."""
+    if a.rival and a.rival == b.rival:
+        return RIVALS[a.rival]
+    found = (one.refuses.get(name) for one, other in ((a, b), (b, a)) for name in (other.name, other.rival))
+    return next((words for words in found if words), "")
+
+
+def shared_family(a: Feature, b: Feature) -> str:
+    """The first family on which both run; empty where there is none."""
     return next((name for name in a.families if name in b.families), "")
+
+
+def meeting(a: Feature, b: Feature) -> str:
+    """The family on which both act together; empty where they cannot."""
+    return "" if refusal(a, b) or a.beneath is b or b.beneath is a else shared_family(a, b)
 
 
 @pytest.mark.parametrize(("a", "b"), [pair for pair in combinations(FEATURES, 2) if meeting(*pair)], ids=str)
@@ -288,3 +303,16 @@ def test_an_idle_feature_leaves_another_as_it_is(a, b):
     for model in (idle.put(b.put(family.load())), b.put(idle.put(family.load()))):
         assert torch.equal(sample(family, model), alone(b, family.name))
         assert idle.there(model)
+
+
+# refused
+
+REFUSED = [pair for pair in permutations(FEATURES, 2) if refusal(*pair) and shared_family(*pair)]
+
+
+@pytest.mark.parametrize(("a", "b"), REFUSED, ids=str)
+def test_what_cannot_go_together_says_so(a, b):
+    family = ALL[shared_family(a, b)]
+    with pytest.raises(ValueError, match=refusal(a, b)) as refused:
+        sample(family, a.put(b.put(family.load())))
+    assert len(str(refused.value)) < 300

@@ -124,11 +124,6 @@ def test_the_published_schedule_has_the_noise_levels_of_the_card():
     assert [round(float(sigmas[i]), 4) for i in (0, 1, -3, -2, -1)] == [1.0, 0.9913, 0.0810, 0.0089, 0.0]
 
 
-def test_the_shift_is_of_this_model_alone():
-    run_node(DiT4SRSampling, model=tiny.base(), steps=4, cfg=8.0, shift=9.0)
-    assert tiny.base().get_model_object("model_sampling").shift == 3.0
-
-
 def test_all_of_it_plugs_into_cores_sampler():
     model, latent, reference, *_ = applied()
     sampled, sampler, sigmas, cfg = run_node(DiT4SRSampling, model=model, steps=3, cfg=4.0, shift=3.0)

@@ -542,12 +542,6 @@ def test_two_sparse_attentions_are_refused():
         sparse(clear)
 
 
-def test_two_sparse_attentions_are_refused_in_the_other_order():
-    model, _ = sparse(FAMILIES["flux"].load())
-    with pytest.raises(ValueError, match="sparse already"):
-        sample(FAMILIES["flux"], attach_sparse(model, SparseAttention("CLEAR", Disc(2), min_tokens=0)), steps=2)
-
-
 @pytest.mark.parametrize(
     ("values", "words"),
     [

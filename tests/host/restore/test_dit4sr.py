@@ -1,4 +1,4 @@
-"""DiT4SR on a tiny SD3.5: the real transformer of ComfyUI against the definition, and the promises of every feature."""
+"""DiT4SR on a tiny SD3.5: the real transformer of ComfyUI against the definition."""
 
 from __future__ import annotations
 
@@ -78,31 +78,12 @@ def test_strength_and_scale_reach_the_blocks(strength):
     close(denoised, x - sigma[:, None, None, None] * velocity, 1e-5)
 
 
-def test_strength_0_is_the_model_without_the_node():
-    assert restored(strength=0.0) is base()
-
-
-def test_a_part_of_the_run_that_never_comes_is_the_model_without_the_node():
-    late = restored(part=PartOfRun(start=0.9999))
-    assert torch.equal(sample(late, cfg=3.0), sample(base(), cfg=3.0))
-
-
 def test_both_ends_of_strength_are_reached_without_a_jump():
     plain, full = sample(base()), sample(restored())
     close(sample(restored(strength=1e-7)), plain, 1e-4)
     close(sample(restored(strength=1 - 1e-7)), full, 1e-4)
     away = [float((sample(restored(strength=s)) - plain).norm()) for s in (0.25, 0.5, 0.75, 1.0)]
     assert away == sorted(away)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_picture_and_patch_act(variant):
-    plain, one = sample(base()), sample(restored(variant=variant))
-    other_picture = sample(restored(variant=variant, lr=latent(99)))
-    other_scale = sample(restored(variant=variant, cross_stream_scale=0.0))
-    for a, b in ((plain, one), (one, other_picture), (one, other_scale)):
-        assert (a - b).abs().mean() > 0.01
-    assert torch.equal(one, sample(restored(variant=variant)))
 
 
 def test_the_wrong_variant_shows():
@@ -123,17 +104,6 @@ def test_the_part_of_the_run_is_where_the_stream_runs(monkeypatch):
         seen.clear()
         sample(restored(part=part), 4)
         assert seen == [0, 1, 2] * steps, part
-
-
-def test_the_input_model_is_untouched():
-    model = base()
-    before = sample(model)
-    options = repr(model.model_options), dict(model.wrappers), dict(model.additional_models)
-    weights = {name: weight.clone() for name, weight in model.model.state_dict().items()}
-    sample(restored(model))
-    assert (repr(model.model_options), dict(model.wrappers), dict(model.additional_models)) == options
-    assert all(torch.equal(weight, weights[name]) for name, weight in model.model.state_dict().items())
-    assert torch.equal(sample(model), before)
 
 
 def test_prompts_side_by_side_are_those_one_after_the_other():
@@ -188,29 +158,8 @@ def test_a_picture_for_each_of_a_batch():
         close(sample(restored(lr=lr[i : i + 1]), noise=noise[i : i + 1], cfg=3.0), both[i : i + 1])
 
 
-def test_one_picture_for_all_of_a_batch():
-    noise = latent(7, batch=2)
-    close(sample(restored(), noise=noise)[1:], sample(restored(), noise=noise[1:]))
-
-
-@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "euler_ancestral", "dpmpp_2m", "uni_pc", "res_multistep"])
-def test_every_kind_of_sampler_gets_through(sampler):
-    out = sample(restored(), 4, sampler=sampler)
-    assert out.isfinite().all()
-    assert (out - sample(base(), 4, sampler=sampler)).abs().mean() > 0.01
-
-
-def test_a_second_run_of_another_batch_equals_a_fresh_start():
-    model = restored()
-    first = sample(model)
-    many = sample(model, batch=3, cfg=2.0)
-    assert torch.equal(many, sample(restored(), batch=3, cfg=2.0))
-    assert torch.equal(sample(model), first)
-
-
-@pytest.mark.parametrize("tile", [0, 4])
-def test_a_run_after_an_interrupt_is_a_fresh_start(tile):
-    model = restored(tile=tile, overlap=2 if tile else 0)
+def test_a_run_after_an_interrupt_within_a_tile_is_a_fresh_start():
+    model = restored(tile=4, overlap=2)
     expected = sample(model)
     block = model.model.diffusion_model.joint_blocks[1].x_block.attn.qkv
     count = [0]
@@ -225,14 +174,6 @@ def test_a_run_after_an_interrupt_is_a_fresh_start(tile):
         sample(model)
     hook.remove()
     assert torch.equal(sample(model), expected)
-
-
-def test_two_samplers_on_one_model_do_not_disturb_each_other():
-    model = restored()
-    first = sample(model, 2)
-    again = sample(model, 4, noise=latent(8))
-    assert torch.equal(sample(model, 2), first)
-    assert torch.equal(sample(model, 4, noise=latent(8)), again)
 
 
 def test_a_lora_on_the_base_reaches_the_stream():

@@ -16,9 +16,10 @@ from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 pytestmark = pytest.mark.comfy
 
 from dit_toolkit.host.restore import dit4sr_run  # noqa: E402
+from dit_toolkit.models.accelerate.policies import Interval  # noqa: E402
 from dit_toolkit.nodes.accelerate import AccelerateDiT  # noqa: E402
-from dit_toolkit.nodes.sparse_attention import ApplyClear  # noqa: E402
-from dit_toolkit.nodes.step_cache import ConfidenceGatedTaylor, DeltaDiT, TaylorSeer  # noqa: E402
+from dit_toolkit.nodes.step_cache import ConfidenceGatedTaylor, TaylorSeer  # noqa: E402
+from dit_toolkit.tests.host.accelerate import caching  # noqa: E402
 from dit_toolkit.tests.host.restore.tiny_dit4sr import base, close, latent, prompt, published, restored, sample  # noqa: E402
 from dit_toolkit.tests.nodes.calling import run_node  # noqa: E402
 from dit_toolkit.tests.nodes.test_inputs import good  # noqa: E402
@@ -30,6 +31,11 @@ LR = latent(12, SIZE)
 def cached(model, node=TaylorSeer, **settings):
     """`model` as a node of ours accelerates it."""
     return run_node(node, **{**good(node, {"MODEL": model}), **settings})[0]
+
+
+def all_computed(model, tap):
+    """`model` with a step cache that stores all and forecasts nothing; the node itself leaves it out."""
+    return caching.cached(model, Interval(1, 1), tap, 1)
 
 
 @pytest.fixture
@@ -61,13 +67,11 @@ TAPS = ("prediction", "last block")
 
 
 @pytest.mark.parametrize("tap", TAPS)
-@pytest.mark.parametrize("tile", [0, 8])
-def test_a_step_cache_that_computes_all_changes_nothing(tap, tile):
-    plain = sample(restored(lr=LR, tile=tile), 4, size=SIZE, cfg=3.0)
-    both = cached(restored(lr=LR, tile=tile), tap=tap, interval=1)
-    assert torch.equal(sample(both, 4, size=SIZE, cfg=3.0), plain)
-    other_order = restored(cached(base(), tap=tap, interval=1), lr=LR, tile=tile)
-    assert torch.equal(sample(other_order, 4, size=SIZE, cfg=3.0), plain)
+def test_a_step_cache_that_computes_all_changes_nothing_in_tiles(tap):
+    plain = sample(restored(lr=LR), 4, size=SIZE, cfg=3.0)
+    for model in (all_computed(restored(lr=LR), tap), restored(all_computed(base(), tap), lr=LR)):
+        assert torch.equal(sample(model, 4, size=SIZE, cfg=3.0), plain)
+        assert caching.strip(model) == "####"
 
 
 @pytest.mark.parametrize("tap", TAPS)
@@ -111,13 +115,6 @@ def test_a_gate_looks_at_the_first_block_with_its_stream(work):
     ).abs().mean() > 0.01
 
 
-def test_a_cache_that_skips_blocks_in_the_middle_is_refused_in_either_order():
-    words = "cannot work with a step cache that skips blocks in the middle, such as Apply Delta-DiT"
-    for model in (cached(restored(), DeltaDiT), restored(cached(base(), DeltaDiT))):
-        with pytest.raises(ValueError, match=words):
-            sample(model)
-
-
 def test_accelerate_dit_goes_with_it(work):
     model = cached(restored(lr=LR, tile=0), AccelerateDiT, quality="fast")
     assert sample(model, 12, size=SIZE).isfinite().all()
@@ -129,14 +126,6 @@ def test_lazy_cache_goes_with_it():
         restored(lr=LR), reuse_threshold=0.0, start_percent=0.15, end_percent=0.95, verbose=False
     )
     assert torch.equal(sample(node.args[0], 4, size=SIZE), sample(restored(lr=LR), 4, size=SIZE))
-
-
-def test_sparse_attention_is_refused_in_either_order():
-    words = "Apply DiT4SR puts a second picture into the attention, and a sparse pattern knows only one"
-    settings = {"min_tokens": 0}
-    for model in (cached(restored(), ApplyClear, **settings), restored(cached(base(), ApplyClear, **settings))):
-        with pytest.raises(ValueError, match=words):
-            sample(model)
 
 
 @pytest.mark.parametrize("tile", [0, 8])
@@ -153,7 +142,7 @@ def test_guidance_that_skips_layers_keeps_step_caches_apart():
     """Its passes have lanes of their own: an interval of 1 computes all of them, and nothing is mixed."""
     guided = SkipLayerGuidanceDiT.execute(restored(lr=LR), 3.0, 0.0, 1.0, "1").args[0]
     plain = sample(guided, 3, size=SIZE, cfg=3.0)
-    assert torch.equal(sample(cached(guided, interval=1), 3, size=SIZE, cfg=3.0), plain)
+    assert torch.equal(sample(all_computed(guided, "last block"), 3, size=SIZE, cfg=3.0), plain)
 
 
 def test_another_replacement_that_calls_the_block_stays_around_ours():

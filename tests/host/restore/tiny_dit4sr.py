@@ -17,8 +17,9 @@ from torch import Tensor
 from dit_toolkit.host.restore import dit4sr, dit4sr_files
 from dit_toolkit.host.restore.dit4sr_files import DiT4SRFile
 from dit_toolkit.host.restore.dit4sr_settings import DiT4SR
-from dit_toolkit.models.restore.dit4sr_keys import write
+from dit_toolkit.models.restore.dit4sr_keys import Variant, parse, write
 from dit_toolkit.tests.host.families import text
+from dit_toolkit.tests.host.shared import SHARED, share
 from dit_toolkit.tests.models.restore import dit4sr_reference as reference
 
 TEXT, POOLED, SIDE = 32, 24, 16  # SIDE: tokens along a side that there are positions for
@@ -33,17 +34,20 @@ def published(variant: str = "r1", seed: int = 0) -> dict[str, Tensor]:
     return weights if variant == "r1" else reference.as_v1(weights)
 
 
-@cache
 def base(seed: int = 0) -> ModelPatcher:
     """The base model in it, as "Load Diffusion Model" loads it. Nobody may change it: every test shares it."""
-    model = comfy.sd.load_diffusion_model_state_dict({k: v.clone() for k, v in published(seed=seed).items()})
-    assert model is not None
-    return model
+    name = f"the base of tiny_dit4sr, {seed}"
+    if name not in SHARED:
+        share(name, comfy.sd.load_diffusion_model_state_dict({k: v.clone() for k, v in published(seed=seed).items()}))
+    return SHARED[name][0]
 
 
-@cache
-def file(variant: str = "r1", seed: int = 0) -> DiT4SRFile:
-    return dit4sr_files.from_state(published(variant, seed), f"tiny_{variant}.safetensors")
+def file(variant: Variant = "r1", seed: int = 0) -> DiT4SRFile:
+    made_of, name = published(variant, seed), f"tiny_{variant}.safetensors"
+    shared = f"the patch of tiny_dit4sr, {variant}, {seed}"
+    if shared not in SHARED:
+        share(shared, dit4sr_files.from_state(made_of, name).patcher)
+    return DiT4SRFile(name, parse(made_of), variant, SHARED[shared][0])
 
 
 def write_files() -> None:
