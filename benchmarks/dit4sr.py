@@ -112,7 +112,7 @@ class Stage:
             return out
 
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "bench", clock)  # innermost: hooks are there already
-        words, noise = self.upscaler.words(""), comfy.sample.prepare_noise(latent, picture)
+        words, noise = self.upscaler.words([""]), comfy.sample.prepare_noise(latent, picture)
         drawn = comfy.sample.sample_custom(
             model, noise, cfg, sampler, sigmas, words, words, latent, disable_pbar=True, seed=picture
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -24,6 +25,7 @@ from . import shipped
 SIDE = 256  # pixels of a picture
 PATCH = "tiny_dit4sr.safetensors"
 STEPS, CFG = 20, 1.0
+TOGETHER = 8  # pictures in a run
 TILES = {"min_side": 16, "tile": 16, "overlap": 6, "tile_batch": 4}  # of 128 pixels, as trained
 
 
@@ -60,9 +62,9 @@ class Upscaler:
     """Apply DiT4SR and ComfyUI's sampler on the embedded SD3.5 model."""
 
     def __init__(self, steps: int = STEPS, cfg: float = CFG):
+        host = comfyui()
         from dit_toolkit.nodes.dit4sr import ApplyDiT4SR, DiT4SRSampling, LoadDiT4SR
 
-        host = comfyui()
         self.apply, self.sampling = ApplyDiT4SR, DiT4SRSampling
         self.model, self.clip, self.vae = (
             load("SD3.5") for load in (host.embedded.load_model, host.embedded.load_clip, host.embedded.load_vae)
@@ -70,25 +72,36 @@ class Upscaler:
         self.patch = LoadDiT4SR.execute(PATCH, "auto").result[0]
         self.steps, self.cfg = steps, cfg
 
-    def words(self, text: str) -> list:
-        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+    def words(self, texts: Sequence[str]) -> list:
+        """CONDITIONING with a row per text."""
+        rows = [self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))[0] for text in texts]
+        pooled = torch.cat([about["pooled_output"] for _, about in rows])
+        return [[torch.cat([context for context, _ in rows]), {"pooled_output": pooled}]]
+
+    def pictures(self, latent: torch.Tensor) -> list[np.ndarray]:
+        return list((self.vae.decode(latent) * 255).round().byte().numpy())
 
     @torch.inference_mode()
-    def __call__(self, small: np.ndarray, text: str, seed: int, **settings) -> np.ndarray:
-        """A worn picture `[h, w, 3]` made larger, uint8."""
+    def __call__(self, smalls: Sequence[np.ndarray], texts: Sequence[str], seed: int = 1, **settings) -> list:
+        """Worn pictures of one size, uint8 `[h, w, 3]`, made larger, each from noise of its own."""
         from comfy_extras.nodes_custom_sampler import SamplerCustom
 
-        image = torch.from_numpy(small)[None] / 255
-        given = {"upscale_by": float(FACTOR), "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0,
-                 "cross_stream_scale": 1.0, **TILES, **settings}  # fmt: skip
-        model, latent, *_ = self.apply.execute(
-            model=self.model, dit4sr=self.patch, vae=self.vae, image=image, **given
-        ).result
-        model, sampler, sigmas, cfg = self.sampling.execute(model, self.steps, self.cfg, 3.0).result
-        drawn = SamplerCustom.execute(
-            model, True, seed, cfg, self.words(text), self.words(""), sampler, sigmas, latent
-        ).result[0]
-        return (self.vae.decode(drawn["samples"])[0] * 255).round().byte().numpy()
+        found: list[np.ndarray] = []
+        for start in range(0, len(smalls), TOGETHER):
+            some = slice(start, start + TOGETHER)
+            image = torch.from_numpy(np.stack(smalls[some])) / 255
+            given = {"upscale_by": float(FACTOR), "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0,
+                     "cross_stream_scale": 1.0, **TILES, **settings}  # fmt: skip
+            model, latent, *_ = self.apply.execute(
+                model=self.model, dit4sr=self.patch, vae=self.vae, image=image, **given
+            ).result
+            model, sampler, sigmas, cfg = self.sampling.execute(model, self.steps, self.cfg, 3.0).result
+            positive, negative = self.words(texts[some]), self.words([""])
+            drawn = SamplerCustom.execute(
+                model, True, seed + start, cfg, positive, negative, sampler, sigmas, latent
+            ).result[0]
+            found += self.pictures(drawn["samples"])
+        return found
 
 
 def compared(shown: list[np.ndarray], cases: list[Case]) -> dict[str, float]:
@@ -108,38 +121,29 @@ def compared(shown: list[np.ndarray], cases: list[Case]) -> dict[str, float]:
 
 def restored(cases: list[Case], upscaler: Upscaler) -> dict[str, dict[str, float]]:
     """Plain interpolation, the patch, and the patch that is shown somebody else's small picture."""
-    others = cases[1:] + cases[:1]
-    vae = upscaler.vae
+    smalls, texts = [case.small for case in cases], [case.text for case in cases]
     with torch.inference_mode():
-        coded = [
-            (vae.decode(vae.encode(torch.from_numpy(case.picture)[None] / 255))[0] * 255).round().byte().numpy()
-            for case in cases
-        ]
+        whole = torch.from_numpy(np.stack([case.picture for case in cases])) / 255
+        coded = upscaler.pictures(upscaler.vae.encode(whole))
     return {
         "autoencoder": compared(coded, cases),
-        "bicubic": compared([enlarged(case.small, SIDE, SIDE) for case in cases], cases),
-        "Lanczos": compared([enlarged(case.small, SIDE, SIDE, cv2.INTER_LANCZOS4) for case in cases], cases),
-        "DiT4SR": compared([upscaler(case.small, case.text, k) for k, case in enumerate(cases)], cases),
-        "somebody else's": compared(
-            [upscaler(other.small, case.text, k) for k, (case, other) in enumerate(zip(cases, others, strict=True))],
-            cases,
-        ),
+        "bicubic": compared([enlarged(small, SIDE, SIDE) for small in smalls], cases),
+        "Lanczos": compared([enlarged(small, SIDE, SIDE, cv2.INTER_LANCZOS4) for small in smalls], cases),
+        "DiT4SR": compared(upscaler(smalls, texts), cases),
+        "somebody else's": compared(upscaler(smalls[1:] + smalls[:1], texts), cases),
     }
 
 
 @torch.inference_mode()
 def drawn(upscaler: Upscaler, count: int, cfg: float, side: int = 128) -> dict[str, float]:
     """Held-out prompts through ComfyUI's KSampler, without the patch; what `shipped.tally` finds."""
-    wanted, host = shipped.some(count, data.LEVELS), comfyui()
-    images = []
-    for k, scene in enumerate(wanted):
-        words, nothing = upscaler.words(world.caption(scene)), upscaler.words("")
-        empty = {"samples": torch.zeros(1, 16, side // 8, side // 8)}
-        (latent,) = host.nodes.KSampler().sample(
-            upscaler.model, 100 + k, STEPS, cfg, "euler", "simple", words, nothing, empty
-        )
-        images.append((upscaler.vae.decode(latent["samples"])[0] * 255).round().byte().numpy())
-    return shipped.tally(np.stack(images), wanted)
+    wanted = shipped.some(count, data.LEVELS)
+    words, nothing = upscaler.words([world.caption(scene) for scene in wanted]), upscaler.words([""])
+    empty = {"samples": torch.zeros(count, 16, side // 8, side // 8)}
+    (latent,) = comfyui().nodes.KSampler().sample(
+        upscaler.model, 1, STEPS, cfg, "euler", "simple", words, nothing, empty
+    )  # fmt: skip
+    return shipped.tally(np.stack(upscaler.pictures(latent["samples"])), wanted)
 
 
 def measure(count: int = 32, prompts: int = 96) -> dict[str, dict]:
