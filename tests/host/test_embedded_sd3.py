@@ -27,11 +27,8 @@ def upscaler() -> measure.Upscaler:
 
 def shipped_base() -> SD3Base:
     """The shipped weights as the trainer's module."""
-    model = SD3Base(SD3Recipe())
-    for module, name in (
-        (model.transformer, embedded.FILES["SD3.5"].model),
-        (model.text, embedded.FILES["SD3.5"].clip),
-    ):
+    model, files = SD3Base(SD3Recipe()), embedded.FILES["SD3.5"]
+    for module, name in ((model.transformer, files.model), (model.text, files.clip)):
         module.load_state_dict({k: v.float() for k, v in load_file(checkpoints.WEIGHTS / name).items()})
     return model.requires_grad_(False).eval()
 
@@ -47,19 +44,10 @@ def test_the_node_computes_what_the_trainer_does(upscaler):
     case = measure.scenes(1)[0]
     small = torch.from_numpy(case.small[:32, :32])[None] / 255
     given = {"upscale_by": 4.0, "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "cross_stream_scale": 1.0}
-    seen = {}
-
-    def watch(executor, *args, **kwargs):
-        seen["x"], seen["t"] = args[0], args[1]
-        seen["v"] = executor(*args, **kwargs)
-        return seen["v"]
-
     with torch.inference_mode():
         model, latent, reference, *_ = upscaler.apply.execute(
             model=upscaler.model, dit4sr=upscaler.patch, vae=upscaler.vae, image=small, **given, **measure.TILES
         ).result
-        model = model.clone()
-        model.add_wrapper_with_key("diffusion_model", "watch", watch)
         encoded = model.model.process_latent_in(upscaler.vae.encode(reference))
         base = shipped_base()
         trained = Restored(base, SD3Recipe())

@@ -43,7 +43,7 @@ def small(picture: np.ndarray) -> np.ndarray:
 
 def drawn(upscaler: Upscaler, picture: np.ndarray, **settings) -> np.ndarray:
     """float `[256, 256, 3]` in 0..255."""
-    return upscaler(small(picture), "", 1, tile_batch=9, **settings).astype(np.float64)
+    return upscaler([small(picture)], [""], 1, tile_batch=9, **settings)[0].astype(np.float64)
 
 
 @pytest.mark.parametrize("tap", ["prediction", "last block"])
