@@ -60,9 +60,9 @@ class Upscaler:
     """Apply DiT4SR and ComfyUI's sampler on the embedded SD3.5 model."""
 
     def __init__(self, steps: int = STEPS, cfg: float = CFG):
+        host = comfyui()
         from dit_toolkit.nodes.dit4sr import ApplyDiT4SR, DiT4SRSampling, LoadDiT4SR
 
-        host = comfyui()
         self.apply, self.sampling = ApplyDiT4SR, DiT4SRSampling
         self.model, self.clip, self.vae = (
             load("SD3.5") for load in (host.embedded.load_model, host.embedded.load_clip, host.embedded.load_vae)
