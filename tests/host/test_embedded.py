@@ -14,6 +14,7 @@ import comfy.sd
 import numpy as np
 import pytest
 import torch
+from comfy import latent_formats
 
 from dit_toolkit.host import embedded
 from dit_toolkit.host.control.easycontrol_files import load as load_lora
@@ -93,6 +94,11 @@ def apply(stack):
 def test_comfyui_recognises_the_transformer_as_flux(stack):
     assert type(stack.model.model.model_config).__name__ == "Flux"
     assert stack.model.cached_patcher_init is not None  # compiling, hooks and several GPUs need it
+
+
+def test_latents_are_in_the_scale_of_comfyuis_own_formats():
+    formats = {"FLUX.1": latent_formats.Flux(), "SD3": latent_formats.SD3()}
+    assert {base: (each.scale_factor, each.shift_factor) for base, each in formats.items()} == SCALES
 
 
 def test_the_transformer_computes_what_the_trainers_does(stack):
