@@ -224,7 +224,7 @@ class Run:
         with self._lock:
             return [state for (who, _), state in self._lanes.items() if who == id(owner)]
 
-    def close(self, completed: bool = True) -> None:
+    def close(self, completed: bool) -> None:
         try:
             for call in self._closing:
                 call(completed)

@@ -137,7 +137,7 @@ def test_a_lane_is_per_owner_and_every_part_of_the_condition():
     assert run.lane(owner, first, list) is lane
     lanes = [lane, run.lane(other_owner, first, list), *[run.lane(owner, c, list) for c in others]]
     assert len({id(x) for x in lanes}) == 8
-    run.close()
+    run.close(completed=True)
     assert run.lane(owner, first, list) is not lane
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from dit_toolkit.host.accelerate.re_ttention import attach
-from dit_toolkit.host.accelerate.re_ttention_report import ReTtentionReport
+from dit_toolkit.host.accelerate.re_ttention_report import ReTtentionReport, in_words
 from dit_toolkit.host.accelerate.re_ttention_run import SIGMA, Call, Lane, Layer, ReTtentionRun
 from dit_toolkit.host.accelerate.re_ttention_settings import ReTtention
 from dit_toolkit.host.accelerate.sparse_attention import SparseAttention
@@ -27,7 +27,7 @@ from dit_toolkit.host.accelerate.sparse_attention import attach as attach_sparse
 from dit_toolkit.host.run import Chunk, Condition, Run
 from dit_toolkit.models.accelerate.policies import Interval
 from dit_toolkit.models.accelerate.re_ttention import Schedule
-from dit_toolkit.models.accelerate.sparse_attention import Disc, Grid, mask
+from dit_toolkit.models.accelerate.sparse_attention import Band, Disc, FrameBand, Grid, mask
 from dit_toolkit.tests.host import tiny
 from dit_toolkit.tests.host.accelerate.caching import cached
 from dit_toolkit.tests.host.families import FAMILIES, RELATIVES, sample
@@ -569,3 +569,17 @@ def test_the_report_tells_the_latest_run():
     assert "evaluations: #R.." in text
     assert json.loads(report.json())["evaluations"] == "#R.."
     assert "MiB" in text
+
+
+@pytest.mark.parametrize(
+    ("thing", "told"),
+    [
+        (Grid(4, 5, before=3), "4 x 5 tokens and 3 others"),
+        (Band(3), "band of 3 tokens before and behind"),
+        (FrameBand(2), "tube of 2 tokens before and behind in every frame"),
+        (Disc(4), "disc of radius 4"),
+    ],
+    ids=str,
+)
+def test_the_report_speaks_of_patterns_in_words(thing, told):
+    assert in_words(thing) == told

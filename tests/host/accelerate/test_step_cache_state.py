@@ -558,3 +558,10 @@ def test_an_evaluation_lasts_until_the_next_one_begins(tiny_flux, monkeypatch):
     sample(model, 5)
     run = last_run(model)
     assert [entry.seconds for entry in run.entries] == [2.0] * 5  # read when each begins, and when its result is there
+
+
+@pytest.mark.parametrize("sampler", sorted(step_cache_run.PER_STEP))
+def test_samplers_ask_as_often_as_the_table_says(tiny_flux, sampler):
+    model = cached(tiny_flux, Interval(1, 1), "prediction", 0)
+    sample(model, 4, sampler=sampler.removeprefix("sample_"))
+    assert len(strip(model)) == step_cache_run.evaluations_of(range(4), sampler)

@@ -320,6 +320,7 @@ LARGE = [
 def test_flex_blocks_leave_out_no_kept_pair_and_call_full_only_what_is(pattern, grid):
     extra = 6
     plan = flex_plan(pattern, grid, extra)
+    assert plan.size > 8 * (len(plan.queries) + len(plan.keys) + len(plan.back))  # and the blocks
     seen = core.mask(pattern, grid, extra)[plan.queries][:, plan.keys]
     real_queries = torch.arange(len(plan.queries)) < grid.length  # the rest fills up the last block
     real_keys = real_queries.tolist() + [True] * (core.mask(pattern, grid, extra).shape[1] - grid.length)
