@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dit_toolkit.models.control.mc_vton_keys import Settings, parse
+from dit_toolkit.models.control.try_on_image import FILLS
 from dit_toolkit.models.tiny_text import PAD, VOCABULARY
 from dit_toolkit.models.tiny_vae import SCALES, TinyVAE
 from dit_toolkit.training import checkpoints, data, fittings, loop, try_on, try_on_8_steps, try_on_model, world
@@ -41,6 +42,10 @@ def test_another_shirt_changes_the_shirt_only():
         assert np.array_equal(a.labels, b.labels)
         around = fittings.widened(world.garment_mask(a, 1), 2) == 0  # past blended edges
         assert np.array_equal(a.image[around], b.image[around])
+
+
+def test_the_grey_that_users_get_is_the_one_that_was_trained():
+    assert FILLS["grey"] * 255 == fittings.GREY
 
 
 def test_the_person_picture_hides_the_shirt_and_keeps_the_rest():

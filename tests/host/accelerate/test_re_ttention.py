@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from dit_toolkit.host.accelerate.re_ttention import attach
-from dit_toolkit.host.accelerate.re_ttention_report import ReTtentionReport, in_words
+from dit_toolkit.host.accelerate.re_ttention_report import ReTtentionReport, ReTtentionRunReport, in_words
 from dit_toolkit.host.accelerate.re_ttention_run import SIGMA, Call, Lane, Layer, ReTtentionRun
 from dit_toolkit.host.accelerate.re_ttention_settings import ReTtention
 from dit_toolkit.host.accelerate.sparse_attention import SparseAttention
@@ -569,6 +569,10 @@ def test_the_report_tells_the_latest_run():
     assert "evaluations: #R.." in text
     assert json.loads(report.json())["evaluations"] == "#R.."
     assert "MiB" in text
+
+
+def test_a_report_of_no_call_claims_no_memory():
+    assert ReTtentionRunReport().values()["bytes_planned"] == 0
 
 
 @pytest.mark.parametrize(

@@ -418,6 +418,8 @@ def test_results_may_be_of_another_scale_but_not_of_another_shape():
     assert (composite(large, person, paste, 2) - person).abs().max() < 0.01
     with pytest.raises(ValueError, match=r"The result is 64 x 64 pixels, the crop was 64 x 96\. Sample at the width"):
         composite(picture(64, 64), person, paste, 2)
+    with pytest.raises(ValueError, match=r"'mask' must be 64 x 96 pixels like the person"):
+        placed_masks(torch.ones(1, 50, 50), paste)
 
 
 def test_persons_and_results_that_do_not_belong_together_are_refused():
