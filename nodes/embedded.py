@@ -37,6 +37,7 @@ class LoadEmbedded(io.ComfyNode):
     @classmethod
     def execute(cls, base: embedded.Base = "FLUX.1") -> io.NodeOutput:
         check(cls, locals())
+        base = base or "FLUX.1"  # a link may bring nothing
         return io.NodeOutput(embedded.load_model(base), embedded.load_clip(base), embedded.load_vae(base))
 
 

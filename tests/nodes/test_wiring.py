@@ -38,6 +38,7 @@ from dit_toolkit.models.control.try_on_image import fitted_masks, plan  # noqa: 
 from dit_toolkit.nodes.accelerate import Autotune  # noqa: E402
 from dit_toolkit.nodes.dit4sr import ApplyDiT4SR, DiT4SRPrompt, DiT4SRSampling, ExtractDiT4SR, LoadDiT4SR  # noqa: E402
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl, LoadEasyControl  # noqa: E402
+from dit_toolkit.nodes.embedded import LoadEmbedded  # noqa: E402
 from dit_toolkit.nodes.freecus import ApplyFreeCus, SubjectDescription  # noqa: E402
 from dit_toolkit.nodes.image_difference import ImageDifference  # noqa: E402
 from dit_toolkit.nodes.in_context_lora import PanelLatent, PanelLayout, PanelSets, SplitPanels  # noqa: E402
@@ -256,6 +257,10 @@ def shown(node: type[io.ComfyNode], values: dict[str, Any], sampled: list) -> An
     shutil.rmtree(Path(folder_paths.get_output_directory(), "dit4sr"), ignore_errors=True)  # names are counted through
     with torch.inference_mode():
         found = run_node(node, **values)
+    if node is LoadEmbedded:  # new objects each time
+        model, clip, vae = found
+        modules = model.model, clip.cond_stage_model, vae.first_stage_model
+        return fingerprint([module.state_dict() for module in modules])
     if not isinstance(found[0], ModelPatcher) or node is DiT4SRSampling:
         return fingerprint(found)
     if node is Autotune:

@@ -14,7 +14,7 @@ from dit_toolkit.scripts.places import ROOT
 from dit_toolkit.training import __main__ as stages
 from dit_toolkit.training import checkpoints, in_context, loop, try_on_model, vae
 
-ALL = ["vae", "base", "edge", "pose", "subject", "try_on", "in_context"]
+ALL = ["vae", "base", "edge", "pose", "subject", "try_on", "in_context", "sd3_vae", "sd3", "dit4sr"]
 KEPT = {
     "vae": {"vae.pt", "vae.png"},
     "base": {"pool.pt", "base.pt", "base.png"},
@@ -24,6 +24,9 @@ KEPT = {
     "try_on": {"try-on-pool-1.pt", "try-on-lora-1.pt", "try-on-lora-1.png"},
     "try_on_8_steps": {"try-on-journeys-1.pt", "try-on-8-steps-1.pt"},
     "in_context": set(),
+    "sd3_vae": {"vae.pt", "vae.png"},
+    "sd3": {"pool.pt", "sd3.pt", "sd3.png"},
+    "dit4sr": {"dit4sr-pool-1.pt", "dit4sr-1.pt", "dit4sr-1.png"},
 }
 EVERY = {"components.pt"}.union(*KEPT.values())
 
@@ -37,6 +40,11 @@ def command(monkeypatch, *arguments: str) -> None:
         torch.set_num_threads(threads)
 
 
+def folder_of(stage: str) -> Path:
+    """Where a stage keeps its checkpoints."""
+    return checkpoints.work(stages.recipe_of(stage, {}))
+
+
 def shipped() -> set[str]:
     """Names of the files in `weights/`, by their folder in it."""
     return {path.relative_to(ROOT / "weights").as_posix() for path in (ROOT / "weights").rglob("*.safetensors")}
@@ -46,16 +54,17 @@ def shipped() -> set[str]:
 def ran(monkeypatch, tmp_path) -> list[str]:
     """Stages that do nothing but note that they ran; one file of each kind in the folder of the recipe."""
     noted: list[str] = []
-    names = {"train_vae": "vae", "train_base": "base", "train_try_on": "try_on", "train_fast": "try_on_8_steps",
-             "train_in_context": "in_context"}  # fmt: skip
+    names = {"train_base": "base", "train_try_on": "try_on", "train_fast": "try_on_8_steps", "train_sd3": "sd3",
+             "train_in_context": "in_context", "train_dit4sr": "dit4sr"}  # fmt: skip
     for function, stage in names.items():
         monkeypatch.setattr(stages, function, lambda *_, stage=stage: noted.append(stage))
+    monkeypatch.setattr(stages, "train_vae", lambda _, *kind: noted.append("sd3_vae" if kind else "vae"))
     monkeypatch.setattr(stages, "train_adapter", lambda kind, *_: noted.append(kind))
     monkeypatch.setattr(checkpoints, "WORK", tmp_path)
-    folder = checkpoints.work(checkpoints.Recipe())
-    folder.mkdir()
-    for name in EVERY:
-        (folder / name).touch()
+    for folder in (folder_of("base"), folder_of("sd3")):
+        folder.mkdir()
+        for name in EVERY:
+            (folder / name).touch()
     return noted
 
 
@@ -67,7 +76,7 @@ def test_all_runs_every_stage_but_the_8_steps_in_the_order_of_what_they_need(ran
 
 @pytest.mark.parametrize("stage", stages.OWN)
 def test_a_stage_runs_by_itself_and_fresh_forgets_its_own_files_only(stage, ran, monkeypatch):
-    folder = checkpoints.work(checkpoints.Recipe())
+    folder = folder_of(stage)
     command(monkeypatch, stage)
     assert {path.name for path in folder.iterdir()} == EVERY
     command(monkeypatch, stage, "--fresh")
@@ -79,7 +88,8 @@ def test_all_fresh_forgets_everything_of_its_recipe_and_nothing_of_another(ran, 
     other = checkpoints.work(checkpoints.Recipe(pixels=128))
     other.mkdir()
     command(monkeypatch, "all", "--fresh")
-    assert not checkpoints.work(checkpoints.Recipe()).exists()
+    assert not folder_of("base").exists()
+    assert not folder_of("sd3").exists()
     assert other.exists()
 
 
