@@ -27,6 +27,7 @@ from dit_toolkit.nodes import DiTToolkit  # noqa: E402
 from dit_toolkit.nodes.accelerate import AccelerateDiT, Autotune  # noqa: E402
 from dit_toolkit.nodes.dit4sr import ApplyDiT4SR, DiT4SRSampling, ExtractDiT4SR  # noqa: E402
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl  # noqa: E402
+from dit_toolkit.nodes.embedded import LoadEmbedded  # noqa: E402
 from dit_toolkit.nodes.freecus import ApplyFreeCus  # noqa: E402
 from dit_toolkit.nodes.image_difference import ImageDifference  # noqa: E402
 from dit_toolkit.nodes.in_context_lora import PanelLayout, PanelSets, SplitPanels  # noqa: E402
@@ -246,6 +247,9 @@ def drawn(node: type[io.ComfyNode], stand_ins: dict[str, Any], dice: random.Rand
 
 def sampled(node: type[io.ComfyNode], model: Any, others: list[Any]) -> torch.Tensor:
     """What a sampler makes of a node's MODEL."""
+    if node is LoadEmbedded:
+        words = others[0].encode_from_tokens_scheduled(others[0].tokenize("a red ball"))
+        return tiny.sample(model, 1, positive=words, negative=words)
     if node not in OF_SD3:
         return tiny.sample(model, 2)
     latent = next((each["samples"] for each in others if isinstance(each, dict)), LATENT["samples"])

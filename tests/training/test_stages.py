@@ -12,7 +12,7 @@ import torch
 
 from dit_toolkit.scripts.places import ROOT
 from dit_toolkit.training import __main__ as stages
-from dit_toolkit.training import checkpoints, in_context, loop, try_on_model, vae
+from dit_toolkit.training import checkpoints, dit4sr, in_context, loop, sd3, try_on_model, vae
 
 ALL = ["vae", "base", "edge", "pose", "subject", "try_on", "in_context", "sd3_vae", "sd3", "dit4sr"]
 KEPT = {
@@ -109,7 +109,11 @@ def test_all_makes_every_file_in_weights(monkeypatch, tmp_path):
         "AdapterRecipe": {"pool": 500, "steps": 1, "batch": 2},
         "TryOnRecipe": {"pool": 4, "steps": 1, "batch": 2},
         "InContextRecipe": {"sets": 2, "steps": 1, "batch": 2},
+        "SD3Recipe": {"pixels": 32, "pool": 60, "batch": 2, "vae_steps": 1, "base_steps": 1},
+        "RestoreRecipe": {"pool": 40, "steps": 1, "batch": 2},
     }
+    for module in (sd3, dit4sr):
+        monkeypatch.setattr(module, "CHUNK", 4)
     for name, small in sizes.items():
         made = replace(getattr(stages, name)(), **small)
         monkeypatch.setattr(stages, name, lambda made=made: made)
