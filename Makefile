@@ -29,7 +29,7 @@ demo: setup
 # Three processes with a thread each: those of the page wait most of the time. Tiny models gain nothing from a second
 # thread, and lose much where they share it. pytest's closing lines stay the last ones: they carry counts and times.
 # Split by measured time; what needs the server stays together.
-FEATURES = $(addprefix tests/host/,accelerate control restore) $(addprefix tests/host/test_,embedded.py blocks.py foreign.py)
+FEATURES = $(addprefix tests/host/,accelerate control) $(addprefix tests/host/test_,embedded.py blocks.py foreign.py)
 PAGE     = tests/browser tests/workflows tests/nodes/test_in_context_lora.py
 test: setup web-test
 	@echo 'Tests of features, of the page, and all others, side by side'
