@@ -153,3 +153,29 @@ def test_two_dolls_are_not_scored():
     scene = some(4, 1)[0]
     with pytest.raises(ValueError, match="two dolls"):
         score(picture(scene), scene)
+
+
+def test_a_doll_has_the_body_points_of_openpose():
+    doll = world.Thing("doll", 0.4, 0.5, 0.8, "red", arms=(88.0, 14.0))
+    points, joints = world.openpose(doll), world.doll_joints(doll)
+    named = {
+        0: "head",
+        1: "neck",
+        2: "l_shoulder",
+        4: "l_hand",
+        5: "r_shoulder",
+        7: "r_hand",
+        10: "l_foot",
+        13: "r_foot",
+    }
+    assert points.shape == (18, 3)
+    assert (points[:, 2] == 1).all()
+    for index, name in named.items():
+        np.testing.assert_allclose(points[index, :2], joints[name])
+    for start, middle, end in ((2, 3, 4), (5, 6, 7), (8, 9, 10), (11, 12, 13)):
+        np.testing.assert_allclose(points[middle], (points[start] + points[end]) / 2)
+    assert (points[[2, 8, 14, 16], 0] < doll.x).all()  # its right is on the picture's left
+    eyes = [part.points.mean(0) for part in world.doll_parts(doll, 1) if part.label == "detail"]
+    np.testing.assert_allclose(points[[14, 15], :2], eyes, atol=1e-6)
+    with pytest.raises(ValueError, match="only a doll"):
+        world.openpose(world.Thing("ball", 0.5, 0.5, 0.3, "red"))

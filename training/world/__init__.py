@@ -8,6 +8,7 @@ seed gives the same scene on every machine.
     rendering   scenes as pictures and maps
     captions    scenes and sets in words
     sampling    random scenes and sets
+    skeleton    body points of a doll, as OpenPose names them
 
 Coordinates: the canvas is the unit square, x to the right, y down. Angles: degrees, 0 is straight down, positive away
 from the body. Pictures: uint8 RGB `[H, W, 3]`; maps: uint8 `[H, W]`.
@@ -27,6 +28,7 @@ from .rendering import (
     render,
 )
 from .sampling import held_out, held_out_set, sample_scene, sample_set, scenes, sets
+from .skeleton import openpose
 from .things import (
     ARMS,
     BONES,
@@ -92,6 +94,7 @@ __all__ = [
     "held_out_set",
     "keypoints",
     "object_outline",
+    "openpose",
     "parts_of",
     "pose_map",
     "render",
