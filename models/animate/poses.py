@@ -102,9 +102,9 @@ def parse(keypoints: Any, name: str = "poses", person: Person = "largest") -> tu
             of different proportions, and where no frame has a person.
     """
     frames = frames_of(keypoints, name)
-    raw = [people_of(frame, f"frame {number} of '{name}'") for number, frame in enumerate(frames)]
+    raw = [people_of(frame, f"Frame {number} of '{name}'") for number, frame in enumerate(frames)]
     in_pixels = any(np.abs(points[scores > 0]).max(initial=0) > SHARE for people in raw for points, scores in people)
-    sizes = [canvas_of(frame, f"frame {number} of '{name}'") for number, frame in enumerate(frames)]
+    sizes = [canvas_of(frame, f"Frame {number} of '{name}'") for number, frame in enumerate(frames)]
     width, height = common_canvas(sizes, name, in_pixels)
     if in_pixels:
         raw = [[(points / size, scores) for points, scores in each] for each, size in zip(raw, sizes, strict=True)]
@@ -146,7 +146,7 @@ def people_of(frame: Mapping[str, Any], where: str) -> list[OnePerson]:
     if people is None:
         people = []
     if not isinstance(people, Sequence) or not all(isinstance(each, Mapping) for each in people):
-        raise ValueError(f"{where.capitalize()} must have a list of people, each with its key points.")
+        raise ValueError(f"{where} must have a list of people, each with its key points.")
     return [one_person(each, where) for each in people]
 
 
@@ -170,12 +170,12 @@ def numbers_of(flat: Any, key: str, lengths: tuple[int, ...], where: str) -> np.
     try:
         numbers = np.asarray(flat, dtype=float).reshape(-1)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{where.capitalize()}: '{key}' must be a flat list of numbers x, y, score.") from None
+        raise ValueError(f"{where}: '{key}' must be a flat list of numbers x, y, score.") from None
     if numbers.size not in [3 * length for length in lengths]:
         expected = " or ".join(f"{3 * length}" for length in lengths)
-        raise ValueError(f"{where.capitalize()}: '{key}' must have {expected} numbers, got {numbers.size}.")
+        raise ValueError(f"{where}: '{key}' must have {expected} numbers, got {numbers.size}.")
     if not np.isfinite(numbers).all():
-        raise ValueError(f"{where.capitalize()}: '{key}' has values that are no numbers (NaN or infinite).")
+        raise ValueError(f"{where}: '{key}' has values that are no numbers (NaN or infinite).")
     part = numbers.reshape(-1, 3)
     part[:, 2] = np.clip(part[:, 2], 0, FAR)
     return part
@@ -187,7 +187,7 @@ def canvas_of(frame: Mapping[str, Any], where: str) -> tuple[float, float]:
     if size == (None, None):
         return 0, 0
     if not all(is_number(side) and 0 < side < 1e6 for side in size):
-        raise ValueError(f"{where.capitalize()} has a canvas of {size[0]} x {size[1]} pixels; both must be above 0.")
+        raise ValueError(f"{where} has a canvas of {size[0]} x {size[1]} pixels; both must be above 0.")
     return size
 
 
