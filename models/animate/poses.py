@@ -14,7 +14,6 @@ as core has it: body 0-17, feet 18-23, face 24-91, right hand 92-112, left hand 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -192,7 +191,10 @@ def canvas_of(frame: Mapping[str, Any], where: str) -> tuple[float, float]:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
+    """Finite, and no longer than a float can be."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        return False
+    return bool(abs(value) < 1e300)  # of NaN, too, this is False
 
 
 def common_canvas(sizes: Sequence[tuple[float, float]], name: str, in_pixels: bool) -> tuple[int, int]:
