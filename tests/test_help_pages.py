@@ -68,7 +68,8 @@ def default_of(entry: io.Input) -> set[str]:
         case io.Int.Input() | io.Float.Input():
             return {f"{entry.default:.10g}"}
         case io.String.Input():
-            return {entry.default or "", entry.default or "empty"}
+            lines = "\n" in (entry.default or "")  # no cell holds them
+            return {"the example"} if lines else {entry.default or "", entry.default or "empty"}
     return {""}
 
 

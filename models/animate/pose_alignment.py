@@ -132,14 +132,13 @@ def boxes(driving: Poses, reference: Poses, width: int, height: int) -> Alignmen
             ratios.append(to_w / w * proportions)
     ay = float(np.clip(np.median(ratios), 1 / WILD, WILD)) if ratios else 1.0
     ax = ay / proportions
-    mine, theirs = next(
-        (each for k in range(len(driving)) if len((each := shared(driving, k, reference))[0])), ([], [])
-    )
-    if not len(mine):
+    common = [each for k in range(len(driving)) if len((each := shared(driving, k, reference))[0])]
+    if not common:
         raise ValueError(
             "The picture and the driving poses have no body point in common, so they cannot be aligned. Set "
             "'alignment' to 'none', or use a picture that shows what the clip shows."
         )
+    mine, theirs = common[0]
     middle, to_middle = (np.mean([points[:, 0].min(), points[:, 0].max()]) for points in (mine, theirs))
     return Alignment((ax, ay), (float(to_middle - ax * middle), float(theirs[:, 1].max() - ay * mine[:, 1].max())))
 

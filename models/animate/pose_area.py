@@ -54,7 +54,7 @@ def fill_body(mask: np.ndarray, points: np.ndarray, seen: np.ndarray) -> None:
     if len(torso) > 2:
         cv2.fillConvexPoly(mask, cv2.convexHull(np.array(torso, np.int32)), 1)
     if seen[NOSE]:
-        ears = [np.linalg.norm(points[k] - points[NOSE]) for k in EARS if seen[k]]
+        ears = [float(np.linalg.norm(points[k] - points[NOSE])) for k in EARS if seen[k]]
         disc(NOSE, max(HEAD * unit, OVER_EARS * max(ears, default=0.0)))
     for k in ENDS:
         if seen[k]:

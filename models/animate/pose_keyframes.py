@@ -240,12 +240,14 @@ def standing(written: Script) -> tuple[np.ndarray, np.ndarray]:
 class Swings:
     """Key poses as places, and as angles and lengths of bones, which can be weighed."""
 
+    bones: dict[int, tuple[int, np.ndarray, np.ndarray]]
+
     def __init__(self, points: np.ndarray, scores: np.ndarray):
         """`points`: `[K, 18, 2]` in pixels; `scores`: `[K, 18]`.
 
         A joint hangs on the next one up that every key pose sees; one without such a joint moves in a straight line.
         """
-        always = (scores > 0).all(0)
+        always = [bool(each) for each in (scores > 0).all(0)]
         self.places = points
         self.bones = {}
         for joint in HANGS_ON:

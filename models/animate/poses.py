@@ -182,7 +182,7 @@ def numbers_of(flat: Any, key: str, lengths: tuple[int, ...], where: str) -> np.
 
 def canvas_of(frame: Mapping[str, Any], where: str) -> tuple[float, float]:
     """Width and height; (0, 0) where the frame does not say them."""
-    size = frame.get("canvas_width"), frame.get("canvas_height")
+    size: tuple[Any, Any] = frame.get("canvas_width"), frame.get("canvas_height")
     if size == (None, None):
         return 0, 0
     if not all(is_number(side) and 0 < side < 1e6 for side in size):

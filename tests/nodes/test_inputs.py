@@ -36,6 +36,7 @@ from dit_toolkit.nodes.step_cache import AccelerationReport, ConfidenceGatedTayl
 from dit_toolkit.tests.host import tiny  # noqa: E402
 from dit_toolkit.tests.host.control.test_try_on import file_of  # noqa: E402
 from dit_toolkit.tests.host.restore import tiny_dit4sr  # noqa: E402
+from dit_toolkit.tests.models.animate.people import dancing  # noqa: E402
 from dit_toolkit.tests.nodes.calling import run_node  # noqa: E402
 
 NODES = asyncio.run(DiTToolkit().get_node_list())
@@ -48,11 +49,14 @@ MASK[:, 8:20, 8:20] = 1
 LATENT = {"samples": torch.zeros(1, 16, 8, 8)}
 
 
+POSES = dancing(13)
+
 OF_SD3 = {ApplyDiT4SR, DiT4SRSampling, ExtractDiT4SR}  # all others take FLUX.1, or any model
 NOT_BOTH = {(ApplyEasyControl, "latent"), (SplitPanels, "latent")}  # where an image is given
 CAPS = {  # so that no call takes long
     "width": 64, "height": 64, "megapixels": 0.01, "condition_size": 64, "person_size": 64, "garment_size": 64,
     "panel_width": 64, "panel_height": 64, "batch_size": 2, "trials": 1, "steps": 2, "min_side": 64, "upscale_by": 2.0,
+    "tile": 64, "frames": 4,
 }  # fmt: skip
 
 
@@ -89,6 +93,7 @@ def stand_ins(tiny_flux) -> dict[str, Any]:
         "DIT_REPORT": StepCacheReport("Test"),
         "DIT_PANELS": panel_layout("custom", 1, 2, 16, 32, "auto", "", "1"),
         "DIT_CROP": plan(fitted_masks(MASK, PICTURE), 0.5, (32, 32)),
+        "POSE_KEYPOINT": POSES,
         "*": None,
     }
 

@@ -42,6 +42,7 @@ from dit_toolkit.nodes.embedded import LoadEmbedded  # noqa: E402
 from dit_toolkit.nodes.freecus import ApplyFreeCus, SubjectDescription  # noqa: E402
 from dit_toolkit.nodes.image_difference import ImageDifference  # noqa: E402
 from dit_toolkit.nodes.in_context_lora import PanelLatent, PanelLayout, PanelSets, SplitPanels  # noqa: E402
+from dit_toolkit.nodes.pose_video import PoseKeyframes, PosePreview, PoseVideo  # noqa: E402
 from dit_toolkit.nodes.sparse_attention import ApplyClear  # noqa: E402
 from dit_toolkit.nodes.step_cache import TaylorSeer  # noqa: E402
 from dit_toolkit.nodes.try_on import ApplyTryOn, TryOnComposite, TryOnPrepare  # noqa: E402
@@ -49,6 +50,7 @@ from dit_toolkit.tests.host import tiny  # noqa: E402
 from dit_toolkit.tests.host.control.test_try_on import file_of  # noqa: E402
 from dit_toolkit.tests.host.restore import tiny_dit4sr  # noqa: E402
 from dit_toolkit.tests.models.accelerate.test_clear_keys import published  # noqa: E402
+from dit_toolkit.tests.models.animate.people import crowded, dancing  # noqa: E402
 from dit_toolkit.tests.nodes import test_inputs  # noqa: E402
 from dit_toolkit.tests.nodes.calling import run_node  # noqa: E402
 from dit_toolkit.tests.nodes.test_inputs import LATENT, MASK, NODES, PICTURE, Vae, every_node, good  # noqa: E402
@@ -100,6 +102,15 @@ BESIDE: dict[tuple[type[io.ComfyNode], str | None], dict[str, Any]] = {
     (PanelLatent, "encode"): {"vae": OtherVae()},
     (SplitPanels, "latent"): {"image": None, "latent": {"samples": torch.zeros(1, 16, 4, 4)}},
     (SplitPanels, "vae"): {"image": None, "latent": {"samples": torch.ones(1, 16, 4, 4) / 2}, "canvas": None},
+    (PosePreview, None): {"frames": 5, "columns": 2, "tile": 32},
+    (PoseKeyframes, "reach"): {"poses": dancing(13), "text": '[{"frame": 4, "joints": {"nose": [0.9, 0.1]}}]'},
+    (PoseKeyframes, "text"): {"poses": None, "text": '[{"frame": 4, "joints": {"nose": [0.9, 0.1]}}]'},
+    (PoseKeyframes, None): {"poses": None, "length": 9},
+    (PoseKeyframes, "poses"): {"text": "", "poses": dancing(13)},
+    (PoseVideo, None): {"length": 0, "width": 48, "height": 64, "reference": dancing(1, turn=0.2)},
+    (PoseVideo, "person"): {"poses": crowded(5)},
+    (PoseVideo, "crop"): {"reference": dancing(1, width=64, height=200)},
+    (PoseVideo, "length"): {"length": 5},
     (SubjectDescription, "subject"): {"text": "a grey cat"},
     (TaylorSeer, "max_memory"): {"tap": "every module"},
     (TryOnComposite, None): {"result": PICTURE.flip(1)},
@@ -123,6 +134,12 @@ ANOTHER: dict[tuple[type[io.ComfyNode], str], Any] = {
     (TryOnPrepare, "margin"): 0.1,
     (LoadEasyControl, "file"): "tiny_pose.safetensors",
     (PanelLayout, "given"): "1",
+    (PoseVideo, "length"): 13,
+    (PoseVideo, "frame_rate"): 24.0,
+    (PoseVideo, "smoothing"): 1.0,
+    (PoseKeyframes, "text"): '[{"frame": 4, "joints": {"nose": [0.8, 0.1]}}]',
+    (PoseKeyframes, "width"): 1024,
+    (PoseKeyframes, "height"): 1024,
     (PanelSets, "folder"): "mine",
     (TaylorSeer, "schedule"): "0, 3",
 }
@@ -186,6 +203,7 @@ def others(stand_ins) -> dict[str, Any]:
         "DIT_REPORT": StepCacheReport("Other", "other settings"),
         "DIT_PANELS": panel_layout("custom", 2, 1, 32, 16, "auto", "", "1"),
         "DIT_CROP": plan(fitted_masks(MASK, PICTURE), 0.1, (32, 32)),
+        "POSE_KEYPOINT": dancing(13, turn=0.4),
         "*": 5,
     }
 
