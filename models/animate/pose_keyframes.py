@@ -144,8 +144,8 @@ def key_pose(written: Any, number: int, easing: Easing) -> KeyPose:
 def joint_number(name: str, where: str) -> int:
     if name in JOINTS:
         return JOINTS.index(name)
-    near = difflib.get_close_matches(name, JOINTS, 1)
-    hint = f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(JOINTS)}."
+    near = difflib.get_close_matches(name.replace("hand", "wrist").replace("foot", "ankle"), JOINTS, 1)
+    hint = f"Perhaps '{near[0]}' is meant." if near else f"There are: {', '.join(JOINTS)}."
     raise ValueError(f"{where} names the joint {short(name)}, which there is not. {hint}")
 
 
@@ -208,11 +208,9 @@ def posed(written: Script, length: int, width: int, height: int) -> Poses:
     whole_points, whole_scores = np.zeros((length, POINTS, 2)), np.zeros((length, POINTS))
     for frame in range(length):
         weights = weights_at(frame, frames, [key.easing for key in written.keys])
-        whole_scores[frame, BODY] = np.clip(weights @ scores, 0, 1)
-        whole_points[frame, BODY] = swings.at(weights) / size
-        exact = [k for k, at in enumerate(frames) if at == frame]
-        if exact:
-            whole_points[frame, BODY] = points[exact[0]]
+        whole_scores[frame, BODY] = np.clip(np.round(weights @ scores, 9), 0, 1)  # 1 stays 1
+        only = np.flatnonzero(weights == 1)
+        whole_points[frame, BODY] = points[only[0]] if len(only) else swings.at(weights) / size
     return Poses(whole_points, whole_scores, width, height, (1,) * length)
 
 

@@ -305,7 +305,8 @@ def between(poses: Poses, first: int, second: int, part: float) -> OnePerson:
     p, q = poses.points[first], poses.points[second]
     start, end = np.where(a | ~b, p, q), np.where(b | ~a, q, p)
     points = start + part * (end - start) if part < 1 else end
-    scores = (1 - part) * poses.scores[first] + part * poses.scores[second]
+    score, other = poses.scores[first], poses.scores[second]
+    scores = score + part * (other - score) if part < 1 else other
     return points, scores
 
 

@@ -113,7 +113,7 @@ def test_one_point_in_common_moves_without_a_scale_and_none_is_refused():
     reference = picture_of(clip, 1.0, 0.1, 0.2)
     scores = np.zeros_like(reference.scores)
     scores[0, 0] = 1
-    moved, notes = align(clip, replace(reference, scores=scores), WIDTH, HEIGHT, "bounding box")
+    moved, _ = align(clip, replace(reference, scores=scores), WIDTH, HEIGHT, "bounding box")
     np.testing.assert_allclose(moved.points[0, 0], reference.points[0, 0])
     for mode in ("paper", "bounding box"):
         with pytest.raises(ValueError, match=r"no body point in common.*'none'"):
