@@ -245,7 +245,7 @@ class Swings:
 
         A joint hangs on the next one up that every key pose sees; one without such a joint moves in a straight line.
         """
-        always = [bool(each) for each in (scores > 0).all(0)]
+        always = (scores.min(0) > 0).tolist()
         self.places = points
         self.bones = {}
         for joint in HANGS_ON:
