@@ -43,7 +43,7 @@ EXAMPLE = """[
 
 
 def side(name: str, default: int, tooltip: str) -> io.Input:
-    return io.Int.Input(name, default=default, min=16, max=8192, step=16, tooltip=tooltip)
+    return io.Int.Input(name, default=default, min=16, max=4096, step=16, tooltip=tooltip)
 
 
 class PoseVideo(io.ComfyNode):
@@ -66,7 +66,7 @@ class PoseVideo(io.ComfyNode):
                                "'alignment' to none."),
                 side("width", 768, "Width of the video in pixels."),
                 side("height", 1360, "Height of the video in pixels."),
-                io.Int.Input("length", default=37, min=0, max=LONGEST,
+                io.Int.Input("length", default=37, min=0, max=1021,
                              tooltip="Frames of the video: 5, 13, 21, 29, 37, ...; others become the nearest of these. "
                              "0 takes all there are."),
                 choice("alignment", Mode, "paper",
@@ -101,7 +101,7 @@ class PoseVideo(io.ComfyNode):
                                  "where 'reference' is connected."),
                 choice("crop", Crop, "center", advanced=True,
                        tooltip="What happens to a picture of other proportions than the video. center: cut from the "
-                       "middle. disabled: stretched. As in DynamiCtrl Conditioning."),
+                       "middle. stretch: pressed into shape. Choose as in DynamiCtrl Conditioning."),
                 share("mask_margin", 0.06, "How much around the body the mask covers, as a part of the shorter side.",
                       advanced=True),
             ],

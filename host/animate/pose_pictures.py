@@ -34,9 +34,8 @@ def drawn(poses: Poses, height: int, width: int, style: Style, body: float, hand
     pictures = torch.empty(len(poses), height, width, 3, device=intermediate_device())
     for number in one_by_one(range(len(poses)), len(poses)):
         points, scores = poses.points[number], poses.scores[number]
-        picture = draw(points, scores, height, width, style, body, hands, face)
-        pictures[number] = torch.from_numpy(picture).to(pictures) / 255
-    return pictures
+        pictures[number] = torch.from_numpy(draw(points, scores, height, width, style, body, hands, face))
+    return pictures.div_(255)
 
 
 def contact_sheet(pictures: Tensor, poses: Poses, shown: int, columns: int, side: int, dim: float) -> Tensor:

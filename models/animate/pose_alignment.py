@@ -27,7 +27,7 @@ import numpy as np
 from .poses import BODY, WRISTS_AND_ELBOWS, Poses
 
 Mode = Literal["paper", "bounding box", "none"]
-Crop = Literal["center", "disabled"]  # core's words: cut to the proportions, or stretch
+Crop = Literal["center", "stretch"]
 
 FITTED = (0, 1, 2, 5, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17)  # all but elbows and wrists
 FEW = 4  # points; with fewer, a line through them says little

@@ -137,7 +137,7 @@ def test_a_cut_from_the_middle_is_that_of_the_pixels(width, height):
     side = min(width, height)
     expected = (poses.points * [width, height] - [(width - side) / 2, (height - side) / 2]) / side
     np.testing.assert_allclose(cut.points, expected, atol=1e-12)
-    np.testing.assert_array_equal(fitted(poses, 640, 640, "disabled").points, poses.points)
+    np.testing.assert_array_equal(fitted(poses, 640, 640, "stretch").points, poses.points)
 
 
 def test_poses_without_a_canvas_are_taken_to_have_the_picture_s_proportions():
