@@ -6,6 +6,7 @@ from ..host.model_files import offer_loras
 from . import (
     accelerate,
     dit4sr,
+    dynamictrl,
     easycontrol,
     embedded,
     freecus,
@@ -23,6 +24,7 @@ FEATURES = (
     freecus,
     try_on,
     dit4sr,
+    dynamictrl,
     accelerate,
     step_cache,
     re_ttention,

@@ -49,12 +49,13 @@ FEATURES = {
     "FreeCus": ("*.freecus*", "models.control.subject_description"),
     "In-Context LoRA": ("*.in_context_lora", "host.control.training", "models.control.panel_*"),
     "DiT4SR": ("*.dit4sr*",),
+    "DynamiCtrl": ("*.dynamictrl*", "*.cogvideox_*"),
     "image difference": ("*.image_difference*",),
     "embedded default": ("*.embedded", "models.tiny_*"),
 }
 DOOR = "nodes"  # nodes/__init__.py
 
-SECTIONS = ("control", "accelerate", "restore")
+SECTIONS = ("control", "accelerate", "restore", "animate")
 Graph = dict[str, set[str]]  # modules by their dotted names from the root, and what each imports
 
 
@@ -129,7 +130,7 @@ def feature_of(module: str) -> str | None:
 
 
 def section_of(module: str) -> str | None:
-    """The section of its room that a module lies in: control, accelerate, restore."""
+    """The section of its room that a module lies in: control, accelerate, restore, animate."""
     parts = module.split(".")
     return parts[1] if len(parts) > 2 and parts[1] in SECTIONS else None
 

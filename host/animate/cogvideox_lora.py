@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.sd
 import folder_paths
 from comfy.model_patcher import ModelPatcher
@@ -38,7 +40,7 @@ def load(model: ModelPatcher, name: str, strength: float) -> tuple[ModelPatcher,
             f"{name} is no LoRA for CogVideoX: none of its {len(state)} keys names a layer of it, {example} among them."
         )
     before = sum(map(len, model.patches.values()))
-    patched, _ = comfy.sd.load_lora_for_models(model, None, renamed, strength, 0.0)
+    patched: Any = comfy.sd.load_lora_for_models(model, None, renamed, strength, 0.0)[0]
     taken = sum(map(len, patched.patches.values())) - before
     if not taken:
         raise ValueError(

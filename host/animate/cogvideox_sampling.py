@@ -52,7 +52,7 @@ def sampling(model: ModelPatcher, sampler: SamplerName, steps: int) -> Sampling:
     """
     cogvideox.require_cogvideox(model, NODE)
     patched = mended(model)
-    levels = patched.get_model_object("model_sampling").sigmas
+    levels: Any = patched.get_model_object("model_sampling").sigmas
     sigmas = torch.cat([levels[trailing(steps, len(levels))], levels.new_zeros(1)])
     name = SAMPLERS[sampler]
     return Sampling(patched, comfy.samplers.sampler_object(name), sigmas, name, SCHEDULER)
