@@ -197,7 +197,7 @@ A = torch.ones(4, 8)
         ("transformer_blocks.0.ff.net.0.proj.alpha", "blocks.0.ff_proj.alpha"),
         ("transformer_blocks.0.ff.net.2.lora.up.weight", "blocks.0.ff_out.lora.up.weight"),
         ("transformer_blocks.0.attn1.to_v_lora.up.weight", "blocks.0.v_lora.up.weight"),
-        ("base_model.model.transformer_blocks.3.ff.net.2.lora_A.default.weight", "blocks.3.ff_out.lora_A.default.weight"),
+        ("base_model.model.transformer_blocks.3.ff.net.2.lora_A.x.weight", "blocks.3.ff_out.lora_A.x.weight"),
         ("transformer.proj_out.lora_A.weight", "proj_out.lora_A.weight"),
         ("transformer.time_embedding.linear_1.lora_A.weight", "time_embedding_linear_1.lora_A.weight"),
         ("diffusion_model.blocks.0.q.lora_A.weight", "blocks.0.q.lora_A.weight"),
