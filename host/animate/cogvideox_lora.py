@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.sd
 import folder_paths
 from comfy.model_patcher import ModelPatcher
+from torch import Tensor
 
 from ...models.animate.dynamictrl_keys import lora_names
 from ...models.checkpoint import shown
 from .. import model_files
 from ..families import cogvideox
+from ..transformer import transformer_of
 
 NODE = "Load CogVideoX LoRA"
 FOLDER = "loras"
+MATRIX = re.compile(r"diffusion_model\.(?P<layer>.+?)(?:\.|_)lora(?:\.|_)(?:(?P<into>A|down)|B|up)(?:\.\w+)?\.weight")
 
 
 def names() -> list[str]:
@@ -40,6 +45,7 @@ def load(model: ModelPatcher, name: str, strength: float) -> tuple[ModelPatcher,
             f"{name} is no LoRA for CogVideoX: none of its {len(state)} keys names a layer of it, {example} among them."
         )
     before = sum(map(len, model.patches.values()))
+    _fits(model, renamed, name)
     patched: Any = comfy.sd.load_lora_for_models(model, None, renamed, strength, 0.0)[0]
     taken = sum(map(len, patched.patches.values())) - before
     if not taken:
@@ -48,3 +54,20 @@ def load(model: ModelPatcher, name: str, strength: float) -> tuple[ModelPatcher,
         )
     left = f"; {len(strange)} keys name no layer of it, {shown(strange[0])} first" if strange else ""
     return patched, f"{name}: {taken} weights of the model changed{left}"
+
+
+def _fits(model: ModelPatcher, renamed: Mapping[str, Tensor], name: str) -> None:
+    """Refuse matrices for layers of another size: ComfyUI would leave them out while it samples."""
+    modules: dict[str, Any] = dict(transformer_of(model).named_modules())
+    for key, tensor in renamed.items():
+        match = MATRIX.fullmatch(key)
+        layer = modules.get(match["layer"]) if match else None
+        if match is None or not hasattr(layer, "in_features") or tensor.ndim != 2:
+            continue
+        into = match["into"] is not None
+        wanted, has = (layer.in_features, tensor.shape[1]) if into else (layer.out_features, tensor.shape[0])
+        if wanted != has:
+            raise ValueError(
+                f"{name} does not fit this model: {shown(key)} is for {has} channels, and the layer has {wanted}. Get a "
+                "LoRA for its size."
+            )
