@@ -68,6 +68,6 @@ def _fits(model: ModelPatcher, renamed: Mapping[str, Tensor], name: str) -> None
         wanted, has = (layer.in_features, tensor.shape[1]) if into else (layer.out_features, tensor.shape[0])
         if wanted != has:
             raise ValueError(
-                f"{name} does not fit this model: {shown(key)} is for {has} channels, and the layer has {wanted}. Get a "
-                "LoRA for its size."
+                f"{name} does not fit this model: {shown(key)} is for {has} channels, and the layer has {wanted}. Get "
+                "a LoRA for its size."
             )

@@ -194,7 +194,7 @@ def test_what_is_left_out_is_told(folder):
 
 def test_a_lora_of_another_width_says_so(folder):
     save_file(lora("peft", width=64), folder / "x.safetensors")
-    with pytest.raises(ValueError, match="does not fit this model: .* is for 64 channels, and the layer has 128"):
+    with pytest.raises(ValueError, match=r"does not fit this model: .* is for 64 channels, and the layer has 128"):
         cogvideox_lora.load(loaded(), "x.safetensors", 1.0)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import comfy.sample
+import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_toolkit.host.animate import dynamictrl_files
@@ -17,6 +20,8 @@ from dit_toolkit.tests.host import families
 from dit_toolkit.tests.host.shared import SHARED, share
 from dit_toolkit.tests.models.animate import dynamictrl_reference as reference
 
+OTHER = "b_dynamictrl.safetensors"
+LORA, OTHER_LORA = "a_cogvideox_lora.safetensors", "b_cogvideox_lora.safetensors"
 TEXT, SIZE, FRAMES = 48, (6, 8), 4  # channels of the text; the latent's sides and frames
 
 
@@ -32,6 +37,26 @@ def loaded(version: str = "1.5", seed: int = 0, **sizes: Any) -> ModelPatcher:
     if name not in SHARED:
         share(name, dynamictrl_files.from_state(published(version, seed, **sizes), "tiny.safetensors").model)
     return SHARED[name][0]
+
+
+def write_files() -> None:
+    """Into the tests' models folder: two transformers, the first of which comes first in the list, and two LoRAs."""
+    for kind, files in (
+        (dynamictrl_files.FOLDER, {"a_dynamictrl.safetensors": published(), OTHER: published(seed=1)}),
+        ("loras", {LORA: lora(0), OTHER_LORA: lora(1)}),
+    ):
+        folder = Path(folder_paths.models_dir) / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, state in files.items():
+            save_file(state, folder / name)
+        folder_paths.filename_list_cache.pop(kind, None)
+
+
+def lora(seed: int) -> dict[str, Tensor]:
+    """A LoRA in the names of diffusers."""
+    layer, generator = "transformer.transformer_blocks.0.attn1.to_q", torch.Generator().manual_seed(seed)
+    sizes = {"lora_A": (4, 128), "lora_B": (128, 4)}
+    return {f"{layer}.{leaf}.weight": torch.randn(size, generator=generator) / 5 for leaf, size in sizes.items()}
 
 
 def latent(seed: int, frames: int = FRAMES, size: tuple[int, int] = SIZE, batch: int = 1) -> Tensor:
