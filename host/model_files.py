@@ -141,8 +141,9 @@ def _damage(path: str) -> tuple[str, str]:
         return "cannot be opened", "See whether ComfyUI may read it."
     if not start:
         return "is empty", AGAIN
+    length = start[4:8] == bytes(4)  # of a header, whose first byte may be that of a PyTorch file
     for magic, what, best in MISTAKEN:
-        if start.lstrip().startswith(magic):
+        if start.lstrip().startswith(magic) and not (length and magic == b"\x80"):
             return what, best
     if start.isascii() and start.decode("ascii").strip().isprintable():  # a server's answer
         return f"is a text, {in_one_line(start.decode('ascii'))!r}, not the file itself", AGAIN

@@ -28,7 +28,7 @@ from .transformer import REMOVE, Block, Stranger, live_blocks, stranger, strange
 
 OFFERS = "dit_toolkit.offers"  # in transformer_options: a tuple of Offer
 
-Hook = Literal["attention patch", "attention override", "block replacement"]
+Hook = Literal["attention patch", "attention override", "block replacement", "norm"]
 
 
 @dataclass(eq=False)

@@ -6,6 +6,7 @@ from ..host.model_files import offer_loras
 from . import (
     accelerate,
     dit4sr,
+    dynamictrl,
     easycontrol,
     embedded,
     freecus,
@@ -25,6 +26,7 @@ FEATURES = (
     try_on,
     dit4sr,
     pose_video,
+    dynamictrl,
     accelerate,
     step_cache,
     re_ttention,

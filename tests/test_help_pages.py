@@ -25,6 +25,7 @@ WORDS = {
     ("DiTFreeCus", "noise_seed"): EVERY_SEED,
     ("DiTImageDifference", "min_pixels"): (1, 1_000_000),  # "1 and more"
     ("DiTReTtention", "min_tokens"): (0, 1 << 20),  # "0 and up"
+    ("DiTCogVideoXLora", "strength"): (-10, 10),  # "-10 to 10"
     ("DiTTryOnPrepare", "width"): (16, 8192),  # "multiples of 16"
     ("DiTTryOnPrepare", "height"): (16, 8192),
 }

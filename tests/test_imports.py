@@ -50,6 +50,7 @@ FEATURES = {
     "In-Context LoRA": ("*.in_context_lora", "host.control.training", "models.control.panel_*"),
     "DiT4SR": ("*.dit4sr*",),
     "pose video": ("nodes.pose_video", "*.animate.pose*"),
+    "DynamiCtrl": ("*.dynamictrl*", "*.cogvideox_*"),
     "image difference": ("*.image_difference*",),
     "embedded default": ("*.embedded", "models.tiny_*"),
 }

@@ -38,6 +38,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from dit_toolkit.host import families as host
+from dit_toolkit.host.animate import cogvideox_sampling
 from dit_toolkit.models.accelerate.sparse_attention import Grid
 from dit_toolkit.tests.host import tiny
 from dit_toolkit.tests.host.shared import shared
@@ -356,6 +357,17 @@ def wan_vace() -> ModelPatcher:
     return load(state, {"text_dim": TEXT})
 
 
+@shared
+def cogvideox_i2v() -> ModelPatcher:
+    """CogVideoX 1.5 image-to-video: 3 blocks of 2 heads, patches of two latent frames, sampled as it was trained."""
+    state = weights(
+        comfy.ldm.cogvideo.model.CogVideoXTransformer3DModel,
+        **{"num_attention_heads": 2, "time_embed_dim": 64, "ofs_embed_dim": 64, "text_embed_dim": TEXT},
+        **{"num_layers": 3, "in_channels": 32, "patch_size_t": 2, "use_rotary_positional_embeddings": True},
+    )
+    return cogvideox_sampling.mended(load(state))
+
+
 def with_values(family: Family, name: str, grid: Grid | None = None, **values) -> Family:
     """`family` with more in its CONDITIONING. `grid`: what becomes of its tokens then."""
     return replace(family, name=name, prompt=partial(family.prompt, **values), grid=grid or family.grid)
@@ -379,6 +391,15 @@ RELATIVES: dict[str, Family] = {
             "WAN21_Vace WAN21_Vace VaceWanModel",
             Grid(3, 3, 3),
             6,
+        ),
+        Family(
+            "cogvideox_i2v",
+            cogvideox_i2v,
+            (16, 4, 6, 6),
+            text,
+            "CogVideoX",
+            "CogVideoX_I2V CogVideoX CogVideoXTransformer3DModel",
+            Grid(3, 3, 2, before=6),
         ),
         with_values(
             FAMILIES["qwen"],

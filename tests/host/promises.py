@@ -21,17 +21,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import comfy.sd
+import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+from safetensors.torch import save_file
 
-from dit_toolkit.host import embedded
+from dit_toolkit.host import adapters, embedded
 from dit_toolkit.host.accelerate import re_ttention
 from dit_toolkit.host.accelerate.step_cache_taps import SpanTap, block_hooks
+from dit_toolkit.host.animate import dynamictrl
+from dit_toolkit.host.families.cogvideox import Sizes
 from dit_toolkit.host.restore import dit4sr_files
 from dit_toolkit.host.run import attached
 from dit_toolkit.host.transformer import transformer_of
@@ -40,7 +45,9 @@ from dit_toolkit.models.accelerate.delta_dit import Stages
 from dit_toolkit.models.accelerate.input_change import InputChange
 from dit_toolkit.models.accelerate.policies import Interval
 from dit_toolkit.models.accelerate.re_ttention import Schedule
+from dit_toolkit.models.animate.dynamictrl import PoseNorms
 from dit_toolkit.nodes.dit4sr import ApplyDiT4SR, DiT4SRSampling
+from dit_toolkit.nodes.dynamictrl import CogVideoXLora, CogVideoXSampling, DynamiCtrlConditioning
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl
 from dit_toolkit.nodes.freecus import ApplyFreeCus
 from dit_toolkit.nodes.re_ttention import ApplyReTtention
@@ -49,8 +56,9 @@ from dit_toolkit.nodes.step_cache import ConfidenceGatedTaylor, DeltaDiT, Taylor
 from dit_toolkit.nodes.try_on import ApplyTryOn
 from dit_toolkit.tests.host import tiny
 from dit_toolkit.tests.host.accelerate.caching import cached, last_run, strip
+from dit_toolkit.tests.host.animate.tiny_dynamictrl import VideoVae
 from dit_toolkit.tests.host.control.test_try_on import file_of
-from dit_toolkit.tests.host.families import ALL, POOLED, TEXT
+from dit_toolkit.tests.host.families import ALL, POOLED, TEXT, weight
 from dit_toolkit.tests.models.restore import dit4sr_reference
 from dit_toolkit.tests.nodes.calling import run_node
 
@@ -134,6 +142,58 @@ class Lora(Feature):
     def put(self, model: ModelPatcher, **values: Any) -> ModelPatcher:
         strength = {**self.given(), **values}["strength"]
         return comfy.sd.load_lora_for_models(model, None, lora_of_every_block(model), strength, 0.0)[0]
+
+
+class Animated(Feature):
+    """DynamiCtrl: the pose norms hang on the MODEL, and the poses on the prompts that its node gives."""
+
+    def put(self, model: ModelPatcher, **values: Any) -> ModelPatcher:
+        given = {**self.given(), **values}
+        norms, made_for = given.pop("norms")
+        patched = dynamictrl.attach(model, norms, made_for, "random.safetensors")
+
+        def posed(positive: list, negative: list) -> tuple[list, list]:
+            assert self.node is not None
+            found = run_node(self.node, positive=positive, negative=negative, **given)
+            return found[0], found[1]
+
+        patched.set_attachments(PROMPTS, posed)
+        return patched
+
+
+PROMPTS = "dit_toolkit.tests.prompts"  # on a MODEL: (positive, negative) to those that its feature wants
+
+
+def prompts_of(model: ModelPatcher, positive: list, negative: list) -> tuple[list, list]:
+    """The prompts for a run of this MODEL: some features hang on them, too."""
+    change = model.get_attachment(PROMPTS)
+    return (positive, negative) if change is None else change(positive, negative)
+
+
+class CogVideoXLoraOfFile(Feature):
+    """A LoRA in a file for CogVideoX, in the names of diffusers."""
+
+    def put(self, model: ModelPatcher, **values: Any) -> ModelPatcher:
+        write_cogvideox_lora(model)
+        return super().put(model, **values)
+
+
+COGVIDEOX_LORA = "cogvideox_of_the_promises.safetensors"
+
+
+def write_cogvideox_lora(model: ModelPatcher) -> None:
+    generator, state = torch.Generator().manual_seed(5), {}
+    for i, block in enumerate(transformer_of(model).blocks):
+        for part in ("q", "k", "v"):
+            rows, columns = getattr(block, part).weight.shape
+            for leaf, size in (("lora_A", (4, columns)), ("lora_B", (rows, 4))):
+                name = f"transformer.transformer_blocks.{i}.attn1.to_{part}.{leaf}.weight"
+                state[name] = torch.randn(size, generator=generator) * 0.2
+    path = Path(folder_paths.get_folder_paths("loras")[0]) / COGVIDEOX_LORA
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, path)
+        folder_paths.filename_list_cache.pop("loras", None)
 
 
 def lora_of_every_block(model: ModelPatcher) -> dict[str, torch.Tensor]:
@@ -240,6 +300,32 @@ def other_photos() -> tuple[Values, ...]:
 
 def looking_never(model: ModelPatcher) -> ModelPatcher:
     return run_node(ApplyDiT4SR, model=model, **a_photo(), start_percent=0.9999)[0]
+
+
+@cache
+def pose_norms(seed: int):
+    """Random pose norms for the tiny CogVideoX 1.5, and the sizes they are made for."""
+    shapes = PoseNorms(128, 64, 3, operations=torch.nn, device=torch.device("meta")).state_dict()
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: weight(name, like.shape, 0.7, generator) for name, like in shapes.items()}
+    return adapters.patcher(partial(PoseNorms, 128, 64, 3), weights), Sizes(128, 3)
+
+
+@cache
+def video(seed: int) -> torch.Tensor:
+    """13 pictures, four latent frames, for the tiny CogVideoX 1.5."""
+    return torch.rand(13, 48, 48, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def a_pose() -> Values:
+    """Its picture is grey, which the tiny VAE takes for nothing: so poses alone make the difference."""
+    given = {"vae": VideoVae(), "reference": torch.full((1, 48, 48, 3), 0.5), "pose": video(1), "norms": pose_norms(1)}
+    return {**given, "width": 48, "height": 48, "length": 13}
+
+
+def other_poses() -> tuple[Values, ...]:
+    pictures = {"pose": video(2)}, {"reference": picture(30)}
+    return *pictures, {"norms": pose_norms(2)}, {"pose_strength": 0.5}
 
 
 # Step caches. Every other evaluation is computed, and the one between is forecast.
@@ -351,6 +437,22 @@ EASYCONTROL = Feature(
     adds_keys=True,
 )
 
+
+def with_poses(**values: Any) -> Idle:
+    """Pose norms and poses that change nothing; the same prompts on the base model have only the picture."""
+    return Idle(lambda model: DYNAMICTRL.put(model, **values), lambda model: bool(attached(model)))
+
+
+DYNAMICTRL = Animated(
+    "DynamiCtrl",
+    DynamiCtrlConditioning,
+    a_pose,
+    ("cogvideox_i2v",),
+    idle={"strength 0": with_poses(pose_strength=0.0), "a start that never comes": with_poses(start_percent=0.9999)},
+    others=other_poses,
+    other_size="DynamiCtrl Conditioning: the reference has a latent of .* Connect the 'latent' of DynamiCtrl",
+)
+
 FEATURES = (
     EASYCONTROL,
     Feature("EasyControl, a second one", ApplyEasyControl, a_second_easycontrol, beneath=EASYCONTROL, adds_keys=True),
@@ -384,6 +486,15 @@ FEATURES = (
         lambda: {"shift": 1.0},
         ("sd35",),
         others=lambda: ({"shift": 6.0},),
+    ),
+    DYNAMICTRL,
+    Feature("CogVideoX Sampling Preset", CogVideoXSampling, dict, ("cogvideox",)),
+    CogVideoXLoraOfFile(
+        "Load CogVideoX LoRA",
+        CogVideoXLora,
+        lambda: {"file": COGVIDEOX_LORA},
+        ("cogvideox_i2v",),
+        others=lambda: ({"strength": 0.5},),
     ),
     taylorseer("prediction", tuple(ALL)),
     taylorseer("last block", WITH_BLOCKS),

@@ -17,11 +17,12 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from dit_toolkit.host.run import Run, attached
+from dit_toolkit.host.transformer import live_blocks
 from dit_toolkit.nodes import DiTToolkit
 from dit_toolkit.tests.host import families
 from dit_toolkit.tests.host.accelerate.caching import calls
 from dit_toolkit.tests.host.families import ALL, Family
-from dit_toolkit.tests.host.promises import FEATURES, RIVALS, STEPS, Feature
+from dit_toolkit.tests.host.promises import FEATURES, RIVALS, STEPS, Feature, prompts_of
 from dit_toolkit.tests.host.shared import state_of
 from dit_toolkit.tests.host.test_part_of_run import cores
 
@@ -45,7 +46,8 @@ def home(feature: Feature) -> Family:
 
 def sample(family: Family, model: ModelPatcher, steps: int = STEPS, *, longer: bool = False, **given: Any) -> Tensor:
     """`longer`: the negative prompt has more tokens than the positive one, so the two are never side by side."""
-    given = {"cfg": CFG, **({"negative": family.prompt(4, length=9)} if longer else {}), **given}
+    positive, negative = prompts_of(model, family.prompt(3), family.prompt(4, length=9) if longer else family.prompt(4))
+    given = {"cfg": CFG, "positive": positive, "negative": negative, **given}
     with torch.no_grad():
         return families.sample(family, model, steps, **given)
 
@@ -73,8 +75,8 @@ def close(a: Tensor, b: Tensor) -> None:
 
 def inner_layer(family: Family) -> torch.nn.Module:
     """The first linear layer of the last block: what calls the model in any way calls it."""
-    blocks = getattr(family.load().model.diffusion_model, family.answers.kinds[-1].modules)
-    return next(layer for layer in blocks[-1].modules() if isinstance(layer, torch.nn.Linear))
+    *_, (_, block) = live_blocks(family.load())
+    return next(layer for layer in block.modules() if isinstance(layer, torch.nn.Linear))
 
 
 # neutral, acts

@@ -26,6 +26,12 @@ from dit_toolkit.models.control.try_on_image import fitted_masks, plan  # noqa: 
 from dit_toolkit.nodes import DiTToolkit  # noqa: E402
 from dit_toolkit.nodes.accelerate import AccelerateDiT, Autotune  # noqa: E402
 from dit_toolkit.nodes.dit4sr import ApplyDiT4SR, DiT4SRSampling, ExtractDiT4SR  # noqa: E402
+from dit_toolkit.nodes.dynamictrl import (  # noqa: E402
+    CogVideoXLora,
+    CogVideoXSampling,
+    DynamiCtrlConditioning,
+    LoadDynamiCtrl,
+)
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl  # noqa: E402
 from dit_toolkit.nodes.embedded import LoadEmbedded  # noqa: E402
 from dit_toolkit.nodes.freecus import ApplyFreeCus  # noqa: E402
@@ -34,6 +40,7 @@ from dit_toolkit.nodes.in_context_lora import PanelLayout, PanelSets, SplitPanel
 from dit_toolkit.nodes.inputs import GIVERS, shown  # noqa: E402
 from dit_toolkit.nodes.step_cache import AccelerationReport, ConfidenceGatedTaylor, TaylorSeer  # noqa: E402
 from dit_toolkit.tests.host import tiny  # noqa: E402
+from dit_toolkit.tests.host.animate import tiny_dynamictrl  # noqa: E402
 from dit_toolkit.tests.host.control.test_try_on import file_of  # noqa: E402
 from dit_toolkit.tests.host.restore import tiny_dit4sr  # noqa: E402
 from dit_toolkit.tests.models.animate.people import dancing  # noqa: E402
@@ -52,11 +59,15 @@ LATENT = {"samples": torch.zeros(1, 16, 8, 8)}
 POSES = dancing(13)
 
 OF_SD3 = {ApplyDiT4SR, DiT4SRSampling, ExtractDiT4SR}  # all others take FLUX.1, or any model
+OF_COGVIDEOX = {CogVideoXSampling, CogVideoXLora}
+OF_VIDEOS = {DynamiCtrlConditioning}  # whose VAE is one of videos
 NOT_BOTH = {(ApplyEasyControl, "latent"), (SplitPanels, "latent")}  # where an image is given
+FILES = {CogVideoXLora: tiny_dynamictrl.LORA}  # where the first of the list is another kind of file
 CAPS = {  # so that no call takes long
     "width": 64, "height": 64, "megapixels": 0.01, "condition_size": 64, "person_size": 64, "garment_size": 64,
     "panel_width": 64, "panel_height": 64, "batch_size": 2, "trials": 1, "steps": 2, "min_side": 64, "upscale_by": 2.0,
     "tile": 64, "frames": 4,
+    "length": 13,
 }  # fmt: skip
 
 
@@ -79,10 +90,13 @@ class Vae:
 def stand_ins(tiny_flux) -> dict[str, Any]:
     """What there is to connect, by type: small and good. Files of DiT4SR are beside what ships."""
     tiny_dit4sr.write_files()
+    tiny_dynamictrl.write_files()
     return {
         "MODEL": tiny_flux,
         "MODEL of SD3": tiny_dit4sr.base(),
+        "MODEL of CogVideoX": tiny_dynamictrl.loaded(),
         "VAE": Vae(),
+        "VAE of videos": tiny_dynamictrl.VideoVae(),
         "CONDITIONING": tiny.prompt(),
         "IMAGE": PICTURE,
         "MASK": MASK,
@@ -98,6 +112,14 @@ def stand_ins(tiny_flux) -> dict[str, Any]:
     }
 
 
+def kind_for(node: type[io.ComfyNode], entry: io.Input) -> str:
+    """What is connected to an input: its type, and of which model where that matters."""
+    kind = entry.get_io_type()
+    if kind == "MODEL":
+        return "MODEL of SD3" if node in OF_SD3 else "MODEL of CogVideoX" if node in OF_COGVIDEOX else kind
+    return "VAE of videos" if kind == "VAE" and node in OF_VIDEOS else kind
+
+
 def good(node: type[io.ComfyNode], stand_ins: dict[str, Any]) -> dict[str, Any]:
     """A value for every input: its default, its first choice, or what there is to connect."""
     values: dict[str, Any] = {}
@@ -105,10 +127,11 @@ def good(node: type[io.ComfyNode], stand_ins: dict[str, Any]) -> dict[str, Any]:
         if isinstance(entry, io.Autogrow.Input):
             values[entry.id] = {}
         elif isinstance(entry, io.Combo.Input):
-            values[entry.id] = entry.default or entry.options[0]
+            values[entry.id] = (
+                FILES.get(node) if entry.id == "file" and node in FILES else entry.default or entry.options[0]
+            )
         else:
-            kind = entry.get_io_type()
-            kind = "MODEL of SD3" if kind == "MODEL" and node in OF_SD3 else kind
+            kind = kind_for(node, entry)
             values[entry.id] = stand_ins.get(kind, getattr(entry, "default", None))
         if (node, entry.id) in NOT_BOTH:
             values[entry.id] = None
@@ -255,6 +278,8 @@ def sampled(node: type[io.ComfyNode], model: Any, others: list[Any]) -> torch.Te
     if node is LoadEmbedded:
         words = others[0].encode_from_tokens_scheduled(others[0].tokenize("a red ball"))
         return tiny.sample(model, 1, positive=words, negative=words)
+    if node in OF_COGVIDEOX or node is LoadDynamiCtrl:
+        return tiny_dynamictrl.sample(model, 1)
     if node not in OF_SD3:
         return tiny.sample(model, 2)
     latent = next((each["samples"] for each in others if isinstance(each, dict)), LATENT["samples"])

@@ -31,12 +31,19 @@ from comfy_api.latest import io  # noqa: E402
 
 from dit_toolkit.host.accelerate.report import NodeReport  # noqa: E402
 from dit_toolkit.host.accelerate.step_cache_report import StepCacheReport  # noqa: E402
+from dit_toolkit.host.animate.dynamictrl_run import norms_of  # noqa: E402
 from dit_toolkit.host.control import easycontrol_files  # noqa: E402
 from dit_toolkit.host.run import attached  # noqa: E402
 from dit_toolkit.models.control.panel_layout import panel_layout  # noqa: E402
 from dit_toolkit.models.control.try_on_image import fitted_masks, plan  # noqa: E402
 from dit_toolkit.nodes.accelerate import Autotune  # noqa: E402
 from dit_toolkit.nodes.dit4sr import ApplyDiT4SR, DiT4SRPrompt, DiT4SRSampling, ExtractDiT4SR, LoadDiT4SR  # noqa: E402
+from dit_toolkit.nodes.dynamictrl import (  # noqa: E402
+    CogVideoXLora,
+    CogVideoXSampling,
+    DynamiCtrlConditioning,
+    LoadDynamiCtrl,
+)
 from dit_toolkit.nodes.easycontrol import ApplyEasyControl, LoadEasyControl  # noqa: E402
 from dit_toolkit.nodes.embedded import LoadEmbedded  # noqa: E402
 from dit_toolkit.nodes.freecus import ApplyFreeCus, SubjectDescription  # noqa: E402
@@ -47,6 +54,7 @@ from dit_toolkit.nodes.sparse_attention import ApplyClear  # noqa: E402
 from dit_toolkit.nodes.step_cache import TaylorSeer  # noqa: E402
 from dit_toolkit.nodes.try_on import ApplyTryOn, TryOnComposite, TryOnPrepare  # noqa: E402
 from dit_toolkit.tests.host import tiny  # noqa: E402
+from dit_toolkit.tests.host.animate import tiny_dynamictrl  # noqa: E402
 from dit_toolkit.tests.host.control.test_try_on import file_of  # noqa: E402
 from dit_toolkit.tests.host.restore import tiny_dit4sr  # noqa: E402
 from dit_toolkit.tests.models.accelerate.test_clear_keys import published  # noqa: E402
@@ -56,6 +64,13 @@ from dit_toolkit.tests.nodes.calling import run_node  # noqa: E402
 from dit_toolkit.tests.nodes.test_inputs import LATENT, MASK, NODES, PICTURE, Vae, every_node, good  # noqa: E402
 
 stand_ins = test_inputs.stand_ins
+
+
+class OtherVideoVae(tiny_dynamictrl.VideoVae):
+    """The same for videos."""
+
+    def encode(self, pixels):
+        return super().encode(pixels**2 - pixels.mean())
 
 
 class OtherVae(Vae):
@@ -89,6 +104,7 @@ BESIDE: dict[tuple[type[io.ComfyNode], str | None], dict[str, Any]] = {
     (ApplyDiT4SR, None): {"upscale_by": 2.4, "tile": 16, "overlap": 8},  # a tenth more is one token more
     (ExtractDiT4SR, "file"): {"model": None},
     (DiT4SRPrompt, "filter"): {"caption": "A cat. The background is blurred."},
+    (DynamiCtrlConditioning, None): {"reference": OBLONG},  # of another shape than the video
     (Autotune, None): {"steps": 5, "cfg": 2.0, "trials": 1},
     (ImageDifference, None): {"image": SPOTS},
     (PanelLatent, None): {"images": {"image_1": PICTURE}},
@@ -123,6 +139,8 @@ BESIDE: dict[tuple[type[io.ComfyNode], str | None], dict[str, Any]] = {
 # Another value than the next one or the other choices, where that would be refused or be the same case.
 ANOTHER: dict[tuple[type[io.ComfyNode], str], Any] = {
     (ApplyFreeCus, "layers"): "0-1",
+    (LoadDynamiCtrl, "file"): tiny_dynamictrl.OTHER,
+    (CogVideoXLora, "file"): tiny_dynamictrl.OTHER_LORA,
     (ExtractDiT4SR, "file"): "c_another_transformer.safetensors",
     (ExtractDiT4SR, "model"): None,
     (Autotune, "floor"): 100.0,
@@ -192,7 +210,9 @@ def others(stand_ins) -> dict[str, Any]:
     return {
         "MODEL": tiny.load_flux(tiny.flux_state(5)),
         "MODEL of SD3": tiny_dit4sr.base(1),
+        "MODEL of CogVideoX": tiny_dynamictrl.loaded(seed=1),
         "VAE": OtherVae(),
+        "VAE of videos": OtherVideoVae(),
         "CONDITIONING": tiny.prompt(8),
         "IMAGE": PICTURE.flip(2),
         "MASK": MASK.roll(3, 2),
@@ -230,8 +250,7 @@ def others_of(node: type[io.ComfyNode], entry: Any, now: Any, others: dict[str, 
             return [f"{now} teapot"]
         case io.Autogrow.Input():
             return [{name: others["IMAGE"] for name in now}]
-    kind = entry.get_io_type()
-    return [others["MODEL of SD3" if kind == "MODEL" and node in test_inputs.OF_SD3 else kind]]
+    return [others[test_inputs.kind_for(node, entry)]]
 
 
 @pytest.fixture
@@ -279,7 +298,11 @@ def shown(node: type[io.ComfyNode], values: dict[str, Any], sampled: list) -> An
         model, clip, vae = found
         modules = model.model, clip.cond_stage_model, vae.first_stage_model
         return fingerprint([module.state_dict() for module in modules])
-    if not isinstance(found[0], ModelPatcher) or node is DiT4SRSampling:
+    if node is LoadDynamiCtrl:  # so here
+        return fingerprint([found[0].model.state_dict(), norms_of(found[0])])
+    if node is DynamiCtrlConditioning:
+        return fingerprint(found[:3])
+    if not isinstance(found[0], ModelPatcher) or node in (DiT4SRSampling, CogVideoXSampling):
         return fingerprint(found)
     if node is Autotune:
         picked = re.sub(r", [\d.]+ x faster", "", found[2])  # by the clock

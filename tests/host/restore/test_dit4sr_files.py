@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 pytestmark = pytest.mark.comfy
 
-from dit_toolkit.host import model_files  # noqa: E402
-from dit_toolkit.host.restore import dit4sr, dit4sr_files  # noqa: E402
+from dit_toolkit.host import model_files, sharded_files  # noqa: E402
+from dit_toolkit.host.restore import dit4sr  # noqa: E402
 from dit_toolkit.host.restore.dit4sr_extract import extract, target_of  # noqa: E402
 from dit_toolkit.host.restore.dit4sr_files import load, load_patcher, names, path_of  # noqa: E402
 from dit_toolkit.host.restore.dit4sr_settings import DiT4SR  # noqa: E402
@@ -123,8 +123,8 @@ def test_another_copy_is_loaded_from_the_file_again(folders):
 
 def test_only_control_weights_are_read(folders, monkeypatch):
     read = []
-    get = dit4sr_files.Tensors.__getitem__
-    monkeypatch.setattr(dit4sr_files.Tensors, "__getitem__", lambda self, key: read.append(key) or get(self, key))
+    get = sharded_files.Tensors.__getitem__
+    monkeypatch.setattr(sharded_files.Tensors, "__getitem__", lambda self, key: read.append(key) or get(self, key))
     save_file(published(), folders / "dit4sr" / "whole.safetensors")
     load("whole.safetensors")
     assert read
