@@ -61,7 +61,7 @@ def _fits(model: ModelPatcher, renamed: Mapping[str, Tensor], name: str) -> None
     modules: dict[str, Any] = dict(transformer_of(model).named_modules())
     for key, tensor in renamed.items():
         match = MATRIX.fullmatch(key)
-        layer = modules.get(match["layer"]) if match else None
+        layer: Any = modules.get(match["layer"]) if match else None
         if match is None or not hasattr(layer, "in_features") or tensor.ndim != 2:
             continue
         into = match["into"] is not None

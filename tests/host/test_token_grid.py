@@ -49,7 +49,8 @@ def test_a_patch_of_the_latent_is_the_token_that_the_grid_names(name):
     noise, patch = noise_for(family), family.latent_shape[-1] // family.grid.width
     frame, row, column = (1 if noise.ndim == 5 and noise.shape[2] > 1 else 0), 2, 1
     changed = noise.clone()
-    area = changed if noise.ndim == 4 else changed[:, :, frame]
+    deep = noise.shape[2] // family.grid.frames  # latent frames of a token
+    area = changed if noise.ndim == 4 else changed[:, :, frame * deep : (frame + 1) * deep]
     area[..., row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] += 5.0
 
     before, after = calls_of(family, noise), calls_of(family, changed)

@@ -16,6 +16,7 @@ from comfy.context_windows import (
     get_matching_fuse_method,
 )
 from comfy.model_base import BaseModel
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 pytestmark = pytest.mark.comfy
 
@@ -428,3 +429,13 @@ def test_an_area_of_the_video_sees_its_part_of_the_poses(embedded):
     sample(loaded(), 1, positive=prompt(3, pose=pose) + prompt(5, pose=pose, **area))
     assert [tuple(each.shape[2:]) for each in embedded] == [(4, 6, 8), (4, 4, 4)]
     assert torch.equal(embedded[1], pose[..., 2:6, 4:8])
+
+
+def test_a_compiled_model_sees_poses_that_begin_late_and_change():
+    """torch.compile must trace nothing that differs from call to call."""
+    compiled, part = loaded().clone(), PartOfRun(0.3, 0.8)
+    set_torch_compile_wrapper(compiled, backend="eager")
+    for seed in (20, 21):
+        posed = both(Pose(latent(seed), part=part))
+        close(sample(compiled, 4, **posed, cfg=2.0), sample(loaded(), 4, **posed, cfg=2.0))
+    close(sample(compiled, 2), sample(loaded(), 2))
