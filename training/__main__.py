@@ -3,7 +3,8 @@
 Stages, in order: `vae` (components, then the decoder), `base` (transformer and text encoder), the EasyControl adapters
 `edge`, `pose` and `subject`, the try-on LoRAs `try_on` and, taught by them, `try_on_8_steps`; `in_context`, an
 In-Context LoRA by ComfyUI's own nodes; `sd3_vae` and `sd3`, the second base, in SD3.5's
-layout, and `dit4sr`, a patch for it. From the try-on on they train on the weights in `weights/`. `all` runs every
+layout, and `dit4sr`, a patch for it; `video_vae`, `cogvideox` and `dynamictrl`, a video model in CogVideoX's layout and
+its poses. From the try-on on they train on the weights in `weights/`. `all` runs every
 one but `try_on_8_steps`. A stage that was stopped goes on where it was, and one that is done is only exported again;
 `--fresh` starts it over and leaves what the others made. (`in_context` always starts over. The components of the
 autoencoder are what all latents are made of: only `all --fresh` fits them again.)
@@ -21,6 +22,7 @@ import torch
 from .base import train_base
 from .checkpoints import Recipe, work
 from .dit4sr import RestoreRecipe, train_dit4sr
+from .dynamictrl import VideoRecipe, train_cogvideox, train_dynamictrl
 from .easycontrol import KINDS, AdapterRecipe, train_adapter
 from .in_context import InContextRecipe, train_in_context
 from .sd3 import VAE as SD3_VAE
@@ -28,6 +30,7 @@ from .sd3 import SD3Recipe, train_sd3
 from .try_on import TryOnRecipe, train_try_on
 from .try_on_8_steps import FastRecipe, train_fast
 from .vae import train_vae
+from .video_vae import VideoVAERecipe, train_video_vae
 
 OWN = {  # what each stage keeps in the folder of its recipe
     "vae": ("vae.*",),
@@ -39,12 +42,19 @@ OWN = {  # what each stage keeps in the folder of its recipe
     "sd3_vae": ("vae.*",),
     "sd3": ("pool.pt", "sd3.*"),
     "dit4sr": ("dit4sr-*",),
+    "video_vae": ("encoder.*", "decoder.*"),
+    "cogvideox": ("clips-*", "cogvideox-*"),
+    "dynamictrl": ("dynamictrl-*",),
 }
+SD3 = ("sd3_vae", "sd3", "dit4sr")
+VIDEO = ("video_vae", "cogvideox", "dynamictrl")
 
 
-def recipe_of(stage: str, options: dict) -> Recipe | SD3Recipe:
+def recipe_of(stage: str, options: dict) -> Recipe | SD3Recipe | VideoVAERecipe:
     """The recipe whose folder a stage works in. `options` change that of the first base only."""
-    return SD3Recipe() if stage in ("sd3_vae", "sd3", "dit4sr") else Recipe(**options)
+    if stage in VIDEO:
+        return VideoVAERecipe()
+    return SD3Recipe() if stage in SD3 else Recipe(**options)
 
 
 def forget(folder: Path, stage: str) -> None:
@@ -74,6 +84,7 @@ def main() -> None:
         forget(work(recipe_of(stage, options)), stage)
         if stage == "all":
             forget(work(SD3Recipe()), stage)
+            forget(work(VideoVAERecipe()), stage)
     if stage in ("vae", "all"):
         train_vae(recipe)
     if stage in ("base", "all"):
@@ -93,6 +104,12 @@ def main() -> None:
         train_sd3(SD3Recipe(), workers)
     if stage in ("dit4sr", "all"):
         train_dit4sr(RestoreRecipe(), SD3Recipe(), workers)
+    if stage in ("video_vae", "all"):
+        train_video_vae(VideoVAERecipe(), workers)
+    if stage in ("cogvideox", "all"):
+        train_cogvideox(VideoRecipe(), VideoVAERecipe(), workers)
+    if stage in ("dynamictrl", "all"):
+        train_dynamictrl(VideoRecipe(), VideoVAERecipe(), workers)
     print(f"{stage}: {time.time() - started:.0f} s")
 
 

@@ -50,7 +50,7 @@ def optimisers(model: nn.Module, lr: float, muon_lr: float) -> list[torch.optim.
     """Muon on the blocks' matrices except modulation, AdamW on the rest."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
-        inner = "blocks." in name and p.ndim == 2 and "_mod." not in name and "modulation." not in name
+        inner = "blocks." in name and p.ndim == 2 and not any(part in name for part in ("_mod.", "modulation.", "norm"))
         (matrices if inner else rest).append(p)
     return [Muon(matrices, lr=muon_lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.97), weight_decay=0.01)]
 

@@ -23,6 +23,7 @@ from .world import (
     WHITE,
     Scene,
     Thing,
+    doll_joints,
     doll_parts,
     render,
 )
@@ -359,3 +360,45 @@ def silhouette_agreement(image: np.ndarray, scene: Scene) -> float:
     ground = np.array(GROUNDS[ground_of(image)], np.float32)
     away = np.abs(image.astype(np.float32) - ground).max(-1) > 34
     return float(overlap(away, truth))
+
+
+def pose_in(image: np.ndarray, scene: Scene) -> Thing:
+    """How the doll of `scene` stands on a picture of it: its first thing, moved until its drawing looks most alike.
+
+    The search knows who the doll is and how large, not where it stands: it starts in the middle, arms half raised.
+    Place, then every arm and leg in turn, then all of it again in small steps. uint8 RGB `[S, S, 3]`.
+    """
+    small = cv2.resize(image, (GRID, GRID), interpolation=cv2.INTER_AREA).astype(np.float32)
+    rest = scene.things[1:]
+
+    def apart(doll: Thing) -> float:
+        return float(np.abs(render(replace(scene, things=(doll, *rest)), GRID).image - small).mean())
+
+    def turned(doll: Thing, limb: str, side: int, angle: float) -> Thing:
+        both = list(getattr(doll, limb))
+        both[side] = angle
+        return replace(doll, **{limb: tuple(both)})
+
+    def nearest(options: list[Thing]) -> Thing:
+        return min(options, key=apart)
+
+    doll = replace(scene.things[0], x=0.5, y=0.5, arms=(88.0, 88.0), legs=(12.0, 12.0))
+    doll = nearest([replace(doll, x=float(x)) for x in np.linspace(0.2, 0.8, 21)])
+    for arms, legs, step in ((np.arange(6, 175, 12), np.arange(2, 36, 6), 0.0), (None, None, 0.02), (None, None, 0.01)):
+        if step:
+            doll = nearest(
+                [replace(doll, x=doll.x + step * i, y=doll.y + step * j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+            )
+        for limb, angles in (("arms", arms), ("legs", legs)):
+            for side in (0, 1):
+                now = getattr(doll, limb)[side]
+                tries = angles if angles is not None else now + np.array([-8, -4, 0, 4, 8]) * (step / 0.02)
+                doll = nearest([turned(doll, limb, side, float(angle)) for angle in tries])
+    return doll
+
+
+def pose_error(a: Thing, b: Thing) -> float:
+    """Mean distance of the hands and feet of two dolls, as a part of their size."""
+    ends = ("l_hand", "r_hand", "l_foot", "r_foot")
+    one, other = (np.array([doll_joints(doll)[end] for end in ends]) for doll in (a, b))
+    return float(np.hypot(*(one - other).T).mean() / b.size)

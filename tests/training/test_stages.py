@@ -12,9 +12,10 @@ import torch
 
 from dit_toolkit.scripts.places import ROOT
 from dit_toolkit.training import __main__ as stages
-from dit_toolkit.training import checkpoints, dit4sr, in_context, loop, sd3, try_on_model, vae
+from dit_toolkit.training import checkpoints, dit4sr, dynamictrl, in_context, loop, sd3, try_on_model, vae, video_vae
 
-ALL = ["vae", "base", "edge", "pose", "subject", "try_on", "in_context", "sd3_vae", "sd3", "dit4sr"]
+ALL = ["vae", "base", "edge", "pose", "subject", "try_on", "in_context", "sd3_vae", "sd3", "dit4sr",
+       "video_vae", "cogvideox", "dynamictrl"]  # fmt: skip
 KEPT = {
     "vae": {"vae.pt", "vae.png"},
     "base": {"pool.pt", "base.pt", "base.png"},
@@ -27,6 +28,9 @@ KEPT = {
     "sd3_vae": {"vae.pt", "vae.png"},
     "sd3": {"pool.pt", "sd3.pt", "sd3.png"},
     "dit4sr": {"dit4sr-pool-1.pt", "dit4sr-1.pt", "dit4sr-1.png"},
+    "video_vae": {"encoder.pt", "decoder.pt", "decoder.png"},
+    "cogvideox": {"clips-1.pt", "cogvideox-1.pt", "cogvideox-1.png"},
+    "dynamictrl": {"dynamictrl-1.pt", "dynamictrl-1.png"},
 }
 EVERY = {"components.pt"}.union(*KEPT.values())
 
@@ -55,13 +59,14 @@ def ran(monkeypatch, tmp_path) -> list[str]:
     """Stages that do nothing but note that they ran; one file of each kind in the folder of the recipe."""
     noted: list[str] = []
     names = {"train_base": "base", "train_try_on": "try_on", "train_fast": "try_on_8_steps", "train_sd3": "sd3",
-             "train_in_context": "in_context", "train_dit4sr": "dit4sr"}  # fmt: skip
+             "train_in_context": "in_context", "train_dit4sr": "dit4sr", "train_video_vae": "video_vae",
+             "train_cogvideox": "cogvideox", "train_dynamictrl": "dynamictrl"}  # fmt: skip
     for function, stage in names.items():
         monkeypatch.setattr(stages, function, lambda *_, stage=stage: noted.append(stage))
     monkeypatch.setattr(stages, "train_vae", lambda _, *kind: noted.append("sd3_vae" if kind else "vae"))
     monkeypatch.setattr(stages, "train_adapter", lambda kind, *_: noted.append(kind))
     monkeypatch.setattr(checkpoints, "WORK", tmp_path)
-    for folder in (folder_of("base"), folder_of("sd3")):
+    for folder in (folder_of("base"), folder_of("sd3"), folder_of("cogvideox")):
         folder.mkdir()
         for name in EVERY:
             (folder / name).touch()
@@ -90,6 +95,7 @@ def test_all_fresh_forgets_everything_of_its_recipe_and_nothing_of_another(ran, 
     command(monkeypatch, "all", "--fresh")
     assert not folder_of("base").exists()
     assert not folder_of("sd3").exists()
+    assert not folder_of("cogvideox").exists()
     assert other.exists()
 
 
@@ -111,8 +117,10 @@ def test_all_makes_every_file_in_weights(monkeypatch, tmp_path):
         "InContextRecipe": {"sets": 2, "steps": 1, "batch": 2},
         "SD3Recipe": {"pixels": 32, "pool": 60, "batch": 2, "vae_steps": 1, "base_steps": 1},
         "RestoreRecipe": {"pool": 40, "steps": 1, "batch": 2},
+        "VideoVAERecipe": {"pixels": 32, "clips": 4, "decoder_steps": 1, "crop": 4},
+        "VideoRecipe": {"pool": 4, "batch": 2, "base_steps": 1, "steps": 1},
     }
-    for module in (sd3, dit4sr):
+    for module in (sd3, dit4sr, video_vae, dynamictrl):
         monkeypatch.setattr(module, "CHUNK", 4)
     for name, small in sizes.items():
         made = replace(getattr(stages, name)(), **small)

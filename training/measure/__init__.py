@@ -4,6 +4,8 @@
     python -m training.measure.try_on       the try-on LoRAs, at 20 steps and at few
     python -m training.measure.in_context   the In-Context LoRA, by ComfyUI's nodes
     python -m training.measure.freecus      FreeCus, which has no weights, on the base
+    python -m training.measure.dit4sr       the SD3.5 base, and DiT4SR on it
+    python -m training.measure.dynamictrl   the CogVideoX base, and DynamiCtrl on it
 
 Pictures are judged by `training.score`, from the world's definition and without a model. The tests use the same one.
 """

@@ -15,6 +15,7 @@ from the body. Pictures: uint8 RGB `[H, W, 3]`; maps: uint8 `[H, W]`.
 """
 
 from .captions import caption, set_caption
+from .motion import moving
 from .rendering import (
     Picture,
     canny,
@@ -93,6 +94,7 @@ __all__ = [
     "held_out",
     "held_out_set",
     "keypoints",
+    "moving",
     "object_outline",
     "openpose",
     "parts_of",
