@@ -1,8 +1,9 @@
 """The embedded default: tiny trained models in `weights/`, as ComfyUI's own MODEL, CLIP and VAE objects.
 
-The transformers are ordinary FLUX.1 and SD3.5 files, which ComfyUI's own loader reads. The text encoders and the
-autoencoders have layouts of their own (`models/tiny_text.py`, `models/tiny_vae.py`). This module wraps them in
-ComfyUI's CLIP and VAE classes, so that its memory management, prompt weights, hooks and tiling work with them too.
+The transformers are ordinary FLUX.1, SD3.5 and CogVideoX files, and the autoencoder of videos is one in Wan 2.1's
+layout: ComfyUI's own loaders read them. The text encoders and the autoencoders of pictures have layouts of their own
+(`models/tiny_text.py`, `models/tiny_vae.py`). This module wraps them in ComfyUI's CLIP and VAE classes, so that its
+memory management, prompt weights, hooks and tiling work with them too.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .picture_files import read_picture
 
 logger = logging.getLogger(__name__)
 
-Base = Literal["FLUX.1", "SD3.5"]
+Base = Literal["FLUX.1", "SD3.5", "CogVideoX"]
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS, EXAMPLES = ROOT / "weights", ROOT / "web" / "examples"
 TOKENS = "t5xxl"  # the name CLIP Text Encode (Flux) looks for
@@ -51,15 +52,29 @@ class Files(NamedTuple):
 FILES: dict[Base, Files] = {
     "FLUX.1": Files("tiny_flux.safetensors", "tiny_text_encoder.safetensors", "tiny_vae.safetensors"),
     "SD3.5": Files("tiny_sd3.safetensors", "tiny_sd3_text_encoder.safetensors", "tiny_sd3_vae.safetensors"),
+    "CogVideoX": Files(
+        "dynamictrl/tiny_dynamictrl.safetensors",
+        "tiny_cogvideox_text_encoder.safetensors",
+        "tiny_cogvideox_vae.safetensors",
+    ),
 }
+
+
+def path_of(name: str) -> Path:
+    """Where a file of the pack lies.
+
+    Raises:
+        FileNotFoundError: it is missing.
+    """
+    path = WEIGHTS / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} is missing from the pack's 'weights' folder. {REMEDY}")
+    return path
 
 
 def _load(name: str, section: str, settings: Collection[str] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights in a file of the pack, and its metadata under `section`."""
-    path = WEIGHTS / name
-    if not path.is_file():
-        raise FileNotFoundError(f"{name} is missing from the pack's 'weights' folder. {REMEDY}")
-    weights, metadata = model_files.read(str(path), name, REMEDY)
+    weights, metadata = model_files.read(str(path_of(name)), name, REMEDY)
     config = about(metadata, section, settings, name)
     with _intact(name):
         for key, tensor in weights.items():
@@ -187,9 +202,15 @@ def load_clip(base: Base = "FLUX.1") -> comfy.sd.CLIP:
         return comfy.sd.CLIP(target, parameters=comfy.utils.calculate_parameters(weights), state_dict=[weights])
 
 
-def load_vae(base: Base = "FLUX.1") -> EmbeddedVAE:
-    """VAE: the base's latent layout, 16 channels at an eighth of the size."""
+def load_vae(base: Base = "FLUX.1") -> comfy.sd.VAE:
+    """VAE: the base's latent layout, 16 channels at an eighth of the size, and a quarter of a video's frames."""
     name = FILES[base].vae
+    if base == "CogVideoX":
+        weights, _ = _load(name, Path(name).stem)
+        with _intact(name):
+            vae = comfy.sd.VAE(sd=dict(weights))
+            require(vae.get_sd(), weights, name)
+            return vae
     weights, config = _load(name, "tiny_vae", ("live", "widths", "base"))
     with _intact(name):
         first, second, third = (_size(width) for width in config["widths"])

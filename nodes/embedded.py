@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host import embedded
+from ..host.animate import dynamictrl_files
 from .inputs import UNSET, check, choice
 
 
@@ -23,7 +24,8 @@ class LoadEmbedded(io.ComfyNode):
             inputs=[
                 choice("base", embedded.Base, "FLUX.1",
                        "FLUX.1: draws at 96 x 96. SD3.5: draws at 128 x 128, and its autoencoder has seen photographs, "
-                       "for DiT4SR.", optional=True),
+                       "for DiT4SR. CogVideoX: brings a doll to life in 21 frames of 96 x 96, and follows poses, for "
+                       "DynamiCtrl.", optional=True),
             ],
             outputs=[
                 io.Model.Output(tooltip="Tiny transformer, for nodes and samplers of its base model. LoRAs of the "
@@ -38,7 +40,14 @@ class LoadEmbedded(io.ComfyNode):
     def execute(cls, base: embedded.Base = "FLUX.1") -> io.NodeOutput:
         check(cls, locals())
         base = base or "FLUX.1"  # a link may bring nothing
-        return io.NodeOutput(embedded.load_model(base), embedded.load_clip(base), embedded.load_vae(base))
+        return io.NodeOutput(_model(base), embedded.load_clip(base), embedded.load_vae(base))
+
+
+def _model(base: embedded.Base) -> io.Model.Type:
+    """The CogVideoX model is a DynamiCtrl: its file is a whole transformer, as the published ones are."""
+    if base == "CogVideoX":
+        return dynamictrl_files.load(str(embedded.path_of(embedded.FILES[base].model))).model
+    return embedded.load_model(base)
 
 
 class ExamplePicture(io.ComfyNode):
@@ -53,7 +62,7 @@ class ExamplePicture(io.ComfyNode):
             inputs=[
                 choice("picture", embedded.example_names(), UNSET,
                        "drawn_*: outlines drawn by hand. garment_*: shirts laid flat. mask_*: where a doll or a shirt "
-                       "is, for Convert Image to Mask. painted_*: dolls. photo_*: a photograph. worn_*: small and "
+                       "is, for Convert Image to Mask. painted_*: dolls. photo_*: photographs. worn_*: small and "
                        "noisy, for DiT4SR."),
             ],
             outputs=[io.Image.Output(tooltip="The picture, [1, H, W, 3].")],
