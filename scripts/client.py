@@ -17,6 +17,7 @@ from .websocket import WebSocket
 
 Prompt = dict[str, dict]  # API format: {node id: {"class_type": ..., "inputs": {...}}}
 Progress = Callable[[str, int, int], None]  # node id, steps done, steps in all
+VIDEOS = (".mp4", ".webm")
 
 # A proxy in the environment is meant for the network, never for a server on this machine.
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -51,7 +52,7 @@ class PromptInterrupted(RuntimeError):
 
 @dataclass(frozen=True)
 class Image:
-    """A picture that a node saved or previewed."""
+    """A picture, or a clip, that a node saved or previewed."""
 
     node_id: str
     filename: str
@@ -67,6 +68,15 @@ class Result:
 
     @property
     def images(self) -> list[Image]:
+        return [file for file in self._files if not file.filename.endswith(VIDEOS)]
+
+    @property
+    def videos(self) -> list[Image]:
+        """What Save Video saved. ComfyUI lists clips among the images."""
+        return [file for file in self._files if file.filename.endswith(VIDEOS)]
+
+    @property
+    def _files(self) -> list[Image]:
         return [
             Image(node_id, image["filename"], image["subfolder"], image["type"])
             for node_id, output in self.outputs.items()

@@ -18,7 +18,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-MADE = ("dit4sr/dit4sr_q.safetensors",)  # model files that users make themselves: no workflow says where to get them
+MADE = (  # model files that users make, or copy in whole folders: no workflow says where to get them
+    "dit4sr/dit4sr_q.safetensors",
+    "diffusion_models/DynamiCtrl/transformer/diffusion_pytorch_model-00001-of-00003.safetensors",
+)
 
 # ComfyUI has a nodes.py of its own. With the repository on sys.path, `import nodes` would find ours.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]

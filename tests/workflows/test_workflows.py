@@ -3,11 +3,13 @@
 import copy
 import io
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from dit_toolkit.models.control.panel_layout import PRESETS
+from dit_toolkit.nodes.pose_video import EXAMPLE
 from dit_toolkit.scripts import workflows
 from dit_toolkit.scripts.client import Image as Saved
 from dit_toolkit.scripts.client import Prompt, PromptFailed, Result
@@ -19,15 +21,19 @@ pytestmark = pytest.mark.comfy
 
 STEMS = workflows.stems()
 LOADERS = {"UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader", "LoraLoaderModelOnly", "DiTEasyControlLoader",
-           "LoadBackgroundRemovalModel", "CheckpointLoaderSimple", "DiTLoadDiT4SR"}  # fmt: skip
+           "LoadBackgroundRemovalModel", "CheckpointLoaderSimple", "DiTLoadDiT4SR", "DiTLoadDynamiCtrl"}  # fmt: skip
 SEGMENTERS = {"LoadBackgroundRemovalModel", "RemoveBackground"}
 
 # The outputs of DiTLoadEmbedded, by the outputs of loaders that they stand in for.
 EMBEDDED = {
     "UNETLoader": (0,), "DualCLIPLoader": (1,), "T5TokenizerOptions": (1,), "VAELoader": (2,),
-    "CheckpointLoaderSimple": (0, 1, 2),
+    "CheckpointLoaderSimple": (0, 1, 2), "DiTLoadDynamiCtrl": (0,), "CLIPLoader": (1,),
 }  # fmt: skip
-WHOLE = ({"UNETLoader", "DualCLIPLoader", "VAELoader"}, {"CheckpointLoaderSimple"})  # either loads all there is
+WHOLE = {  # each loads all there is of its base
+    "CogVideoX": {"DiTLoadDynamiCtrl", "CLIPLoader", "VAELoader"},
+    "FLUX.1": {"UNETLoader", "DualCLIPLoader", "VAELoader"},
+    "SD3.5": {"CheckpointLoaderSimple"},
+}
 TINY_FILES = {
     "canny.safetensors": "tiny_edge.safetensors",
     "subject.safetensors": "tiny_subject.safetensors",
@@ -80,6 +86,7 @@ def test_the_workflow_runs_as_far_as_the_models_at_hand_allow(stem, prompt_of, s
         result = server.client.run(prompt, workflows.read(stem))
         assert result.images
         check_pictures(server, result)
+        check_videos(server, result)
         if stem in WORN:
             assert worn(server, result) == WORN[stem]
     else:
@@ -88,12 +95,12 @@ def test_the_workflow_runs_as_far_as_the_models_at_hand_allow(stem, prompt_of, s
         assert failed.value.class_type in LOADERS, failed.value
 
 
-@pytest.mark.parametrize("stem", [stem for stem in STEMS if "FLUX.1" in stem or "SD3.5" in stem])
+@pytest.mark.parametrize("stem", [stem for stem in STEMS if not workflows.is_embedded(stem)])
 def test_what_comes_after_the_loaders_runs(stem, prompt_of, server):
     """The same graph on the embedded model: links, values, conditions and sampler, to the saved picture."""
     prompt = on_the_embedded_model(prompt_of(stem))
     result = server.client.run(prompt)
-    assert any(image.type == "output" for image in result.images)
+    assert any(saved.type == "output" for saved in result.images + result.videos)
     check_pictures(server, result)
 
 
@@ -118,9 +125,10 @@ def test_what_a_note_tells_to_bypass_can_be_bypassed(stem, kind, page, server):
 
 
 def on_the_embedded_model(prompt: Prompt) -> Prompt:
-    """A FLUX.1 or SD3.5 prompt with the embedded model and files in the place of the loaders' ones, and at its size.
+    """A prompt for a large model with the embedded one of its base and its files in the place of the loaders' ones.
 
-    Pictures that a user would choose are the example's person, masks that one would draw or a segmenter find its shirt.
+    All at its size. Pictures that a user would choose are the example's person, masks that one draws or a segmenter
+    find its shirt. Joints that a detector finds are written.
     """
     replaced = {
         (node_id, slot): ["embedded", output]
@@ -128,12 +136,13 @@ def on_the_embedded_model(prompt: Prompt) -> Prompt:
         for slot, output in enumerate(EMBEDDED.get(node["class_type"], ()))
     }
     loaders = {prompt[node_id]["class_type"] for node_id, _ in replaced}
-    assert any(whole <= loaders for whole in WHOLE)
-    base = "SD3.5" if "CheckpointLoaderSimple" in loaders else "FLUX.1"
+    base = next(base for base, whole in WHOLE.items() if whole <= loaders)
     for node_id, node in prompt.items():
         if node["class_type"] in ("LoadImage", "RemoveBackground"):
             replaced[node_id, 1 if node["class_type"] == "LoadImage" else 0] = ["mask", 0]
-    gone = EMBEDDED.keys() | SEGMENTERS
+        if node["class_type"] == "SDPoseKeypointExtractor":
+            replaced[node_id, 0] = ["pose", 0]
+    gone = EMBEDDED.keys() | SEGMENTERS | {"SDPoseKeypointExtractor"}
     tiny = {node_id: copy.deepcopy(node) for node_id, node in prompt.items() if node["class_type"] not in gone}
     for node in tiny.values():
         inputs = node["inputs"]
@@ -153,6 +162,8 @@ def on_the_embedded_model(prompt: Prompt) -> Prompt:
             elif name in ("file", "lora_name"):
                 inputs[name] = TINY_FILES.get(value, value)
     tiny["embedded"] = {"class_type": "DiTLoadEmbedded", "inputs": {"base": base}}
+    pose = {"text": EXAMPLE, "length": 1, "easing": "linear", "reach": 0, "width": 96, "height": 96}
+    tiny["pose"] = {"class_type": "DiTPoseKeyframes", "inputs": pose}
     tiny["mask picture"] = {"class_type": "DiTExamplePicture", "inputs": {"picture": "mask_person_shirt.png"}}
     tiny["mask"] = {"class_type": "ImageToMask", "inputs": {"image": ["mask picture", 0], "channel": "red"}}
     return tiny
@@ -161,6 +172,16 @@ def on_the_embedded_model(prompt: Prompt) -> Prompt:
 def check_pictures(server: Server, result: Result) -> None:
     for image in result.images:
         assert pixels(server, image).std() > 8, f"node {image.node_id} made a picture of one colour"
+
+
+def check_videos(server: Server, result: Result) -> None:
+    """Every clip plays, shows something, and moves."""
+    for video in result.videos:
+        with av.open(io.BytesIO(server.client.fetch(video))) as file:
+            frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+        assert len(frames) > 1
+        assert frames[0].std() > 8, f"node {video.node_id} made a clip of one colour"
+        assert np.abs(frames[-1].astype(float) - frames[len(frames) // 2]).max() > 40, "nothing moves"
 
 
 def worn(server: Server, result: Result) -> list[tuple[str, str]]:
