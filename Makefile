@@ -16,7 +16,7 @@ help:
 	@echo 'make check       the seconds before a commit: lint, and the tests of models/'
 	@echo 'make lint        ruff and pyright'
 	@echo 'make serve       ComfyUI with this pack, on port $(PORT) (PORT=... for another)'
-	@echo 'make bench       the race of the accelerators; the cost of attention, of EasyControl, of DiT4SR, of loading the pack'
+	@echo 'make bench       the race of the accelerators; the cost of attention, of EasyControl, of DiT4SR, of DynamiCtrl, of loading the pack'
 	@echo 'make train-tiny  train the embedded models again'
 	@echo 'make clean       remove what make built, downloads excepted (make distclean removes those too)'
 
@@ -29,7 +29,8 @@ demo: setup
 # Three processes with a thread each: those of the page wait most of the time. Tiny models gain nothing from a second
 # thread, and lose much where they share it. pytest's closing lines stay the last ones: they carry counts and times.
 # Split by measured time; what needs the server stays together.
-FEATURES = $(addprefix tests/host/,accelerate control) $(addprefix tests/host/test_,embedded.py blocks.py foreign.py)
+FEATURES = $(addprefix tests/host/,accelerate control animate) \
+	$(addprefix tests/host/test_,embedded.py embedded_cogvideox.py blocks.py foreign.py)
 PAGE     = tests/browser tests/workflows tests/nodes/test_in_context_lora.py
 test: setup web-test
 	@echo 'Tests of features, of the page, and all others, side by side'
@@ -62,7 +63,7 @@ serve: setup
 	@$(PY) -m scripts.server '$(PORT)'
 
 bench: setup
-	$(call timed,Benchmarks,$(PY) -m benchmarks.load && $(PY) -m benchmarks.easycontrol && $(PY) -m benchmarks.dit4sr && $(PY) -m benchmarks.attention && $(PY) -m benchmarks.accelerators)
+	$(call timed,Benchmarks,$(PY) -m benchmarks.load && $(PY) -m benchmarks.easycontrol && $(PY) -m benchmarks.dit4sr && $(PY) -m benchmarks.dynamictrl && $(PY) -m benchmarks.attention && $(PY) -m benchmarks.accelerators)
 
 train-tiny: setup
 	$(call timed,Training of the embedded models,$(PY) -m training all)

@@ -77,14 +77,18 @@ NO_CACHE = Contender("No cache", DIFFUSERS, (None,), "", lambda task, _: (task.a
 
 
 def easycache(task: Task, threshold: float) -> Entry:
+    return with_easycache(task.arena.model, threshold), task.steps
+
+
+def with_easycache(model: ModelPatcher, threshold: float) -> ModelPatcher:
     """EasyCache with its input copied. It adds in place, and on 0.30.0 that spoils float32 runs."""
 
     def copy_input(executor, x, *args, **kwargs):
         return executor(x.clone(), *args, **kwargs)
 
-    model = task.arena.model.clone()
+    model = model.clone()
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "race.copy", copy_input)  # first added, outermost
-    return core_node(nodes_easycache.EasyCacheNode, model, threshold), task.steps
+    return core_node(nodes_easycache.EasyCacheNode, model, threshold)
 
 
 def lazycache(task: Task, threshold: float) -> Entry:
