@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..host.animate import dynamictrl_files
 from ..host.model_files import offer_loras
 from . import (
     accelerate,
@@ -34,6 +35,9 @@ FEATURES = (
     image_difference,
     embedded,
 )
+
+# The embedded CogVideoX is a DynamiCtrl: its file is a whole transformer, as the published ones are.
+embedded.MODELS["CogVideoX"] = lambda path: dynamictrl_files.load(path).model
 
 
 class DiTToolkit(ComfyExtension):

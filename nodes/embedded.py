@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from comfy_api.latest import io
 
 from ..host import embedded
-from ..host.animate import dynamictrl_files
 from .inputs import UNSET, check, choice
+
+# Bases whose file a feature's own loader reads, by its path. The door to the nodes fills this, as features do not know
+# each other.
+MODELS: dict[embedded.Base, Callable[[str], io.Model.Type]] = {}
 
 
 class LoadEmbedded(io.ComfyNode):
@@ -44,10 +49,8 @@ class LoadEmbedded(io.ComfyNode):
 
 
 def _model(base: embedded.Base) -> io.Model.Type:
-    """The CogVideoX model is a DynamiCtrl: its file is a whole transformer, as the published ones are."""
-    if base == "CogVideoX":
-        return dynamictrl_files.load(str(embedded.path_of(embedded.FILES[base].model))).model
-    return embedded.load_model(base)
+    make = MODELS.get(base)
+    return embedded.load_model(base) if make is None else make(str(embedded.path_of(embedded.FILES[base].model)))
 
 
 class ExamplePicture(io.ComfyNode):

@@ -71,7 +71,7 @@ def test_a_workflow_is_a_finished_example(stem):
     types = [node["type"] for node in workflow["nodes"]]
     assert workflow["version"] == 0.4
     assert "MarkdownNote" in types
-    assert "SaveImage" in types
+    assert {"SaveImage", "SaveVideo"} & set(types)
     assert any(kind.startswith("DiT") for kind in types)
     assert not set(stem) & set("#?%")
     for node in workflow["nodes"]:

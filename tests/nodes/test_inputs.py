@@ -277,7 +277,9 @@ def sampled(node: type[io.ComfyNode], model: Any, others: list[Any]) -> torch.Te
     """What a sampler makes of a node's MODEL."""
     if node is LoadEmbedded:
         words = others[0].encode_from_tokens_scheduled(others[0].tokenize("a red ball"))
-        return tiny.sample(model, 1, positive=words, negative=words)
+        video = hasattr(model.model.diffusion_model, "patch_size_t")
+        noise = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(7)) if video else None
+        return tiny.sample(model, 1, positive=words, negative=words, noise=noise)
     if node in OF_COGVIDEOX or node is LoadDynamiCtrl:
         return tiny_dynamictrl.sample(model, 1)
     if node not in OF_SD3:

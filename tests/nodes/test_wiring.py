@@ -239,7 +239,8 @@ def others_of(node: type[io.ComfyNode], entry: Any, now: Any, others: dict[str, 
         return [ANOTHER[node, entry.id]]
     match entry:
         case io.Combo.Input():
-            options = entry.options if len(entry.options) <= MANY else entry.options[:3]
+            options = [each for each in entry.options if each not in (tiny_dynamictrl.LORA, tiny_dynamictrl.OTHER_LORA)]
+            options = options if len(options) <= MANY else options[:3]
             return [option for option in options if option != now]
         case io.Int.Input() | io.Float.Input():
             step = entry.step or 1

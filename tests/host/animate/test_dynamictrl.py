@@ -15,6 +15,7 @@ from comfy.context_windows import (
     get_matching_context_schedule,
     get_matching_fuse_method,
 )
+from comfy.ldm.cogvideo.model import CogVideoXLayerNormZero
 from comfy.model_base import BaseModel
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
@@ -270,7 +271,9 @@ def test_a_latent_that_is_no_video_is_refused(broken):
 
 
 def hooks(model):
-    return [vars(block.norm1).get("forward") for block in transformer_of(model).blocks]
+    """What hangs over the norms. ComfyUI puts a method of theirs back where it took an object patch off."""
+    found = [vars(block.norm1).get("forward") for block in transformer_of(model).blocks]
+    return [None if getattr(each, "__func__", None) is CogVideoXLayerNormZero.forward else each for each in found]
 
 
 def test_nothing_stays_on_the_modules(monkeypatch):

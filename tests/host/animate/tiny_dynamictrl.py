@@ -21,7 +21,7 @@ from dit_toolkit.tests.host.shared import SHARED, share
 from dit_toolkit.tests.models.animate import dynamictrl_reference as reference
 
 OTHER = "b_dynamictrl.safetensors"
-LORA, OTHER_LORA = "a_cogvideox_lora.safetensors", "b_cogvideox_lora.safetensors"
+LORA, OTHER_LORA = "x_cogvideox_lora.safetensors", "y_cogvideox_lora.safetensors"
 TEXT, SIZE, FRAMES = 48, (6, 8), 4  # channels of the text; the latent's sides and frames
 
 
