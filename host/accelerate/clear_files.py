@@ -63,7 +63,7 @@ def with_weights(model: ModelPatcher, file: ClearFile) -> ModelPatcher:
     Raises:
         ValueError: another model family or size, or weights that core cannot patch.
     """
-    transformer = flux.require_flux1(model, NODE)
+    transformer = flux.FLUX1.require(model, NODE)
     weights = file.weights
     made_for = (weights.dim, weights.double, weights.single)
     has = (transformer.hidden_size, len(transformer.double_blocks), len(transformer.single_blocks))

@@ -386,7 +386,7 @@ def tap_for(model: ModelPatcher, name: TapName, node: str, max_bytes: int | None
     if name == "prediction":
         return PredictionTap()
     if name == "every module":
-        flux.require_flux1(model, f"{node} with tap 'every module'")
+        flux.FLUX1.require(model, f"{node} with tap 'every module'")
         return ModuleTap(*require_blocks(model, node), max_bytes)
     if name == "auto" and not in_reach(model):
         return PredictionTap()

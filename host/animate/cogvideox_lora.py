@@ -33,7 +33,7 @@ def load(model: ModelPatcher, name: str, strength: float) -> tuple[ModelPatcher,
         FileNotFoundError: no such file.
         ValueError: another model, a damaged file, or a LoRA for another model.
     """
-    cogvideox.require_cogvideox(model, NODE)
+    cogvideox.COGVIDEOX.require(model, NODE)
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
         raise FileNotFoundError(f"{name} is not in models/{FOLDER}. Put it there and refresh the page.")

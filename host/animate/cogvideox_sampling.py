@@ -50,7 +50,7 @@ def sampling(model: ModelPatcher, sampler: SamplerName, steps: int) -> Sampling:
     Raises:
         ValueError: another model family.
     """
-    cogvideox.require_cogvideox(model, NODE)
+    cogvideox.COGVIDEOX.require(model, NODE)
     patched = mended(model)
     levels: Any = patched.get_model_object("model_sampling").sigmas
     sigmas = torch.cat([levels[trailing(steps, len(levels))], levels.new_zeros(1)])

@@ -15,7 +15,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from .. import adapters
 from ..families import cogvideox
-from ..families.cogvideox import Sizes
+from ..families.family import Sizes
 from ..run import KEY, Run, attached
 from ..run import attach as attach_description
 from ..transformer import transformer_of
@@ -46,7 +46,7 @@ def attach(model: ModelPatcher, norms: ModelPatcher, made_for: Sizes, name: str)
     Raises:
         ValueError: another model, or one that has pose norms already.
     """
-    has = cogvideox.sizes(cogvideox.require_cogvideox(model, LOADER))
+    has = cogvideox.sizes(cogvideox.COGVIDEOX.require(model, LOADER))
     if has != made_for:
         raise ValueError(f"{name} is made for {made_for}; the model has {has}. Load both from one file.")
     if any(isinstance(each, DynamiCtrl) for each in attached(model)):

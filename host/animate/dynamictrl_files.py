@@ -24,7 +24,7 @@ from ...models.animate.dynamictrl import PoseNorms
 from ...models.animate.dynamictrl_keys import BLOCK_PARTS, Checkpoint, parse
 from ...models.checkpoint import require
 from .. import adapters, model_files, sharded_files
-from ..families.cogvideox import Sizes
+from ..families.family import Sizes
 from ..transformer import transformer_of
 from . import dynamictrl
 from .cogvideox_sampling import mended

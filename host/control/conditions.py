@@ -51,7 +51,7 @@ def attach(
     Raises:
         ValueError: another model family, a LoRA for another size, or a latent of another VAE.
     """
-    transformer = flux.require_flux1(model, image.node)
+    transformer = flux.FLUX1.require(model, image.node)
     has = (transformer.hidden_size, len(transformer.double_blocks), len(transformer.single_blocks))
     if made_for != has:
         raise ValueError(

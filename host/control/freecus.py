@@ -64,7 +64,7 @@ def attach(
         ValueError: another model family, a model that takes a second picture in its channels, several images, an empty
             mask, or settings that mean nothing.
     """
-    transformer = flux.require_flux1(model, NODE)
+    transformer = flux.FLUX1.require(model, NODE)
     if transformer.in_channels > transformer.out_channels:
         raise ValueError(NO_CONCAT)
     mask = checked(image, mask)

@@ -156,7 +156,7 @@ class ReferenceRun:
         base: Any = model.model
         self.noise = self._noise(noise)
         self.size = (noise.shape[-2], noise.shape[-1])
-        self.grid = flux.grid_size(flux.require_flux1(model, "Apply FreeCus"), *self.size)
+        self.grid = flux.grid_size(flux.FLUX1.require(model, "Apply FreeCus"), *self.size)
         self.tokens = settings.reference.tokens(*self.size, self.grid)
         latent = settings.reference.latent(*self.size)
         if latent.shape[1] != noise.shape[1]:

@@ -71,7 +71,7 @@ def attach(
         ValueError: another model family, a LoRA for another size, batches that do not go together, or settings that
             mean nothing.
     """
-    transformer = flux.require_flux1(model, NODE)
+    transformer = flux.FLUX1.require(model, NODE)
     images: list[tuple[type[ConditionImage], str, Tensor, str, float]] = []
     for image_class, branch, latent, kind, strength in (
         (Person, "person", person, "over", person_strength),

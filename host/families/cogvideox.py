@@ -7,18 +7,17 @@ and weight patches apply.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.ldm.common_dit
 import torch
 from comfy.ldm.cogvideo.model import CogVideoXTransformer3DModel
-from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...models.accelerate.sparse_attention import Grid
 from ..compiled import untraced
-from ..transformer import class_of, core_name, transformer_of
-from .family import Family, Grids, cells
+from ..transformer import transformer_of
+from .family import Family, Grids, Sizes, cells
 
 
 def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
@@ -32,27 +31,6 @@ COGVIDEOX = Family("CogVideoX", (CogVideoXTransformer3DModel,), grids=grids, num
 AddToNorm = Callable[
     [int, Tensor, Tensor], Tensor
 ]  # block, norm1 of its video `[B, N, D]`, e `[B, E]`: what it becomes
-
-
-class Sizes(NamedTuple):
-    """What a model must have in common with weights that were trained for it."""
-
-    dim: int
-    blocks: int
-
-    def __str__(self) -> str:
-        return f"hidden size {self.dim}, {self.blocks} blocks"
-
-
-def require_cogvideox(model: ModelPatcher, node: str) -> Any:
-    """The transformer of a CogVideoX model. `node` is the display name of who asks.
-
-    Raises:
-        ValueError: `model` is of another family.
-    """
-    if not issubclass(class_of(model), CogVideoXTransformer3DModel):
-        raise ValueError(f"{node} needs a CogVideoX model, got {core_name(model)}. Connect one to 'model'.")
-    return transformer_of(model)
 
 
 def sizes(transformer: Any) -> Sizes:

@@ -10,12 +10,13 @@ A feature never asks a model what it is. It asks `family_of(model)`:
 | What flows from block to block, and do blocks write into it? | `streams`, `joined`, `in_place` |
 | Which rows of the last block does the head read? | `picture` |
 | Does attention know the block that it is in? | `numbered` |
+| Is this MODEL one of it? The node needs one. | `require` |
 
 `kinds` is empty if ComfyUI calls no block replacement. `grids` is None if we do not know. `OTHER`, any other model,
 answers neither: features reach only its output, the prediction.
 
 A question that only one family answers stays a function in that family's file, as FLUX.1's positions and modulation do
-(`flux.py`). A feature that needs it calls `require_flux1`. Once a second family answers the question, it moves here.
+(`flux.py`). A feature that needs it calls `FLUX1.require`. Once a second family answers the question, it moves here.
 
 To add a family, write a file here, add a line to `FAMILIES` (`__init__.py`), and add a tiny random model to
 `tests/host/families.py`. The tests of all families then run on it.
@@ -26,13 +27,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...models.accelerate.sparse_attention import Grid
 from ..compiled import untraced
+from ..transformer import class_of, core_name, transformer_of
 
 BlockKey = tuple[str, int]  # ("double_block", 3), as in patches_replace["dit"]
 BlockArgs = dict[str, Any]
@@ -50,6 +53,18 @@ class BlockKind:
     streams: tuple[str, ...]
 
 
+class Sizes(NamedTuple):
+    """What a model must have in common with weights that were trained for it."""
+
+    dim: int
+    blocks: int
+    dual: frozenset[int] = frozenset()  # blocks with a second attention, as SD3.5 Medium has
+
+    def __str__(self) -> str:
+        second = f", {len(self.dual)} of them with a second attention" if self.dual else ""
+        return f"hidden size {self.dim}, {self.blocks} blocks{second}"
+
+
 @dataclass(frozen=True)
 class Family:
     """Models whose transformers are built and run alike.
@@ -57,7 +72,7 @@ class Family:
     transformers: their exact classes. A subclass may run its blocks in another way, as LTX with sound and most
         relatives of Wan do.
     among: whether a transformer of these classes is of this family, if several families share a class.
-    listed: its name in lists of models, if not `name`.
+    listed: its name in lists of models, if not `name`. asked: in messages that ask for one, if not `name`.
     tested: a tiny random model of it runs in the tests. The README lists no others.
     grids: `(transformer, x, text, conds)` to one grid for every kind of attention in that call that has the picture's
         tokens; to none if that is not certain. `x` is the latent, `[B, C, (frames,) h, w]`, `text` the number of text
@@ -71,11 +86,24 @@ class Family:
     transformers: tuple[type, ...]
     among: Callable[[Any], bool] = lambda transformer: True
     listed: str = ""
+    asked: str = ""
     tested: bool = True
     grids: Callable[[Any, Tensor, int, dict], Grids] | None = None
     kinds: tuple[BlockKind, ...] = ()
     in_place: bool = False
     numbered: bool = True
+
+    def require(self, model: ModelPatcher, node: str) -> Any:
+        """The transformer of `model`, whose class may derive from ours. `node` is the display name of who asks.
+
+        Raises:
+            ValueError: `model` is of another family.
+        """
+        transformer = transformer_of(model)
+        if not (issubclass(class_of(model), self.transformers) and self.among(transformer)):
+            asked = self.asked or self.name
+            raise ValueError(f"{node} needs a {asked} model, got {core_name(model)}. Connect one to 'model'.")
+        return transformer
 
     def block_keys(self, transformer: Any) -> tuple[BlockKey, ...]:
         """All blocks that can be wrapped, in the order they run."""

@@ -22,13 +22,12 @@ from comfy.ldm.flux.layers import timestep_embedding
 from comfy.ldm.flux.math import apply_rope1
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.attention import optimized_attention
-from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...models.accelerate.sparse_attention import Grid
 from ..attention import KeysByBlock, KeysValues
-from ..transformer import Block, class_of, core_name, transformer_of
+from ..transformer import Block, class_of, transformer_of
 from .family import Family, Grids, cells, count, double_and_single_blocks
 
 apply_rope = apply_rope1  # (x, pe) to x rotated
@@ -64,17 +63,6 @@ FLUX1 = Family(
 )
 FLUX2 = replace(FLUX1, name="FLUX.2", among=like_flux2, listed="")
 LIKE_FLUX = replace(FLUX2, name="LongCat or Ovis", among=lambda transformer: True, tested=False)  # the rest
-
-
-def require_flux1(model: ModelPatcher, node: str) -> Flux:
-    """The transformer of a FLUX.1 model. `node` is the display name of the node that asks.
-
-    Raises:
-        ValueError: `model` is of another family.
-    """
-    if not is_flux1(model):
-        raise ValueError(f"{node} needs a FLUX.1 model, got {core_name(model)}. Connect one to 'model'.")
-    return transformer_of(model)
 
 
 def is_flux1(model: Any) -> bool:

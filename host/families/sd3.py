@@ -12,19 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
-from comfy.model_patcher import ModelPatcher
 from einops import rearrange
 from torch import Tensor
 
 from ...models.accelerate.sparse_attention import Grid
-from ..transformer import class_of, core_name, transformer_of
-from .family import Family, Grids, cells, double_blocks
+from .family import Family, Grids, Sizes, cells, double_blocks
 
 
 def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
@@ -39,34 +37,11 @@ SD3 = Family(
     "SD3",
     (OpenAISignatureMMDITWrapper,),
     listed="SD3.5",
+    asked="Stable Diffusion 3.5 Medium",
     grids=grids,
     kinds=double_blocks("joint_blocks", "img", "txt"),
     numbered=False,
 )
-
-
-class Sizes(NamedTuple):
-    """What a model must have in common with weights that were trained for it."""
-
-    dim: int
-    blocks: int
-    dual: frozenset[int]  # blocks with a second attention
-
-    def __str__(self) -> str:
-        return f"hidden size {self.dim}, {self.blocks} blocks, {len(self.dual)} of them with a second attention"
-
-
-def require_sd35(model: ModelPatcher, node: str) -> Any:
-    """The transformer of an SD3 or SD3.5 model. `node` is the display name of who asks.
-
-    Raises:
-        ValueError: `model` is of another family.
-    """
-    if not issubclass(class_of(model), OpenAISignatureMMDITWrapper):
-        raise ValueError(
-            f"{node} needs a Stable Diffusion 3.5 Medium model, got {core_name(model)}. Connect one to 'model'."
-        )
-    return transformer_of(model)
 
 
 def sizes(transformer: Any) -> Sizes:

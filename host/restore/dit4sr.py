@@ -25,7 +25,7 @@ from .. import adapters
 from ..attention import makes_sparse
 from ..blocks import replace_block, skips_middle_blocks
 from ..families import sd3
-from ..families.sd3 import Sizes
+from ..families.family import Sizes
 from ..run import KEY, Run, attached, descriptions_in
 from ..run import attach as attach_description
 from ..transformer import transformer_of
@@ -82,7 +82,7 @@ def attach(model: ModelPatcher, adapter: ModelPatcher, made_for: Sizes, settings
     Raises:
         ValueError: another model, a patch for another size, a second such node, or a picture that needs tiles.
     """
-    transformer = sd3.require_sd35(model, NODE)
+    transformer = sd3.SD3.require(model, NODE)
     if made_for != (has := sd3.sizes(transformer)):
         raise ValueError(
             f"{settings.name} is made for {made_for}; the model has {has}. Use Stable Diffusion 3.5 Medium."

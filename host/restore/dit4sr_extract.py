@@ -23,7 +23,7 @@ from ...models.checkpoint import shown
 from ...models.restore.dit4sr_keys import Checkpoint, parse, write
 from .. import model_files
 from ..families import sd3
-from ..families.sd3 import Sizes
+from ..families.family import Sizes
 from ..transformer import transformer_of
 from .dit4sr_files import contents, output_folder, path_of
 
@@ -101,7 +101,7 @@ def compared(state: Mapping[str, Tensor], checkpoint: Checkpoint, name: str, mod
     Raises:
         ValueError: they do not, or the model has other sizes.
     """
-    transformer = sd3.require_sd35(model, NODE)
+    transformer = sd3.SD3.require(model, NODE)
     made_for, has = Sizes(checkpoint.dim, checkpoint.blocks, checkpoint.dual), sd3.sizes(transformer)
     if made_for != has:
         raise ValueError(f"{name} is made for {made_for}; the model has {has}. Connect Stable Diffusion 3.5 Medium.")

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...models.restore.dit4sr import ControlBranch
 from ...models.restore.dit4sr_keys import Asked, Checkpoint, Variant, chosen, parse
 from .. import adapters, model_files, sharded_files
-from ..families.sd3 import Sizes
+from ..families.family import Sizes
 from ..sharded_files import contents
 
 FOLDER = "dit4sr"

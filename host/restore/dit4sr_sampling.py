@@ -34,7 +34,7 @@ def sampling(model: ModelPatcher, steps: int, shift: float) -> Sampling:
     Raises:
         ValueError: another model family.
     """
-    sd3.require_sd35(model, "DiT4SR Sampling")
+    sd3.SD3.require(model, "DiT4SR Sampling")
     flow = Flow(model.model.model_config)
     flow.set_parameters(shift=shift, multiplier=1000)
     patched = model.clone()

@@ -19,7 +19,8 @@ own test file says what no other feature says: its method, its memory, its messa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from dit_toolkit.host import adapters, embedded
 from dit_toolkit.host.accelerate import re_ttention
 from dit_toolkit.host.accelerate.step_cache_taps import SpanTap, block_hooks
 from dit_toolkit.host.animate import dynamictrl
-from dit_toolkit.host.families.cogvideox import Sizes
+from dit_toolkit.host.families.family import Sizes
 from dit_toolkit.host.restore import dit4sr_files
 from dit_toolkit.host.run import attached
 from dit_toolkit.host.transformer import transformer_of
@@ -174,14 +175,16 @@ class CogVideoXLoraOfFile(Feature):
     """A LoRA in a file for CogVideoX, in the names of diffusers."""
 
     def put(self, model: ModelPatcher, **values: Any) -> ModelPatcher:
-        write_cogvideox_lora(model)
-        return super().put(model, **values)
+        with cogvideox_lora_in_a_file(model):
+            return super().put(model, **values)
 
 
 COGVIDEOX_LORA = "cogvideox_of_the_promises.safetensors"
 
 
-def write_cogvideox_lora(model: ModelPatcher) -> None:
+@contextmanager
+def cogvideox_lora_in_a_file(model: ModelPatcher) -> Iterator[None]:
+    """In the list of LoRAs for as long as the node reads it: it would be the first that other loaders find there."""
     generator, state = torch.Generator().manual_seed(5), {}
     for i, block in enumerate(transformer_of(model).blocks):
         for part in ("q", "k", "v"):
@@ -190,9 +193,13 @@ def write_cogvideox_lora(model: ModelPatcher) -> None:
                 name = f"transformer.transformer_blocks.{i}.attn1.to_{part}.{leaf}.weight"
                 state[name] = torch.randn(size, generator=generator) * 0.2
     path = Path(folder_paths.get_folder_paths("loras")[0]) / COGVIDEOX_LORA
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, path)
+    folder_paths.filename_list_cache.pop("loras", None)
+    try:
+        yield
+    finally:
+        path.unlink()
         folder_paths.filename_list_cache.pop("loras", None)
 
 

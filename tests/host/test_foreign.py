@@ -377,7 +377,7 @@ def test_no_decision_goes_by_what_was_sampled_before(sibling):
     assert isinstance(tap_for(sibling, "auto", "Test"), LastBlockTap)
     assert block_hooks(sibling) is not None
     assert flux.is_flux1(sibling)
-    assert flux.require_flux1(sibling, "Test") is sibling.model.diffusion_model
+    assert flux.FLUX1.require(sibling, "Test") is sibling.model.diffusion_model
     assert (family_name(sibling), is_embedded(sibling)) == ("FLUX.1", False)
     require_known_tokens(sibling, "Test")
     assert "px:" in report(sibling, SparseAttention("CLEAR", Disc(8)))

@@ -26,7 +26,7 @@ from dit_toolkit.host.animate.cogvideox_sampling import mended  # noqa: E402
 from dit_toolkit.host.animate.dynamictrl_conditions import with_pose  # noqa: E402
 from dit_toolkit.host.animate.dynamictrl_settings import Pose  # noqa: E402
 from dit_toolkit.host.families import cogvideox  # noqa: E402
-from dit_toolkit.host.families.cogvideox import Sizes  # noqa: E402
+from dit_toolkit.host.families.family import Sizes  # noqa: E402
 from dit_toolkit.host.part_of_run import PartOfRun  # noqa: E402
 from dit_toolkit.host.transformer import transformer_of  # noqa: E402
 from dit_toolkit.models.animate.dynamictrl import PoseNorms  # noqa: E402
