@@ -316,22 +316,13 @@ class EmbeddedStage:
 
         self.animation = Animation()
         self.model = self.animation.model
-        self.given = [self.conditions(case) for case in cases(clips, SCENES)]
-
-    def conditions(self, case: Any) -> tuple[list, list, Tensor]:
-        from dit_toolkit.training.measure.dynamictrl import SIDE
-
-        by, clip = self.animation, self.animation.clip
-        positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(said)) for said in (case.text, ""))
-        positive, negative, latent, *_ = by.conditioning.execute(
-            positive=positive, negative=negative, vae=by.vae, reference=torch.from_numpy(case.picture)[None] / 255,
-            pose=by.drawn(case.poses), width=SIDE, height=SIDE, length=len(case.poses), crop="center",
-            pose_strength=1.0, start_percent=0.0, end_percent=1.0, ref_latent_scale=1.0,
-        ).result  # fmt: skip
-        return positive, negative, latent["samples"]
+        self.given = []
+        for case in cases(clips, SCENES):
+            positive, negative, latent = self.animation.conditions(case.picture, case.poses, case.text)
+            self.given.append((positive, negative, latent["samples"]))
 
     def shown(self, latent: Tensor) -> np.ndarray:
-        return self.animation.vae.decode(latent).flatten(0, -4).clamp(0, 1).numpy()
+        return self.animation.frames(latent) / 255
 
 
 class RandomStage:

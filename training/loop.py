@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,14 +53,26 @@ def plot(file: Path, losses: list[float]) -> None:
     pyplot.close(figure)
 
 
-def learn(name: Path, module: nn.Module, steps: int, lr: float, loss_of: Callable[[int], Tensor]) -> dict[str, Tensor]:
-    """Train `module` with Muon, and return the average of its weights. Continues at the checkpoint `name`, if any.
+USUAL = partial(schedule, warm_up=30)
+
+
+def learn(
+    name: Path,
+    module: nn.Module,
+    steps: int,
+    lr: float,
+    loss_of: Callable[[int], Tensor],
+    optimiser_of: Callable[..., torch.optim.Optimizer] = Muon,
+    rate: Callable[[int, int], float] = USUAL,
+) -> dict[str, Tensor]:
+    """Train `module`, and return the average of its weights. Continues at the checkpoint `name`, if any.
 
     Args:
         loss_of: from the number of a step to its loss; runs in the precision of `fast_matrices`.
+        rate: from a step, and how many there are, to its part of `lr`.
     """
     device = device_of()
-    optimiser = Muon(module.parameters(), lr=lr, weight_decay=0.0)
+    optimiser = optimiser_of(module.parameters(), lr=lr, weight_decay=0.0)
     average = {k: v.detach().clone() for k, v in module.state_dict().items()}
     start, losses = 0, []
     if name.exists():
@@ -75,7 +88,7 @@ def learn(name: Path, module: nn.Module, steps: int, lr: float, loss_of: Callabl
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         for group in optimiser.param_groups:
-            group["lr"] = lr * schedule(step, steps, warm_up=30)
+            group["lr"] = lr * rate(step, steps)
         with fast_matrices(device):
             optimiser.step()
         decay = min(0.995, (step + 1) / (step + 10))

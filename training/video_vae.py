@@ -321,42 +321,21 @@ def train_video_vae(recipe: VideoVAERecipe, workers: int) -> None:
     fit_encoder(recipe, stock)
     vae = load_video_vae(recipe)
     own = nn.ModuleDict({"conv2": vae.conv2, "decoder": vae.decoder}).requires_grad_(True)
-    path, start, losses = checkpoints.work(recipe) / "decoder.pt", 0, []
-    optimiser = torch.optim.AdamW(own.parameters(), lr=2e-3, weight_decay=0.0)
-    average = {key: value.detach().clone() for key, value in own.state_dict().items()}
-    if path.exists():
-        kept = torch.load(path, weights_only=True)
-        own.load_state_dict(kept["model"])
-        optimiser.load_state_dict(kept["optimiser"])
-        average, start, losses = kept["ema"], kept["step"], kept["losses"]
-    steps = recipe.decoder_steps
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc="decoder", mininterval=5)
-    for step in bar:
+
+    def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng((recipe.seed, 2, step))
         x = frames(stock[rng.integers(len(stock), size=TOGETHER)])
-        z = encode(vae, x)
-        top, left = rng.integers(z.shape[-1] - recipe.crop + 1, size=2)
-        z = z[..., top : top + recipe.crop, left : left + recipe.crop]
-        side = PATCH * recipe.crop
-        x = x[..., PATCH * top : PATCH * top + side, PATCH * left : PATCH * left + side]
-        noise = torch.from_numpy(rng.standard_normal(tuple(z.shape), np.float32))
-        out = decode(vae, z + rng.uniform(0, 0.2) / UNIT * noise)
-        loss = loss_of(out, x)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(own.parameters(), 1.0)
-        for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * schedule(step, steps, flat=0.2)
-        optimiser.step()
-        decay = min(0.995, (step + 1) / (step + 10))
-        for key, value in own.state_dict().items():
-            average[key].lerp_(value, 1 - decay)
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}", refresh=False)
-        if (step + 1) % 200 == 0 or step + 1 == steps:
-            state = {"model": own.state_dict(), "ema": average, "optimiser": optimiser.state_dict()}
-            checkpoints.save(path, {**state, "step": step + 1, "losses": losses})
-            loop.plot(path.with_suffix(".png"), losses)
+        with torch.autocast("cpu", enabled=False):  # colours are finer than bfloat16
+            z = encode(vae, x)
+            top, left = rng.integers(z.shape[-1] - recipe.crop + 1, size=2)
+            z = z[..., top : top + recipe.crop, left : left + recipe.crop]
+            side = PATCH * recipe.crop
+            x = x[..., PATCH * top : PATCH * top + side, PATCH * left : PATCH * left + side]
+            noise = torch.from_numpy(rng.standard_normal(tuple(z.shape), np.float32))
+            return loss_of(decode(vae, z + rng.uniform(0, 0.2) / UNIT * noise), x)
+
+    path, rate = checkpoints.work(recipe) / "decoder.pt", partial(schedule, flat=0.2)
+    loop.learn(path, own, recipe.decoder_steps, 2e-3, loss_at, torch.optim.AdamW, rate)
     export_video_vae(recipe)
 
 

@@ -75,6 +75,19 @@ def test_without_the_embedded_file_a_random_model_runs(monkeypatch, tmp_path):
 
 
 @pytest.mark.comfy
+def test_the_embedded_model_draws_as_its_nodes_do():
+    stage = bench.stage_of(clips=1)
+    assert stage.name == "tiny_dynamictrl"
+    drawn = bench.draw(stage, bench.plain_form(2), 0, 1)
+    shown = stage.shown(drawn.latent)
+    assert (drawn.evaluations, shown.shape) == (2, (21, 96, 96, 3))
+    assert 0 <= shown.min() < 0.3 < 0.7 < shown.max() <= 1
+    positive, negative, empty = stage.given[0]
+    assert positive[0][1]["pooled_output"].shape == negative[0][1]["pooled_output"].shape
+    assert empty.shape == drawn.latent.shape
+
+
+@pytest.mark.comfy
 def test_windows_cost_what_they_overlap(windows):
     one, whole, flush, half = windows
     assert [row["calls"] for row in windows] == [1, 1, 3, 5]

@@ -78,23 +78,34 @@ class Animation:
         ).result[0]  # fmt: skip
 
     @torch.inference_mode()
+    def conditions(
+        self, picture: np.ndarray, poses: list[dict] | None, text: str, strength: float = 1.0
+    ) -> tuple[list, list, dict]:
+        """Positive, negative and the empty latent of a clip as long as its poses."""
+        prompt, nothing = (self.host.nodes.CLIPTextEncode().encode(self.clip, said)[0] for said in (text, ""))
+        return self.conditioning.execute(
+            positive=prompt, negative=nothing, vae=self.vae, reference=torch.from_numpy(picture)[None] / 255,
+            width=SIDE, height=SIDE, length=FRAMES if poses is None else len(poses), crop="center",
+            pose_strength=strength, start_percent=0.0, end_percent=1.0, ref_latent_scale=1.0,
+            pose=None if poses is None else self.drawn(poses),
+        ).result[:3]  # fmt: skip
+
+    @torch.inference_mode()
+    def frames(self, latent: torch.Tensor) -> np.ndarray:
+        """uint8 `[F, H, W, 3]`."""
+        return (self.vae.decode(latent).flatten(0, -4) * 255).round().byte().numpy()
+
+    @torch.inference_mode()
     def __call__(
         self, picture: np.ndarray, poses: list[dict] | None, text: str, seed: int = 1, strength: float = 1.0
     ) -> np.ndarray:
         """A clip, uint8 `[F, H, W, 3]`."""
         from comfy_extras.nodes_custom_sampler import SamplerCustom
 
-        prompt, nothing = (self.host.nodes.CLIPTextEncode().encode(self.clip, said)[0] for said in (text, ""))
-        length = FRAMES if poses is None else len(poses)
-        positive, negative, latent, _ = self.conditioning.execute(
-            positive=prompt, negative=nothing, vae=self.vae, reference=torch.from_numpy(picture)[None] / 255,
-            width=SIDE, height=SIDE, length=length, crop="center", pose_strength=strength, start_percent=0.0,
-            end_percent=1.0, ref_latent_scale=1.0, pose=None if poses is None else self.drawn(poses),
-        ).result  # fmt: skip
+        positive, negative, latent = self.conditions(picture, poses, text, strength)
         model, sampler, sigmas, *_ = self.sampling.execute(self.model, "DDIM", self.steps).result
         made = SamplerCustom.execute(model, True, seed, self.cfg, positive, negative, sampler, sigmas, latent).result[0]
-        frames = self.vae.decode(made["samples"])
-        return (frames.flatten(0, -4) * 255).round().byte().numpy()
+        return self.frames(made["samples"])
 
 
 def judged(clip: np.ndarray, case: Case) -> dict[str, float]:
@@ -133,8 +144,7 @@ def measure(count: int = 16, animation: Animation | None = None, sheet: Path | N
 @torch.inference_mode()
 def animated_by_itself(animation: Animation, clip: np.ndarray) -> np.ndarray:
     """A clip through the autoencoder alone."""
-    frames = animation.vae.decode(animation.vae.encode(torch.from_numpy(clip) / 255))
-    return (frames.flatten(0, -4) * 255).round().byte().numpy()
+    return animation.frames(animation.vae.encode(torch.from_numpy(clip) / 255))
 
 
 def save(path: Path, clips: dict[str, list[np.ndarray]], count: int) -> None:
