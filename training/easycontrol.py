@@ -74,6 +74,7 @@ def caption_for(kind: str, scene: world.Scene) -> str:
     return world.caption(scene)
 
 
+CHUNK = 500  # pictures that are rendered and encoded at once
 LEVELS = {"edge": data.LEVELS, "pose": (0, 0, 1.0, 0.6), "subject": (0, 0, 1.0, 0.6)}
 
 
@@ -96,9 +97,9 @@ def pool(kind: str, base: Recipe, recipe: AdapterRecipe) -> dict[str, Tensor]:
     vae, rng = load_vae(base), np.random.default_rng(base.seed)
     stream = world.scenes(90_000 + base.seed, LEVELS[kind])
     kept: dict[str, list[Tensor]] = {"latents": [], "conditions": [], "ids": []}
-    for _ in tqdm(range(recipe.pool // 500), desc=f"rendering for {kind}"):
+    for _ in tqdm(range(recipe.pool // CHUNK), desc=f"rendering for {kind}"):
         shown, conditions, ids = [], [], []
-        for scene in (next(stream) for _ in range(500)):
+        for scene in (next(stream) for _ in range(CHUNK)):
             shown.append(world.render(scene, base.pixels).image)
             conditions.append(condition_picture(kind, scene, base.pixels, rng))
             silent = kind != "subject" and rng.random() < recipe.silent

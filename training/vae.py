@@ -47,12 +47,16 @@ def _pictures(recipe: Recipe, seed: int, count: int) -> np.ndarray:
 FLUX1 = Autoencoder("tiny_vae.safetensors", "FLUX.1", _pictures)
 
 
+def stock_of(kind: Autoencoder, recipe: Any, seed: int, count: int) -> np.ndarray:
+    return kind.pictures(recipe, seed, count)
+
+
 def load_vae(recipe, kind: Autoencoder = FLUX1) -> TinyVAE:
     """The autoencoder with its components; they are fitted on the first call (seconds) and then fixed."""
     vae = TinyVAE(recipe.live, kind.widths, kind.base, operations=nn)
     path = checkpoints.work(recipe) / "components.pt"
     if not path.exists():
-        x = torch.from_numpy(to_unit(kind.pictures(recipe, recipe.seed, 3_000)))
+        x = torch.from_numpy(to_unit(stock_of(kind, recipe, recipe.seed, 3_000)))
         patches = (
             x.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, PATCH, PATCH)
         )
@@ -86,7 +90,7 @@ def train_vae(recipe, kind: Autoencoder = FLUX1) -> None:
     bar = tqdm(range(start, recipe.vae_steps), initial=start, total=recipe.vae_steps, desc="vae")
     for step in bar:
         if stock is None or step % 200 == 0:
-            stock = kind.pictures(recipe, 7_000_000 + recipe.seed * 10_000 + step // 200, 200 * batch // 4)
+            stock = stock_of(kind, recipe, 7_000_000 + recipe.seed * 10_000 + step // 200, 200 * batch // 4)
         rng = np.random.default_rng((recipe.seed, step))
         x = torch.from_numpy(to_unit(stock[rng.integers(len(stock), size=batch)])).to(device)
         z = vae.patch_in(x)

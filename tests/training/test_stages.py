@@ -12,7 +12,18 @@ import torch
 
 from dit_toolkit.scripts.places import ROOT
 from dit_toolkit.training import __main__ as stages
-from dit_toolkit.training import checkpoints, dit4sr, dynamictrl, in_context, loop, sd3, try_on_model, vae, video_vae
+from dit_toolkit.training import (
+    checkpoints,
+    dit4sr,
+    dynamictrl,
+    easycontrol,
+    in_context,
+    loop,
+    sd3,
+    try_on_model,
+    vae,
+    video_vae,
+)
 
 ALL = ["vae", "base", "edge", "pose", "subject", "try_on", "in_context", "sd3_vae", "sd3", "dit4sr",
        "video_vae", "cogvideox", "dynamictrl"]  # fmt: skip
@@ -112,7 +123,7 @@ def test_all_makes_every_file_in_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(loop, "device_of", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch, "compile", lambda model: model)
     sizes = {
-        "AdapterRecipe": {"pool": 500, "steps": 1, "batch": 2},
+        "AdapterRecipe": {"pool": 4, "steps": 1, "batch": 2},
         "TryOnRecipe": {"pool": 4, "steps": 1, "batch": 2},
         "InContextRecipe": {"sets": 2, "steps": 1, "batch": 2},
         "SD3Recipe": {"pixels": 32, "pool": 60, "batch": 2, "vae_steps": 1, "base_steps": 1},
@@ -120,14 +131,14 @@ def test_all_makes_every_file_in_weights(monkeypatch, tmp_path):
         "VideoVAERecipe": {"pixels": 32, "clips": 4, "decoder_steps": 1, "crop": 4},
         "VideoRecipe": {"pool": 4, "batch": 2, "base_steps": 1, "steps": 1},
     }
-    for module in (sd3, dit4sr, video_vae, dynamictrl):
+    for module in (easycontrol, sd3, dit4sr, video_vae, dynamictrl):
         monkeypatch.setattr(module, "CHUNK", 4)
     for name, small in sizes.items():
         made = replace(getattr(stages, name)(), **small)
         monkeypatch.setattr(stages, name, lambda made=made: made)
-    pictures = vae._pictures
-    monkeypatch.setattr(vae, "_pictures", lambda recipe, seed, count: pictures(recipe, seed, min(count, 200)))
-    command(monkeypatch, "all", "--pixels=32", "--pool=60", "--batch=4", "--vae-steps=1", "--base-steps=1")
+    stock_of = vae.stock_of
+    monkeypatch.setattr(vae, "stock_of", lambda kind, recipe, seed, count: stock_of(kind, recipe, seed, min(count, 60)))
+    command(monkeypatch, "all", "--pixels=32", "--pool=8", "--batch=4", "--vae-steps=1", "--base-steps=1")
     written = {path.relative_to(tmp_path / "weights").as_posix() for path in (tmp_path / "weights").rglob("*.*")}
     assert written == shipped()
     assert {in_context.NAME, try_on_model.NAME} <= written

@@ -108,11 +108,11 @@ class Animation:
         return self.frames(made["samples"])
 
 
-def judged(clip: np.ndarray, case: Case) -> dict[str, float]:
-    """Means over the frames after the first."""
+def judged(clip: np.ndarray, case: Case, every: int = EVERY) -> dict[str, float]:
+    """Means over every so many frames after the first."""
     first = case.frames[0]
     rows = []
-    for k in range(EVERY, len(clip), EVERY):
+    for k in range(every, len(clip), every):
         seen = agreement(read_doll(clip[k]), first.things[0])
         rows.append((pose_error(pose_in(clip[k], first), case.frames[k].things[0]), all(seen[part] for part in OUTFIT)))
     return dict(zip(("pose error", "same doll"), map(float, np.mean(rows, 0)), strict=True))

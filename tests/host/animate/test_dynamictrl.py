@@ -18,6 +18,7 @@ from comfy.context_windows import (
 from comfy.ldm.cogvideo.model import CogVideoXLayerNormZero
 from comfy.model_base import BaseModel
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
 pytestmark = pytest.mark.comfy
 
@@ -435,10 +436,14 @@ def test_an_area_of_the_video_sees_its_part_of_the_poses(embedded):
 
 
 def test_a_compiled_model_sees_poses_that_begin_late_and_change():
-    """torch.compile must trace nothing that differs from call to call."""
-    compiled, part = loaded().clone(), PartOfRun(0.3, 0.8)
-    set_torch_compile_wrapper(compiled, backend="eager")
+    """torch.compile must trace nothing that differs from call to call. Tracing takes seconds a block."""
+    torch._dynamo.reset()
+    small, part = loaded(blocks=1), PartOfRun(0.3, 0.8)
+    compiled = small.clone()
+    options = {"guard_filter_fn": skip_torch_compile_dict}  # as ComfyUI's TorchCompileModel
+    set_torch_compile_wrapper(compiled, backend="eager", options=options)
     for seed in (20, 21):
         posed = both(Pose(latent(seed), part=part))
-        close(sample(compiled, 4, **posed, cfg=2.0), sample(loaded(), 4, **posed, cfg=2.0))
-    close(sample(compiled, 2), sample(loaded(), 2))
+        close(sample(compiled, 4, **posed), wanted := sample(small, 4, **posed))
+        assert (wanted - sample(small, 4)).abs().mean() > 1e-3
+    close(sample(compiled, 2), sample(small, 2))
