@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PY     := .venv/bin/python
 PORT   ?= 8188
+# Kept, whatever this machine is used to: without their bytecode, torch and ComfyUI take seconds of every process.
+export PYTHONDONTWRITEBYTECODE =
 # Only tests open ComfyUI's page, so only they need a browser.
 BROWSER := $(if $(filter test test-versions,$(MAKECMDGOALS)),--browser)
 

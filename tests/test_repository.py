@@ -203,7 +203,7 @@ spec.loader.exec_module(module)
 asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
 new = {{name.partition(".")[0] for name in set(sys.modules) - before}} - {{"pack"}} - sys.stdlib_module_names
 print("MODULES", *sorted(new))
-print("FILES", *sorted({{path for path in opened if not path.endswith((".py", ".pyc"))}}), sep="\\n")
+print("FILES", *sorted({{path for path in opened if not path.endswith(".py") and ".pyc" not in path}}), sep="\\n")
 """
 
 
