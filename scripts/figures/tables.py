@@ -267,9 +267,7 @@ def sets(found: Tree) -> str:
 
 def race(found: Tree) -> str:
     lines = {name: line for name, line in found["race"].items() if "whose" in line}
-    best = {
-        part: max(line[part]["psnr_db"] for line in lines.values() if part in line) for part in results.RANGES
-    }
+    best = {part: max(line[part]["psnr_db"] for line in lines.values() if part in line) for part in results.RANGES}
     rows = []
     for name, line in lines.items():
         cells = []
