@@ -75,7 +75,8 @@ def test_the_folders_are_folders_that_loaders_look_into():
 
     from dit_toolkit.nodes import DiTToolkit
 
-    asyncio.run(DiTToolkit().on_load())  # registers those of the pack
+    for node in asyncio.run(DiTToolkit().get_node_list()):
+        node.GET_SCHEMA()  # lists files, and with that registers the folders of the pack
     found = rows()
     assert len(found) == 13
     for cell, folders in found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -14,7 +14,7 @@ from . import sheet
 from .studio import Picture, Studio
 
 INCHES = 5.64, 3.9  # at 100 dots an inch
-BLUE, ORANGE, GREEN, GREY = "#2f6fd0", "#e8862a", "#3aa981", "#e4e7ec"
+BLUE, ORANGE, RED, GREY = "#2f6fd0", "#e8862a", "#c8402f", "#e4e7ec"
 
 
 def plotted(draw, size: tuple[float, float] = INCHES) -> Picture:
@@ -168,21 +168,21 @@ def training_gradients(_: Studio) -> Picture:
 
     def draw(axes):
         depths = ["1", "2", "3"]
-        for number, (name, colour) in enumerate({"batch 1": BLUE, "batch 4": ORANGE}.items()):
+        for number, (name, colour) in enumerate({"batch 1": ORANGE, "batch 4": RED}.items()):
             at = [n + 0.36 * number - 0.18 for n in range(3)]
             middle = [found[name][depth]["median"] for depth in depths]
             least = [found[name][depth]["smallest"] for depth in depths]
             axes.bar(at, middle, 0.34, color=colour, label=f"{name}, without")
             axes.plot(at, least, "v", color="black", markersize=9)
-        axes.axhline(1, color=GREEN, linewidth=4)
-        axes.text(2.5, 1.04, "with the node", ha="right", color=GREEN)
+        axes.axhline(1, color=BLUE, linewidth=4)
+        axes.text(2.5, 1.04, "with the node", ha="right", color=BLUE)
         axes.set(xticks=range(3), xticklabels=[f"depth {d}" for d in depths], ylim=(-0.7, 1.25), ylabel="cosine")
         axes.legend(fontsize=16, loc="lower right", framealpha=0.9)
 
     return plotted(draw, (5.64, 4.6))
 
 
-def race_plot(_: Studio) -> Picture | None:
+def race_plot(_: Studio) -> Picture:
     """As `benchmarks.accelerators` saves it, from its newest results file."""
     from dit_toolkit.benchmarks.race import report
 
@@ -216,18 +216,17 @@ def dynamictrl_plot(_: Studio) -> Picture:
 PLOTS = {"race": race_plot, "dit4sr": dit4sr_plot, "dynamictrl": dynamictrl_plot}
 
 
-def files() -> dict[str, object]:
-    folder = Path("web/examples")
-    drawn = {
-        "clear_patterns.png": clear_patterns,
-        "cogvideox_steps.png": cogvideox_steps,
-        "dit4sr_tiles.png": dit4sr_tiles,
-        "dynamictrl_stream.png": dynamictrl_stream,
-        "panel_layouts.png": panel_layouts,
-        "training_gradients.png": training_gradients,
-    }
+def files() -> dict[str, Callable[[Studio], Picture]]:
     plots = {}
     for kind, function in PLOTS.items():
         if path := results.newest(kind):
             plots[str(path.with_suffix(".png").relative_to(ROOT))] = function
-    return {**{str(folder / name): function for name, function in drawn.items()}, **plots}
+    return {
+        "web/docs/cogvideox_steps.jpg": cogvideox_steps,
+        "web/docs/training.jpg": training_gradients,
+        "docs/pictures/clear_patterns.png": clear_patterns,
+        "docs/pictures/dit4sr_tiles.png": dit4sr_tiles,
+        "docs/pictures/dynamictrl_stream.png": dynamictrl_stream,
+        "docs/pictures/panel_layouts.png": panel_layouts,
+        **plots,
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 from .sheets import SPOTTED
 from .studio import Picture, Studio, build, screenshot
@@ -132,15 +132,14 @@ def panel_editor(studio: Studio) -> Picture:
     return screenshot(studio.page, ["panels"])
 
 
-def files() -> dict[str, object]:
-    folder = Path("web/examples")
-    return {
-        str(folder / name): function
-        for name, function in {
-            "acceleration_report.png": acceleration_report,
-            "dit4sr_nodes.png": dit4sr_nodes,
-            "easycontrol_nodes.png": easycontrol_nodes,
-            "panel_editor.png": panel_editor,
-            "timeline.png": timeline,
-        }.items()
-    }
+SCREENS = {
+    "acceleration_report": acceleration_report,
+    "dit4sr_nodes": dit4sr_nodes,
+    "easycontrol_nodes": easycontrol_nodes,
+    "panel_editor": panel_editor,
+    "timeline": timeline,
+}
+
+
+def files() -> dict[str, Callable[[Studio], Picture]]:
+    return {f"docs/pictures/{name}.png": function for name, function in SCREENS.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -29,6 +29,11 @@ def psnr(a: Picture, b: Picture) -> float:
     return math.inf if away == 0 else 10 * math.log10(255**2 / away)
 
 
+def likeness(a: Picture, b: Picture) -> str:
+    near = psnr(a, b)
+    return "the same" if math.isinf(near) else f"{near:.0f} dB"
+
+
 def accelerated(
     studio: Studio, variants: dict[str, tuple[str, dict] | None], text: str, seed: int, cfg: float = 2.5
 ) -> Picture:
@@ -40,7 +45,7 @@ def accelerated(
         graph.show(name, graph.drawn(used, clip, vae, text, seed, STEPS, cfg))
     made = [pictures[0] for pictures in studio.run(graph).values()]
     labels = [
-        name if number == 0 else f"{name}: {psnr(made[0], picture):.0f} dB"
+        name if number == 0 else f"{name}: {likeness(made[0], picture)}"
         for number, (name, picture) in enumerate(zip(variants, made, strict=True))
     ]
     return sheet.sheet(made, labels)
@@ -57,8 +62,15 @@ def taylorseer(studio: Studio) -> Picture:
 
 
 def delta_dit(studio: Studio) -> Picture:
-    every = {f"interval {n}": ("DiTDeltaDiT", {"interval": n}) for n in (2, 3, 4)}
-    return accelerated(studio, {"all computed": None, **every}, "an orange fish, on a pale ground", 5)
+    """A doll and a fish, computed in full and at interval 3."""
+    graph = studio.graph()
+    model, clip, vae = graph.embedded()
+    fast = graph.add("DiTDeltaDiT", model=model, interval=3)
+    for text, seed in ((GREEN, 3), ("an orange fish, on a pale ground", 5)):
+        graph.show(f"{seed} in full", graph.drawn(model, clip, vae, text, seed, STEPS))
+        graph.show(f"{seed} fast", graph.drawn(fast, clip, vae, text, seed, STEPS))
+    made = [pictures[0] for pictures in studio.run(graph).values()]
+    return sheet.sheet(made, ["in full", likeness(made[0], made[1]), "in full", likeness(made[2], made[3])])
 
 
 def re_ttention(studio: Studio) -> Picture:
@@ -70,6 +82,14 @@ def re_ttention(studio: Studio) -> Picture:
         "quarter, share only": ("DiTReTtention", {**how, "keep": 0.25, "storage": "share only"}),
     }
     return accelerated(studio, variants, YELLOW, 16)
+
+
+def clear(studio: Studio) -> Picture:
+    """The mask alone, on a model that was not trained for it."""
+    variants = {f"radius {n}": ("DiTClear", {"radius": n, "min_tokens": 0}) for n in (8, 4, 2)}
+    return accelerated(
+        studio, {"dense": None, **variants}, "a doll with a red shirt and a blue skirt, on a grey ground", 4
+    )
 
 
 def cg_taylor(studio: Studio) -> Picture:
@@ -133,7 +153,7 @@ def autotune(studio: Studio) -> Picture:
     return studio.run(graph)["chart"][0]
 
 
-def contact_sheet(studio: Studio) -> Picture:
+def easycontrol(studio: Studio) -> Picture:
     """Two rows of the demo: the outline and the photo, and what is drawn from them."""
     cells = []
     for row in (next(r for r in ROWS if r.workflow == OUTLINE), next(r for r in ROWS if r.workflow == PHOTO)):
@@ -153,22 +173,47 @@ def edges(graph: Graph, model, vae, name: str) -> Node:
     return graph.add("DiTEasyControlApply", model=model, vae=vae, easycontrol=lora, image=image, condition_size=96)
 
 
-def subject(graph: Graph, model, vae) -> Node:
-    mask = graph.add("ImageToMask", image=graph.example("mask_doll.png"), channel="red")
-    return graph.add("DiTFreeCus", model=model, vae=vae, reference=graph.example("painted_doll.png"), subject=mask)
+def freed(studio: Studio, graph: Graph, number: int) -> tuple[Picture, Node]:
+    """A held-out doll, and what Apply FreeCus draws of it for words that name neither clothes nor colours."""
+    from dit_toolkit.training.measure import freecus as measure
+
+    model, clip, vae = graph.embedded()
+    doll = measure.cases((0, 0, 1.0, 0), 11, number + 1)[number].reference
+    mask = np.abs(doll.astype(int) - measure.GREY).max(-1) > 255 * measure.MASK
+    pictures = {"doll": Image.fromarray(doll), "mask": Image.fromarray(np.uint8(mask * 255)).convert("RGB")}
+    shown, hidden = (
+        graph.add("LoadImage", image=studio.upload(picture, f"freecus_{number}_{name}.png"))
+        for name, picture in pictures.items()
+    )
+    free = graph.add("DiTFreeCus", model=model, vae=vae, reference=shown[0],
+                     subject=graph.add("ImageToMask", image=hidden[0], channel="red"))  # fmt: skip
+    return pictures["doll"], graph.drawn(free, clip, vae, "a doll, arms up, on a pale ground", 5)
 
 
 def freecus(studio: Studio) -> Picture:
+    """Two dolls, and the same dolls in a scene that the prompt says nothing of colours for."""
+    graph = studio.graph()
+    references = []
+    for number in range(2):
+        reference, drawn = freed(studio, graph, number)
+        references.append(reference)
+        graph.show(str(number), drawn)
+    made = [pictures[0] for pictures in studio.run(graph).values()]
+    return sheet.sheet([*references, *made], ["reference", "reference", "with FreeCus", "with FreeCus"])
+
+
+def embedded(studio: Studio) -> Picture:
     graph = studio.graph()
     model, clip, vae = graph.embedded()
-    free = subject(graph, model, vae)
-    first = "a doll, arms up, on a pale ground"
-    graph.show("alone", graph.drawn(model, clip, vae, first, 5))
-    graph.show("with", graph.drawn(free, clip, vae, first, 5))
-    graph.show("other", graph.drawn(free, clip, vae, "a doll waving, on a dark ground", 6))
-    made = studio.run(graph)
-    cells = [example("painted_doll.png"), *(made[name][0] for name in ("alone", "with", "other"))]
-    return sheet.sheet(cells, ["reference", "prompt alone", "with FreeCus", "another scene"])
+    for text, seed in ((SPOTTED, 16), ("a red star, on a white ground", 8), ("an orange fish, on a pale ground", 5),
+                       (YELLOW, 16)):  # fmt: skip
+        graph.show(text, graph.drawn(model, clip, vae, text, seed))
+    return sheet.sheet([pictures[0] for pictures in studio.run(graph).values()])
+
+
+def examples(_: Studio) -> Picture:
+    names = ("drawn_doll.png", "painted_doll.png", "photo_coin.jpg", "painted_person.png")
+    return sheet.sheet([example(name) for name in names], [name.partition(".")[0] for name in names])
 
 
 def image_difference(studio: Studio) -> Picture:
@@ -209,20 +254,25 @@ def in_context(studio: Studio) -> Picture:
     return sheet.sheet([pictures[0] for pictures in made.values()], list(made), columns=1)
 
 
+def panels(studio: Studio) -> Picture:
+    """One canvas of two panels, by the LoRA that ships."""
+    graph = studio.graph()
+    model, clip, vae = graph.embedded()
+    lora = graph.add("LoraLoaderModelOnly", model=model, lora_name=DEMO_LORA, strength_model=1.0)
+    graph.show("canvas", canvas(graph, lora, clip, vae, LINES, 7)[2])
+    return sheet.sheet([studio.run(graph)["canvas"][0]], columns=1)
+
+
 def panels_given(studio: Studio) -> Picture:
     graph = studio.graph()
     model, clip, vae = graph.embedded()
     lora = graph.add("LoraLoaderModelOnly", model=model, lora_name=DEMO_LORA, strength_model=1.0)
     lines = "a doll, arms down, on a grey ground\nthe doll, arms up, on a white ground"
-    layout, latent, drawn = canvas(graph, lora, clip, vae, lines, 10, "painted_scene.png")
-    split = graph.add("DiTPanelSplit", panels=layout[0], image=drawn)
-    for name, image in {"canvas": latent[1], "drawn": drawn, "panels": split}.items():
-        graph.show(name, image)
+    _, latent, drawn = canvas(graph, lora, clip, vae, lines, 10, "painted_scene.png")
+    graph.show("before", latent[1])
+    graph.show("after", drawn)
     made = studio.run(graph)
-    cells = [made["canvas"][0], made["drawn"][0], *made["panels"]]
-    return sheet.stacked([
-        sheet.sheet(cells[:2], ["canvas, panel 1 given", "drawn"]), sheet.sheet(cells[2:], ["panel 1", "panel 2"])
-    ])  # fmt: skip
+    return sheet.sheet([made["before"][0], made["after"][0]], ["panel 1 is given", "the finished canvas"], columns=1)
 
 
 def panel_sets(studio: Studio) -> Picture:
@@ -246,14 +296,15 @@ def dressed(graph: Graph, garment: str, seed: int = 1) -> tuple[Node, Node]:
 
 
 def try_on(studio: Studio) -> Picture:
+    """The person, masked; the garment, worn."""
     graph = studio.graph()
-    for name in ("garment_striped.png", "garment_spotted.png"):
-        graph.show(name, dressed(graph, name)[1])
+    ready, worn = dressed(graph, "garment_spotted.png")
+    graph.show("masked", ready[0])
+    graph.show("worn", worn)
     made = studio.run(graph)
-    cells = []
-    for name, pictures in made.items():
-        cells += [example(name), square(pictures[0])]
-    return sheet.sheet(cells, ["garment", "worn", "garment", "worn"])
+    cells = [square(example("painted_person.png")), made["masked"][0], example("garment_spotted.png"),
+             square(made["worn"][0])]  # fmt: skip
+    return sheet.sheet(cells, ["person", "masked", "garment", "worn"])
 
 
 def try_on_prepare(studio: Studio) -> Picture:
@@ -264,24 +315,30 @@ def try_on_prepare(studio: Studio) -> Picture:
     made = studio.run(graph)
     person, mask = example("painted_person.png"), example("mask_person_shirt.png").convert("L")
     over = Image.composite(Image.blend(person, Image.new("RGB", person.size, "#ff3030"), 0.6), person, mask)
-    cells = [over, made["person"][0], example("garment_striped.png"), made["garment"][0]]
-    return sheet.sheet(cells, ["person and mask", "cropped, hidden", "garment", "as the model sees it"])
+    cells = [square(person), square(over), made["person"][0], made["garment"][0]]
+    return sheet.sheet(cells, ["person", "mask", "for the model", "for the model"])
+
+
+def restored(studio: Studio, graph: Graph, number: int) -> tuple[Picture, Node]:
+    """A held-out scene, worn and made four times smaller, and what DiT4SR makes of it."""
+    from dit_toolkit.training.measure import dit4sr as measure
+
+    case = measure.scenes(number + 1)[number]
+    small = Image.fromarray(case.small)
+    image = graph.add("LoadImage", image=studio.upload(small, f"dit4sr_{number}.png"))
+    return small, upscaled(graph, *graph.embedded("SD3.5"), image, case.text)
 
 
 def dit4sr(studio: Studio) -> Picture:
-    """A held-out scene: worn and small, enlarged plainly, by DiT4SR, and as it was."""
-    from dit_toolkit.training.measure import dit4sr as measure
-
-    case = measure.scenes(3)[2]
-    small, truth = Image.fromarray(case.small), Image.fromarray(case.picture)
     graph = studio.graph()
-    model, clip, vae = graph.embedded("SD3.5")
-    image = graph.add("LoadImage", image=studio.upload(small, "dit4sr_small.png"))
-    graph.show("made", upscaled(graph, model, clip, vae, image, case.text))
-    made = studio.run(graph)["made"][0]
-    plain = small.resize(truth.size, Image.Resampling.BICUBIC)
-    cells = [small.resize(truth.size, Image.Resampling.NEAREST), plain, made, truth]
-    return sheet.sheet(cells, ["small picture", "enlarged plainly", "with DiT4SR", "the truth"])
+    smalls = []
+    for number in (1, 2):
+        small, made = restored(studio, graph, number)
+        smalls.append(small)
+        graph.show(str(number), made)
+    large = [pictures[0] for pictures in studio.run(graph).values()]
+    cells = [picture for pair in zip(smalls, large, strict=True) for picture in pair]
+    return sheet.sheet(cells, ["small picture", "restored"] * 2)
 
 
 def upscaled(graph: Graph, model, clip, vae, image, text: str, seed: int = 7) -> Node:
@@ -296,10 +353,6 @@ def upscaled(graph: Graph, model, clip, vae, image, text: str, seed: int = 7) ->
     return graph.add("VAEDecode", samples=sampled, vae=vae)
 
 
-WORN = (  # what the worn example shows
-    "a doll with short brown hair, a purple spotted shirt and a yellow skirt, arms down, a green heart on the left, "
-    "on a grey ground"
-)
 STANDING = (  # the joints of the painted dancer, as a part of the picture
     '{"length": 1, "canvas": [512, 512], "key_poses": [{"frame": 0, "joints": {'
     '"nose": [0.5, 0.185], "neck": [0.5, 0.302],'
@@ -340,22 +393,42 @@ def dancing(graph: Graph, video: Node | None, seed: int = 7) -> Node:
 
 
 def dynamictrl(studio: Studio) -> Picture:
-    """Three frames under their poses, drawn by them, and drawn without them."""
+    """Two frames, with the poses drawn over them, and as they come out."""
+    graph = studio.graph()
+    video = posed(graph)
+    clip = dancing(graph, video)
+    over = graph.add("DiTPosePreview", image=clip, poses=video[2], frames=21, columns=21, tile=278, dim=0.2)
+    graph.show("clip", clip)
+    graph.show("over", over)
+    made = studio.run(graph)
+    row = made["over"][0]
+    wide = row.width / 21
+    frames = (1, 12)
+    top = [row.crop((round(k * wide), 0, round(k * wide + wide), row.height)) for k in frames]
+    return sheet.sheet([*top, *(made["clip"][k] for k in frames)], ["frame 2", "frame 13"] * 2)
+
+
+def dynamictrl_frames(studio: Studio) -> Picture:
+    """Three frames: their poses, drawn by them, and drawn without them."""
     graph = studio.graph()
     video = posed(graph)
     graph.show("poses", video[0])
     graph.show("with", dancing(graph, video))
     graph.show("without", dancing(graph, None))
     made = studio.run(graph)
-    return sheet.stacked([sheet.sheet([made[name][k] for k in (4, 10, 16)], columns=3) for name in made])
+    return sheet.stacked([sheet.sheet([made[name][k] for k in (1, 6, 14)], columns=3) for name in made])
 
 
 def pose_preview(studio: Studio) -> Picture:
+    """Two frames of each written movement."""
     graph = studio.graph()
-    preview = graph.add("DiTPosePreview", image=graph.example("painted_dancer.png"), poses=posed(graph, size=384)[2],
-                        frames=4, columns=2, tile=278)  # fmt: skip
-    graph.show("preview", preview)
-    return studio.run(graph)["preview"][0]
+    for name in ("wave_and_step", "jumping_jack"):
+        preview = graph.add("DiTPosePreview", image=graph.example("painted_dancer.png"),
+                            poses=posed(graph, name, 384)[2], frames=5, columns=5, tile=278)  # fmt: skip
+        graph.show(name, preview)
+    made = [pictures[0] for pictures in studio.run(graph).values()]
+    wide = made[0].width // 5
+    return sheet.sheet([row.crop((k * wide, 0, (k + 1) * wide, row.height)) for row in made for k in (0, 1)])
 
 
 def pose_video(studio: Studio) -> Picture:
@@ -374,31 +447,28 @@ def overview(studio: Studio) -> Picture:
     model, clip, vae = graph.embedded()
     row = ROWS[0]
     graph.show("outline", graph.drawn(edges(graph, model, vae, row.control), clip, vae, row.prompt, row.seed))
-    free = subject(graph, model, vae)
-    graph.show("subject", graph.drawn(free, clip, vae, "a doll, arms up, on a pale ground", 5))
-    graph.show("garment", dressed(graph, "garment_spotted.png")[1])
+    doll, scene = freed(studio, graph, 1)
+    graph.show("scene", scene)
+    graph.show("worn", dressed(graph, "garment_spotted.png")[1])
     lora = graph.add("LoraLoaderModelOnly", model=model, lora_name=DEMO_LORA, strength_model=1.0)
-    graph.show("panels", canvas(graph, lora, clip, vae, LINES, 7)[2])
-    second = graph.embedded("SD3.5")
-    graph.show("large", upscaled(graph, *second, graph.example("worn_doll.png"), WORN))
+    graph.show("panels", canvas(graph, lora, clip, vae, LINES, 2)[2])
+    small, large = restored(studio, graph, 2)
+    graph.show("large", large)
     video = posed(graph)
     graph.show("poses", video[0])
     graph.show("clip", dancing(graph, video))
     made = studio.run(graph)
-    worn = made["garment"][0]
-    pairs = [
-        ("follow an outline", [example(row.control), made["outline"][0]]),
-        ("a subject in a new scene", [example("painted_doll.png"), made["subject"][0]]),
-        ("try on clothes", [example("garment_spotted.png"), square(worn)]),
-        (
-            "the same character twice",
-            [made["panels"][0].crop((0, 0, 96, 96)), made["panels"][0].crop((96, 0, 192, 96))],
-        ),
-        ("upscale", [example("worn_doll.png"), made["large"][0]]),
-        ("poses to video", [made["poses"][10], made["clip"][10]]),
-    ]
-    cells = [sheet.sheet(pictures, width=388) for _, pictures in pairs]
-    return sheet.sheet(cells, [name for name, _ in pairs], columns=3, width=1200, size=26)
+    both = made["panels"][0]
+    pairs = {
+        "follow an outline": (example(row.control), made["outline"][0]),
+        "a subject in a new scene": (doll, made["scene"][0]),
+        "try on clothes": (example("garment_spotted.png"), square(made["worn"][0])),
+        "the same character twice": (both.crop((0, 0, 96, 96)), both.crop((96, 0, 192, 96))),
+        "upscale": (small, made["large"][0]),
+        "poses to video": (made["poses"][10], made["clip"][10]),
+    }
+    cells = [sheet.sheet(pictures, width=388) for pictures in pairs.values()]
+    return sheet.sheet(cells, list(pairs), columns=3, width=1200, size=26)
 
 
 def square(picture: Picture) -> Picture:
@@ -407,29 +477,36 @@ def square(picture: Picture) -> Picture:
     return picture.crop((left, 0, left + picture.height, picture.height))
 
 
-def files() -> dict[str, object]:
-    folder = Path("web/examples")
-    return {
-        str(folder / name): function
-        for name, function in {
-            "accelerate.jpg": accelerate,
-            "autotune.png": autotune,
-            "cg_taylor.png": cg_taylor,
-            "contact_sheet.jpg": contact_sheet,
-            "delta_dit.jpg": delta_dit,
-            "dit4sr.jpg": dit4sr,
-            "dynamictrl.jpg": dynamictrl,
-            "freecus.jpg": freecus,
-            "image_difference.png": image_difference,
-            "in_context.jpg": in_context,
-            "overview.jpg": overview,
-            "panel_sets.png": panel_sets,
-            "panels_given.png": panels_given,
-            "pose_preview.png": pose_preview,
-            "pose_video.png": pose_video,
-            "re_ttention_quarter.png": re_ttention,
-            "taylorseer.jpg": taylorseer,
-            "try_on.jpg": try_on,
-            "try_on_prepare.png": try_on_prepare,
-        }.items()
-    }
+HELP = {  # on help pages, whose captions say what is where
+    "accelerate": accelerate,
+    "cg_taylor": cg_taylor,
+    "clear": clear,
+    "delta_dit": delta_dit,
+    "dit4sr": dit4sr,
+    "dynamictrl": dynamictrl,
+    "easycontrol": easycontrol,
+    "embedded": embedded,
+    "examples": examples,
+    "freecus": freecus,
+    "image_difference": image_difference,
+    "panel_sets": panel_sets,
+    "panels": panels,
+    "panels_given": panels_given,
+    "pose_preview": pose_preview,
+    "pose_video": pose_video,
+    "re_ttention": re_ttention,
+    "taylorseer": taylorseer,
+    "try_on": try_on,
+    "try_on_prepare": try_on_prepare,
+}
+DOCS = {  # in README and docs
+    "autotune": autotune,
+    "dynamictrl": dynamictrl_frames,
+    "in_context": in_context,
+    "overview": overview,
+}
+
+
+def files() -> dict[str, Callable[[Studio], Picture]]:
+    help_pages = {f"web/docs/{name}.jpg": function for name, function in HELP.items()}
+    return {**help_pages, **{f"docs/pictures/{name}.jpg": function for name, function in DOCS.items()}}

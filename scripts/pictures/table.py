@@ -29,7 +29,7 @@ SETS = "web/examples/panel_sets/"  # the training sets that ship: painted, with 
 
 def makers() -> dict[str, Maker]:
     """Sheets, drawings and screenshots, by the path of their file."""
-    return {**charts.files(), **sheets.files(), **screens.files()}  # type: ignore[dict-item]
+    return {**charts.files(), **sheets.files(), **screens.files()}
 
 
 def thumbnails() -> dict[str, str]:

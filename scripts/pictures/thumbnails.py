@@ -52,7 +52,8 @@ def without_weights(prompt: Prompt) -> Prompt:
     for name in ids(prompt, *SHOWS):
         needed = behind(prompt, name)
         kinds = {prompt[each]["class_type"] for each in needed}
-        if not any(kind in LOADS_WEIGHTS or "Loader" in kind for kind in kinds):
+        loads = any(kind in LOADS_WEIGHTS or "Loader" in kind for kind in kinds)
+        if not loads and all(is_there(prompt[each]) for each in needed):
             kept |= needed
     return {name: copy.deepcopy(node) for name, node in prompt.items() if name in kept}
 
@@ -113,7 +114,7 @@ def schedule(outputs: dict[str, dict]) -> str:
     """The first run that a report tells of: "1" for a computed evaluation, "0" for a forecast one."""
     for output in outputs.values():
         for text in output.get("text", ()):
-            if match := re.search(r"^[#.]{8,}$", str(text).replace(" ", ""), re.MULTILINE):
+            if match := re.search(r"#[#.]{7,}", str(text)):
                 return match[0].replace("#", "1").replace(".", "0")
     return ""
 
@@ -153,7 +154,7 @@ def published(studio: Studio, stem: str) -> None:
     inputs = given(prompt)
     some = without_weights(prompt)
     made: dict[str, list[Picture]] = {}
-    if ids(some, *SHOWS) and all(is_there(node) for node in some.values()):
+    if some:
         made = studio.pictures(studio.server.client.run(some))
     if POSES in made and inputs:
         moving(stem, inputs[:1], made[POSES], [])

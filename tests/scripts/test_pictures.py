@@ -1,5 +1,7 @@
 """`make pictures` knows every picture of the tree, and what it puts together can be read."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -32,9 +34,18 @@ def test_a_picture_is_either_made_or_given():
 
 
 def test_words_choose_pictures_by_their_path():
-    assert table.chosen(["web/examples/FREECUS"]) == ["web/examples/freecus.jpg"]
+    assert table.chosen(["web/docs/FREECUS"]) == ["web/docs/freecus.jpg"]
     assert set(table.chosen([])) == {*table.makers(), *table.thumbnails()}
     assert table.chosen(["no such picture"]) == []
+
+
+def test_every_picture_that_is_made_is_shown_on_a_page():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("web/docs/**/*.md")]
+    shown = set()
+    for page in pages:
+        links = re.findall(r"""(?:\]\(|src=")([^)"\s]+)""", page.read_text(encoding="utf-8"))
+        shown |= {(page.parent / link).resolve() for link in links if "://" not in link}
+    assert not [name for name in table.makers() if (ROOT / name).resolve() not in shown]
 
 
 @pytest.mark.parametrize("name", sorted(table.makers()))
@@ -124,6 +135,14 @@ def test_only_what_needs_no_weights_is_run():
     assert set(thumbnails.without_weights(PROMPT)) == {"1", "2", "3"}
 
 
+def test_a_users_own_file_is_not_looked_for():
+    own = {
+        "7": {"class_type": "LoadImage", "inputs": {"image": "my holiday.png"}},
+        "8": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}},
+    }
+    assert set(thumbnails.without_weights({**PROMPT, **own})) == {"1", "2", "3"}
+
+
 def test_example_pictures_are_shown_once_and_masks_are_not():
     mask = {"7": {"class_type": "DiTExamplePicture", "inputs": {"picture": "mask_doll.png"}}}
     again = {"8": {"class_type": "LoadImage", "inputs": {"image": "photo_coin.jpg"}}}
@@ -145,7 +164,7 @@ def test_a_preview_is_a_result_where_it_shows_a_decoded_picture_and_not_a_heat_m
 
 
 def test_a_report_gives_the_strip_of_a_run():
-    text = "TaylorSeer: 10 evaluations\nevaluations:\n###..#..#.\nmemory held: 0.1 MiB"
+    text = "TaylorSeer: 10 evaluations\nevaluations: ###..#..#.\nmemory held: 0.1 MiB"
     assert thumbnails.schedule({"7": {"text": [text]}, "8": {"images": []}}) == "1110010010"
     assert thumbnails.schedule({"7": {"text": ["nothing was run"]}}) == ""
 
