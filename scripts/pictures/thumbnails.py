@@ -19,12 +19,12 @@ from ..places import DEMO_INPUTS, WORKFLOWS
 from . import sheet
 from .studio import Picture, Studio
 
-LOADS_WEIGHTS = ("CheckpointLoaderSimple", "LoadBackgroundRemovalModel", "DiTLoadDiT4SR", "DiTLoadDynamiCtrl")
 SHOWS = ("SaveImage", "PreviewImage", "DiTPosePreview")
 INPUTS = ("DiTExamplePicture", "LoadImage")
 RESULTS = ("VAEDecode", "DiTAccelerateAutotune", "DiTTryOnComposite")  # previews of these are results
 POSES = "the poses"  # a preview that is added here
 NOTE = "needs the published weights"
+MOST_FRAMES = 21  # of a thumbnail that plays
 
 
 def ids(prompt: Prompt, *kinds: str) -> list[str]:
@@ -52,7 +52,7 @@ def without_weights(prompt: Prompt) -> Prompt:
     for name in ids(prompt, *SHOWS):
         needed = behind(prompt, name)
         kinds = {prompt[each]["class_type"] for each in needed}
-        loads = any(kind in LOADS_WEIGHTS or "Loader" in kind for kind in kinds)
+        loads = any("Load" in kind and kind not in (*INPUTS, "LoadVideo") for kind in kinds)
         if not loads and all(is_there(prompt[each]) for each in needed):
             kept |= needed
     return {name: copy.deepcopy(node) for name, node in prompt.items() if name in kept}
@@ -110,6 +110,16 @@ def with_poses(prompt: Prompt) -> Prompt:
     return {**prompt, **shows}
 
 
+def as_written(prompt: Prompt) -> Prompt:
+    """The prompt, drawing poses where they were written, not moved to a person: to find joints, weights are needed."""
+    prompt = copy.deepcopy(prompt)
+    for name in ids(prompt, "DiTPoseVideo"):
+        inputs = prompt[name]["inputs"]
+        inputs.pop("reference", None)
+        inputs.update(alignment="none", prepend_reference=False, style="bold")
+    return prompt
+
+
 def schedule(outputs: dict[str, dict]) -> str:
     """The first run that a report tells of: "1" for a computed evaluation, "0" for a forecast one."""
     for output in outputs.values():
@@ -121,11 +131,12 @@ def schedule(outputs: dict[str, dict]) -> str:
 
 def moving(stem: str, inputs: list[Picture], poses: list[Picture], clip: list[Picture]) -> None:
     """A thumbnail that plays: the clip and its poses, or the picture and the poses alone."""
+    count = len(clip) or len(poses)
     frames = [
         sheet.thumbnail(stem, [clip[k]], [*inputs, *poses[k : k + 1]])
         if clip
         else sheet.thumbnail(stem, [inputs[0], poses[k]], note=NOTE)
-        for k in range(len(clip) or len(poses))
+        for k in range(0, count, -(-count // MOST_FRAMES))
     ]
     sheet.save_moving(frames, WORKFLOWS / f"{stem}.jpg")
 
@@ -150,7 +161,7 @@ def embedded(studio: Studio, stem: str, times: dict[str, float]) -> None:
 def published(studio: Studio, stem: str) -> None:
     page, workflow = studio.page, workflows.read(stem)
     page.load_workflow(workflow)
-    prompt = with_poses(page.prompt())
+    prompt = with_poses(as_written(page.prompt()))
     inputs = given(prompt)
     some = without_weights(prompt)
     made: dict[str, list[Picture]] = {}

@@ -135,6 +135,19 @@ def test_only_what_needs_no_weights_is_run():
     assert set(thumbnails.without_weights(PROMPT)) == {"1", "2", "3"}
 
 
+def test_poses_are_shown_as_written_where_finding_a_persons_joints_needs_weights():
+    prompt = {
+        "1": {"class_type": "DiTPoseKeyframes", "inputs": {"text": "[]"}},
+        "2": {"class_type": "CheckpointLoaderSimple", "inputs": {}},
+        "3": {"class_type": "SDPoseKeypointExtractor", "inputs": {"model": ["2", 0]}},
+        "4": {"class_type": "DiTPoseVideo", "inputs": {"poses": ["1", 0], "reference": ["3", 0], "alignment": "paper"}},
+    }
+    assert thumbnails.without_weights(thumbnails.with_poses(prompt)) == {}
+    kept = thumbnails.without_weights(thumbnails.with_poses(thumbnails.as_written(prompt)))
+    assert set(kept) == {"1", "4", thumbnails.POSES}
+    assert prompt["4"]["inputs"]["alignment"] == "paper", "the prompt itself stays"
+
+
 def test_a_users_own_file_is_not_looked_for():
     own = {
         "7": {"class_type": "LoadImage", "inputs": {"image": "my holiday.png"}},
