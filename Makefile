@@ -4,8 +4,8 @@ PY     := .venv/bin/python
 PORT   ?= 8188
 # Kept, whatever this machine is used to: without their bytecode, torch and ComfyUI take seconds of every process.
 export PYTHONDONTWRITEBYTECODE =
-# Only tests open ComfyUI's page, so only they need a browser.
-BROWSER := $(if $(filter test test-versions,$(MAKECMDGOALS)),--browser)
+# Only tests and screenshots open ComfyUI's page, so only they need a browser.
+BROWSER := $(if $(filter test test-versions pictures,$(MAKECMDGOALS)),--browser)
 
 # $(call timed,what,command): say what runs, run it, say how long it took. The first failure ends it.
 timed = @printf '%s\n' '$(1)'; start=$$(date +%s); { $(2); } && printf '%s: %d s in all\n' '$(1)' $$(( $$(date +%s) - start ))
@@ -19,6 +19,8 @@ help:
 	@echo 'make lint        ruff and pyright'
 	@echo 'make serve       ComfyUI with this pack, on port $(PORT) (PORT=... for another)'
 	@echo 'make bench       the race of the accelerators; the cost of attention, of EasyControl, of DiT4SR, of DynamiCtrl, of loading the pack'
+	@echo 'make figures     the figures of README, docs and model card, from the results files'
+	@echo 'make pictures    the pictures of README, help pages and workflows (PICTURES=... for some of them)'
 	@echo 'make train-tiny  train the embedded models again'
 	@echo 'make clean       remove what make built, downloads excepted (make distclean removes those too)'
 
@@ -67,6 +69,13 @@ serve: setup
 bench: setup
 	$(call timed,Benchmarks,$(PY) -m benchmarks.load && $(PY) -m benchmarks.easycontrol && $(PY) -m benchmarks.dit4sr && $(PY) -m benchmarks.dynamictrl && $(PY) -m benchmarks.attention && $(PY) -m benchmarks.accelerators)
 
+figures: setup
+	@$(PY) -m scripts.figures
+
+# PICTURES=... makes those whose path has these words in it
+pictures: setup
+	$(call timed,Pictures,$(PY) -m scripts.pictures $(PICTURES))
+
 train-tiny: setup
 	$(call timed,Training of the embedded models,$(PY) -m training all)
 
@@ -86,4 +95,4 @@ distclean: clean
 	@echo 'Removing .venv and .comfyui, models that you put there included'
 	@rm -rf .venv .comfyui
 
-.PHONY: help setup demo test test-gpu test-versions web-test lint check serve bench train-tiny pins clean distclean
+.PHONY: help setup demo test test-gpu test-versions web-test lint check serve bench figures pictures train-tiny pins clean distclean

@@ -1,4 +1,4 @@
-"""Prints the README's table of model families and of what a step cache reaches in each.
+"""Prints the table of model families in docs/model-families.md, and of what a step cache reaches in each.
 
     python -m scripts.families
 

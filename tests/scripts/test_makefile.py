@@ -1,4 +1,4 @@
-"""What the Makefile runs, and what README and model card tell to run, is there."""
+"""What the Makefile runs, and what README, docs and model card tell to run, is there."""
 
 import importlib.machinery
 import re
@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
+from dit_toolkit.scripts.figures.tables import pages
 from dit_toolkit.scripts.places import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 ROOMS = ("scripts", "training", "benchmarks")
-TOLD = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "weights/README.md")]
+TOLD = [page.read_text(encoding="utf-8") for page in pages(ROOT)]
 MODULES = sorted(set(re.findall(rf"-m ((?:{'|'.join(ROOMS)})(?:\.\w+)*)", "\n".join([MAKEFILE, *TOLD]))))
 TARGETS = set(re.findall(r"^([\w-]+):(?!=)", MAKEFILE, re.MULTILINE))
 
@@ -49,3 +50,8 @@ def test_every_target_is_phony_and_help_names_real_ones():
     (phony,) = re.findall(r"^\.PHONY: (.+)$", MAKEFILE, re.MULTILINE)
     assert set(phony.split()) == TARGETS
     assert set(re.findall(r"@echo 'make ([\w-]+)", MAKEFILE)) <= TARGETS
+
+
+@pytest.mark.parametrize("target", sorted({name for text in TOLD for name in re.findall(r"`make ([\w-]+)", text)}))
+def test_a_target_that_a_page_tells_to_make_is_there(target):
+    assert target in TARGETS

@@ -7,7 +7,6 @@ worn and made four times smaller (`training.degrade`). The very nodes bring them
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from .. import data, photographs, world
 from ..comfyui import comfyui
 from ..degrade import FACTOR, degraded, enlarged
 from ..score import edge_distance
-from . import shipped
+from . import SAVE, shipped, tell
 
 SIDE = 256  # pixels of a picture
 PATCH = "tiny_dit4sr.safetensors"
@@ -159,8 +158,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=96)
+    parser.add_argument("--save", action="store_true", help=SAVE)
     options = parser.parse_args()
-    print(json.dumps(measure(options.count, options.prompts), indent=1))
+    tell("dit4sr", measure(options.count, options.prompts), options.save)
 
 
 if __name__ == "__main__":

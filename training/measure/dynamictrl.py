@@ -9,7 +9,6 @@ picture.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from .. import world
 from ..comfyui import comfyui
 from ..dynamictrl import FRAMES
 from ..score import OUTFIT, agreement, pose_error, pose_in, read_doll
-from . import shipped
+from . import SAVE, shipped, tell
 
 SIDE, FPS = 96, 8
 STEPS, CFG = 12, 1.0
@@ -159,8 +158,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--sheet", type=Path, help="write frames of the first clips here, as one picture")
+    parser.add_argument("--save", action="store_true", help=SAVE)
     options = parser.parse_args()
-    print(json.dumps(measure(options.count, sheet=options.sheet), indent=1))
+    tell("dynamictrl", measure(options.count, sheet=options.sheet), options.save)
 
 
 if __name__ == "__main__":

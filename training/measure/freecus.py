@@ -8,7 +8,6 @@ garments. The judge is `training.score`. `--all` adds other scales, shifts and l
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from .. import world
 from ..comfyui import comfyui
 from ..easycontrol import caption_for, condition_picture
 from ..score import agreement, read_doll
-from . import shipped
+from . import SAVE, shipped, tell
 from .in_context import CFG, SIDE, STEPS
 
 GREY = 127  # around the subject
@@ -115,8 +114,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--all", action="store_true", help="other scales, shifts and layers too")
+    parser.add_argument("--save", action="store_true", help=SAVE)
     options = parser.parse_args()
-    print(json.dumps(measure(options.count, options.all), indent=1))
+    tell("freecus", measure(options.count, options.all), options.save)
 
 
 if __name__ == "__main__":

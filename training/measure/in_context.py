@@ -6,7 +6,6 @@ Prints the table of the model card: held-out wordings, ComfyUI's Load LoRA and s
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
@@ -21,6 +20,7 @@ from ..comfyui import comfyui
 from ..embedded import load_shipped
 from ..in_context import NAME, SIDE, Set, layout
 from ..score import OUTFIT, agreement, ground_of, pose_of, read_doll
+from . import SAVE, tell
 from .shipped import pictures
 
 STEPS, CFG = 20, 2.5  # of the sampler, as in the example workflows
@@ -145,8 +145,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1, help="of the noise")
     parser.add_argument("--drawn", type=int, default=5, help="seed of the cases")
+    parser.add_argument("--save", action="store_true", help=SAVE)
     options = parser.parse_args()
-    print(json.dumps(measure(options.count, options.seed, options.drawn), indent=1))
+    tell("in_context", measure(options.count, options.seed, options.drawn), options.save)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Held-out prompts and scenes only. The scorer is `training.score`; the tests use 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from dataclasses import replace
 
@@ -23,6 +22,7 @@ from ..easycontrol import KINDS, caption_for, condition_keys, condition_picture
 from ..embedded import load_shipped, sample
 from ..pictures import to_unit, training_picture
 from ..score import edge_agreement, edge_distance, score, silhouette_agreement
+from . import SAVE, tell
 
 SIDE = 96
 
@@ -151,13 +151,15 @@ def control(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=200)
-    count = parser.parse_args().count
+    parser.add_argument("--save", action="store_true", help=SAVE)
+    options = parser.parse_args()
+    count = options.count
     model, vae = load_shipped()
     found = {"psnr_db": autoencoder(vae), "prompts": prompts(model, vae, count)}
     for kind in KINDS:
         if (checkpoints.WEIGHTS / "easycontrol" / f"tiny_{kind}.safetensors").exists():
             found[f"control: {kind}"] = control(kind, model, vae, 128 if kind == "edge" else 32)
-    print(json.dumps(found, indent=1))
+    tell("shipped", found, options.save)
 
 
 if __name__ == "__main__":

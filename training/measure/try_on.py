@@ -6,7 +6,6 @@ Prints the table of the model card, from held-out scenes and without ComfyUI. Th
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +19,7 @@ from ..score import agreement, pose_of, read_doll, score, silhouette_agreement
 from ..try_on import LEVELS
 from ..try_on_8_steps import FAST, with_fast
 from ..try_on_model import PROMPT, draw, levels_of, load_try_on, new_branches, velocity_of
+from . import SAVE, tell
 
 
 def worn(image: np.ndarray, scene: world.Scene) -> dict[str, bool]:
@@ -121,7 +121,9 @@ def measure(count: int = 32) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=32)
-    print(json.dumps(measure(parser.parse_args().count), indent=1))
+    parser.add_argument("--save", action="store_true", help=SAVE)
+    options = parser.parse_args()
+    tell("try_on", measure(options.count), options.save)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""README, docs and model card say what the results files say, and every marked place names a figure that is there."""
+
+import json
+
+import pytest
+
+from dit_toolkit.scripts.figures import results, tables
+from dit_toolkit.scripts.figures.__main__ import BLOCK, NUMBER, filled
+from dit_toolkit.scripts.places import ROOT
+
+PAGES = tables.pages(ROOT)
+FOUND = results.tree()
+WITHOUT_COMFYUI = frozenset(tables.NEEDS_COMFYUI)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_says_what_its_results_files_say(page):
+    text = page.read_text(encoding="utf-8")
+    assert filled(text, FOUND, WITHOUT_COMFYUI) == text, "make figures"
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("name", sorted(WITHOUT_COMFYUI))
+def test_what_the_pack_says_of_itself_is_what_the_pages_say(name):
+    shown = [match[3] for page in PAGES for match in BLOCK.finditer(page.read_text("utf-8")) if match[2] == name]
+    assert shown == [tables.TABLES[name](FOUND) + "\n"], "make figures"
+
+
+def test_every_table_stands_on_some_page():
+    shown = {match[2] for page in PAGES for match in BLOCK.finditer(page.read_text(encoding="utf-8"))}
+    assert shown == set(tables.TABLES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_mark_is_whole(page):
+    """One that is mistyped would never be filled, and nobody would notice."""
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<!-- figures:") == text.count("<!-- end -->") == len(BLOCK.findall(text))
+    assert text.count("<!--=") == text.count("<!--/-->") == len(NUMBER.findall(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- figures: rice -->\n<!-- end -->", "no table 'rice'"),
+        ("<!--= shipped/prompts/cfg 9/all as % -->1 %<!--/-->", "'cfg 9' is not among ground truth, autoencoder"),
+        ("<!--= shipped/prompts as % -->1 %<!--/-->", "'shipped/prompts' is not a number"),
+        ("<!--= shipped/prompts/cfg 2.5/all as parts -->1<!--/-->", "no way to write a number 'parts'"),
+    ],
+)
+def test_a_place_that_names_no_figure_is_refused(text, message):
+    with pytest.raises(KeyError, match=message):
+        filled(text, FOUND)
+
+
+def test_places_are_filled_and_what_is_around_them_stays():
+    text = "a <!--= x/y as % -->0 %<!--/--> b <!--= x/z as 1 decimal --><!--/--> c"
+    found = {"x": {"y": 0.975, "z": 1.25}}
+    assert filled(text, found) == "a <!--= x/y as % -->97.5 %<!--/--> b <!--= x/z as 1 decimal -->1.2<!--/--> c"
+
+
+def test_a_changed_result_changes_the_page(tmp_path):
+    rows = json.loads((results.RESULTS / "quality-dynamictrl.json").read_text(encoding="utf-8"))
+    rows["DynamiCtrl"]["pose error"] = 0.5
+    (tmp_path / "quality-dynamictrl.json").write_text(json.dumps(rows))
+    place = "<!-- figures: dynamictrl -->\n<!-- end -->"
+    assert "| DynamiCtrl | 50.0 % |" in filled(place, results.tree(tmp_path))
+
+
+def test_the_newest_results_of_a_cpu_count(tmp_path):
+    for name in ("easycontrol-2025-01-02-cpu", "easycontrol-2026-01-01-cpu", "easycontrol-2027-01-01-nvidia-h100"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    (tmp_path / "2024-01-01-cpu.json").write_text("[]")
+    assert results.newest("easycontrol", tmp_path).stem == "easycontrol-2026-01-01-cpu"
+    assert results.newest("race", tmp_path).stem == "2024-01-01-cpu"
+    assert results.newest("dit4sr", tmp_path) is None
+
+
+def test_the_best_setting_near_a_half_stands_for_a_method():
+    def row(computed, psnr, method="MagCache, threshold 1"):
+        return {"method": method, "peer": "diffusers", "model": "tiny_flux", "sampler": "euler", "computed": computed,
+                "psnr_db": psnr}  # fmt: skip
+
+    rows = [row(0.5, 30.0), row(0.6, 31.0), row(0.9, 60.0), row(0.5, 99.0, "MagCache Lite, threshold 1")]
+    line = results.raced(rows, "euler")["MagCache"]
+    assert line["half"]["psnr_db"] == 31.0
+    assert "third" not in line
+
+
+def test_dynamictrls_costs_appear_with_their_results():
+    times = {"milliseconds": 1.0, "relative": 1.0, "low": 0.9, "high": 1.1, "computed": 1.0}
+    report = {
+        "poses": [{"form": "base", "batch": 1, "bytes": 0, "streams": 0.0, **times}],
+        "accelerators": [],
+        "windows": [],
+    }
+    assert "results file" in tables.dynamictrl_cost({})
+    assert "| base | 1 | 1.000 |" in tables.dynamictrl_cost({"dynamictrl cost": report})
