@@ -48,7 +48,16 @@ class LoadEasyControl(io.ComfyNode):
                 "Loads a LoRA of the EasyControl kind, such as canny, depth, pose, seg, inpainting, subject or Ghibli. "
                 "It acts on condition images only; ordinary LoRA loaders cannot use it."
             ),
-            search_aliases=["easycontrol", "control lora", "condition lora", "canny", "depth", "pose", "subject"],
+            search_aliases=[
+                "easycontrol",
+                "control lora",
+                "condition lora",
+                "canny lora",
+                "depth lora",
+                "pose lora",
+                "subject lora",
+                "ghibli lora",
+            ],
             inputs=[weights_file(FOLDER)],
             outputs=[
                 EasyControlType.Output(display_name="easycontrol", tooltip="The LoRA, for Apply EasyControl."),
@@ -75,7 +84,11 @@ class ApplyEasyControl(io.ComfyNode):
                 "Lets a FLUX.1 model follow a condition image: edges, depth, pose, a subject, a photo to restyle. "
                 "Chain the node for several conditions; their order does not matter."
             ),
-            search_aliases=["easycontrol", "controlnet", "canny", "depth", "pose", "subject reference", "kv cache"],
+            search_aliases=[
+                "easycontrol", "controlnet", "ipadapter", "ip adapter", "style", "style transfer", "ghibli",
+                "reference", "canny", "edges", "depth", "pose", "openpose control", "scribble", "lineart",
+                "inpainting", "subject", "ominicontrol",
+            ],
             inputs=[
                 model_input(ANY_FLUX1),
                 EasyControlType.Input("easycontrol", optional=True,

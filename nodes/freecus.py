@@ -37,8 +37,10 @@ class ApplyFreeCus(io.ComfyNode):
                 "Carries the subject of one picture into what the prompt asks for. No training and no extra weights; "
                 "each step takes about twice as long. Chain the node for several subjects."
             ),
-            search_aliases=["freecus", "subject reference", "subject driven", "personalization", "customization",
-                            "consistent character", "attention sharing"],
+            search_aliases=[
+                "freecus", "subject driven", "personalization", "customization", "same subject, new scene", "redux",
+                "attention sharing",
+            ],
             inputs=[
                 model_input("A FLUX.1 model: dev, or a fine-tune or LoRA of it; not Fill, Canny or Depth."),
                 io.Vae.Input("vae", tooltip="The model's VAE, which encodes the reference at the picture's size."),

@@ -66,7 +66,10 @@ class PanelLayout(io.ComfyNode):
                 "Lays out 2 to 64 related pictures as panels of one canvas and joins their prompts into one, as "
                 "In-Context LoRAs are trained: storyboards, brand designs, before and after, one person in many scenes."
             ),
-            search_aliases=["in-context lora", "ic-lora", "storyboard", "panels", "grid", "diptych", "character sheet"],
+            search_aliases=[
+                "in-context lora", "ic-lora", "consistent character", "character", "storyboard", "panels", "grid",
+                "diptych", "character sheet", "comic",
+            ],
             inputs=[
                 choice("preset", ["custom", *PRESETS], "custom",
                        "Canvas, grid, tags and prefix of a published In-Context LoRA, by its file name. custom "
@@ -132,7 +135,9 @@ class PanelLatent(io.ComfyNode):
                 "Makes the canvas to sample on. Panels that are given as pictures are encoded and kept; the sampler "
                 "fills in the others, looking at them. Without pictures it is an empty latent of the right size."
             ),
-            search_aliases=["in-context lora", "ic-lora", "inpaint panel", "image to set", "compose", "diptych"],
+            search_aliases=[
+                "in-context lora", "ic-lora", "inpaint panel", "image to set", "compose panels", "diptych canvas",
+            ],
             inputs=[
                 PanelsType.Input("panels", optional=True,
                                  tooltip="From Panel Layout, which says what panels are given."),
@@ -261,7 +266,9 @@ class PanelSets(io.ComfyNode):
                 "Puts a folder of picture sets together for training an In-Context LoRA: one canvas and one caption "
                 "per set, for Make Training Dataset and Train LoRA. 20 to 100 sets are enough."
             ),
-            search_aliases=["in-context lora", "ic-lora", "train lora", "dataset", "training sets", "captions"],
+            search_aliases=[
+                "in-context lora", "ic-lora", "dataset", "train your own lora", "training sets", "captions",
+            ],
             inputs=[
                 choice("folder", folders(), UNSET,
                        "A folder in ComfyUI's input folder. Each folder in it is a set: one picture per panel in the "
@@ -299,7 +306,14 @@ class PrepareTraining(io.ComfyNode):
                 "Goes between the model and Train LoRA, so that a FLUX.1 model learns from correct gradients, and "
                 "each picture of a batch from its own caption. Sampled pictures do not change."
             ),
-            search_aliases=["in-context lora", "ic-lora", "train lora", "gradient checkpointing", "batch size"],
+            search_aliases=[
+                "in-context lora",
+                "ic-lora",
+                "train lora",
+                "training",
+                "gradient checkpointing",
+                "batch size",
+            ],
             inputs=[model_input("A FLUX.1 model, to be trained by ComfyUI's Train LoRA.")],
             outputs=[
                 io.Model.Output(tooltip="The model for Train LoRA. Sampling it gives the same pictures as before.")

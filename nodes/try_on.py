@@ -61,7 +61,7 @@ class TryOnPrepare(io.ComfyNode):
                 "Cuts out a person around the garment's mask, hides the garment, and lays new garments on white, all "
                 "in one size. Try-On Composite puts the result back at full resolution."
             ),
-            search_aliases=["try on", "vton", "garment", "clothes", "outfit", "crop and stitch", "agnostic mask"],
+            search_aliases=["try on", "vton", "garment", "crop and stitch", "agnostic mask", "mask the clothes"],
             inputs=[
                 io.Image.Input("person", tooltip="The person who will wear the garment. Several pictures of one size "
                                          "are fine."),
@@ -153,7 +153,7 @@ class LoadTryOn(io.ComfyNode):
                 "Loads a try-on LoRA with a branch for the person, one for the garment, or both. They act on the "
                 f"tokens of these pictures only; ordinary LoRA loaders cannot use them. {RECONSTRUCTION}"
             ),
-            search_aliases=["try on", "vton", "mc-vton", "garment lora", "branch lora"],
+            search_aliases=["try-on", "vton lora", "mc-vton", "garment lora", "branch lora"],
             inputs=[weights_file(FOLDER)],
             outputs=[
                 TryOnType.Output(display_name="try_on", tooltip="The LoRA, for Apply Try-On."),
@@ -186,7 +186,10 @@ class ApplyTryOn(io.ComfyNode):
                 "Lets a FLUX.1 model see a masked person and a garment, each with a LoRA of its own, and paint the "
                 f"person wearing it. {RECONSTRUCTION}"
             ),
-            search_aliases=["try on", "vton", "mc-vton", "virtual try-on", "garment", "clothes", "outfit"],
+            search_aliases=[
+                "try on", "tryon", "vton", "mc-vton", "virtual try-on", "garment", "clothes", "outfit", "dress",
+                "change clothes",
+            ],
             inputs=[
                 model_input(ANY_FLUX1),
                 TryOnType.Input("try_on", optional=True,
@@ -268,7 +271,7 @@ class TryOnComposite(io.ComfyNode):
                 "Puts results back into the original picture at full resolution. Pixels outside the grown mask of "
                 "Try-On Prepare stay the original's, bit for bit."
             ),
-            search_aliases=["try on", "paste back", "stitch", "uncrop", "composite", "blend"],
+            search_aliases=["try-on", "paste back", "stitch", "uncrop", "composite", "blend"],
             inputs=[
                 io.Image.Input("result", tooltip="What the sampler made, decoded. Upscaled ones are fine."),
                 io.Image.Input("person", tooltip="The original picture, as Try-On Prepare got it."),
