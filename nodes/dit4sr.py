@@ -14,6 +14,7 @@ import torch
 from comfy.model_management import intermediate_device
 from comfy_api.latest import io
 
+from ..host import progress
 from ..host.part_of_run import PartOfRun
 from ..host.restore.dit4sr import attach, enlarged, plan
 from ..host.restore.dit4sr_extract import Precision, extract, target_of
@@ -153,10 +154,11 @@ class ApplyDiT4SR(io.ComfyNode):
             )
         sizes = plan(image.shape[1], image.shape[2], upscale_by, min_side)
         reference = enlarged(image, sizes.sampled).to(intermediate_device())
+        (latent,) = progress.encoded(vae, reference)
         settings = DiT4SR(
             None,
             dit4sr.name,
-            vae.encode(reference),
+            latent,
             strength=strength,
             cross_stream_scale=cross_stream_scale,
             part=part,

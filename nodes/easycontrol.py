@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from typing import Any, Literal
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..host import progress
 from ..host.control.conditions_settings import PATCH, Cache, check_numbers
 from ..host.control.easycontrol import Padding, attach, prepare_image
 from ..host.control.easycontrol_files import FOLDER, load
@@ -149,18 +150,19 @@ class ApplyEasyControl(io.ComfyNode):
         if strength == 0 or influence == 0:
             return io.NodeOutput(model)
         found = easycontrol.kind(kind)
+        seen = None if image is None else prepare_image(image, found, condition_size, pad_color)
         patched = attach(
             model,
             easycontrol,
             slot,
-            encoded(image, vae, latent, found, condition_size, pad_color),
+            encoded(seen, vae, latent),
             kind=found,
             strength=strength,
             part=part,
             influence=influence,
             cache=kv_cache,
         )
-        return io.NodeOutput(patched)
+        return io.NodeOutput(patched) if seen is None else io.NodeOutput(patched, ui=ui.PreviewImage(seen, cls=cls))
 
 
 def check_condition(image: Any, vae: Any, latent: Any, size: int) -> None:
@@ -174,11 +176,12 @@ def check_condition(image: Any, vae: Any, latent: Any, size: int) -> None:
     whole_tokens(PATCH, condition_size=size)
 
 
-def encoded(image: Any, vae: Any, latent: Any, kind: Kind, size: int, padding: Padding) -> Tensor:
-    """The condition as a latent, `[N, C, h, w]`."""
+def encoded(image: Tensor | None, vae: Any, latent: Any) -> Tensor:
+    """The condition as a latent, `[N, C, h, w]`. `image`: prepared for the model."""
     if image is None:
         return latent["samples"]
-    return vae.encode(prepare_image(image, kind, size, padding))
+    (made,) = progress.encoded(vae, image)
+    return made
 
 
 NODES = [LoadEasyControl, ApplyEasyControl]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..host.control import training
 from ..host.control.in_context_lora import fingerprint, folders, read_sets
+from ..host.progress import decoded, each_of
 from ..models.control.panel_layout import LIMIT, PRESETS, TOKEN, Layout, Tags, panel_layout
 from ..models.control.panel_pictures import (
     Fit,
@@ -197,7 +198,7 @@ class PanelLatent(io.ComfyNode):
             zeros = torch.zeros(batch_size, vae.latent_channels, *size, device=intermediate_device())
             return io.NodeOutput({"samples": zeros, "downscale_ratio_spacial": ratio}, canvas, mask[0])
         per_panel = encode == "per panel"
-        latent = encode_panels(panels, given, fill, vae.encode) if per_panel else vae.encode(canvas)
+        latent = encode_panels(panels, given, fill, vae.encode, each_of) if per_panel else vae.encode(canvas)
         samples = latent.repeat(batch_size, *[1] * (latent.ndim - 1))
         return io.NodeOutput({"samples": samples, "noise_mask": mask}, canvas, mask[0])
 
@@ -249,10 +250,10 @@ class SplitPanels(io.ComfyNode):
             return io.NodeOutput(split(panels, image, inset, canvas))
         if vae is None:
             raise ValueError("Split Panels needs 'vae' to decode 'latent'. Connect it, or use 'image' instead.")
-        decoded = vae.decode(latent_panels(panels, latent["samples"]))
-        if decoded.ndim == 5:  # an autoencoder for video: the frames come one after the other, as VAE Decode gives them
-            decoded = decoded.unflatten(0, (-1, panels.count)).transpose(1, 2).flatten(0, 2)
-        return io.NodeOutput(finished(panels, decoded, inset, canvas))
+        made = decoded(vae, latent_panels(panels, latent["samples"]))
+        if made.ndim == 5:  # an autoencoder for video: the frames come one after the other, as VAE Decode gives them
+            made = made.unflatten(0, (-1, panels.count)).transpose(1, 2).flatten(0, 2)
+        return io.NodeOutput(finished(panels, made, inset, canvas))
 
 
 class PanelSets(io.ComfyNode):

@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 from typing import Any, Literal
 
-from comfy_api.latest import io
+import torch
+from comfy_api.latest import io, ui
 
+from ..host import progress
 from ..host.control.conditions_settings import PATCH, Cache
 from ..host.control.try_on import attach, brought_to
 from ..host.control.try_on_files import FOLDER, load
@@ -135,11 +137,13 @@ class TryOnPrepare(io.ComfyNode):
             size=(height, width) if size == "fixed" else megapixels * 1e6,
             dilation=dilation,
             fill=fill,
+            each=progress.each_of,
         )
         if made.garment_masks is not None:
             warn_of_background("Try-On Prepare", "garment_mask", made.garment_masks)
         height, width = made.paste.working
-        return io.NodeOutput(made.persons, made.garments, made.masks, width, height, max(counts), made.paste)
+        seen = ui.PreviewImage(torch.cat([made.persons, made.garments]), cls=cls)
+        return io.NodeOutput(made.persons, made.garments, made.masks, width, height, max(counts), made.paste, ui=seen)
 
 
 class LoadTryOn(io.ComfyNode):
@@ -246,11 +250,17 @@ class ApplyTryOn(io.ComfyNode):
             whole_tokens(PATCH, garment_size=garment_size)
         if person_strength == garment_strength == 0:
             return io.NodeOutput(model)
+        shown = {}
+        if person_strength != 0:
+            shown["person"] = brought_to(person, person_size)
+        if garment_strength != 0:
+            shown["garment"] = brought_to(garment, garment_size)
+        latents = dict(zip(shown, progress.encoded(vae, *shown.values()), strict=True))
         patched = attach(
             model,
             try_on,
-            vae.encode(brought_to(person, person_size)) if person_strength != 0 else None,
-            vae.encode(brought_to(garment, garment_size)) if garment_strength != 0 else None,
+            latents.get("person"),
+            latents.get("garment"),
             position=None if garment_position == "auto" else garment_position,
             person_strength=person_strength,
             garment_strength=garment_strength,
@@ -299,7 +309,7 @@ class TryOnComposite(io.ComfyNode):
                 crop.dilation,
             )
         masks = None if mask is None else placed_masks(mask, crop)
-        return io.NodeOutput(composite(result, person, crop, feather, masks))
+        return io.NodeOutput(composite(result, person, crop, feather, masks, progress.each_of))
 
 
 NODES = [TryOnPrepare, LoadTryOn, ApplyTryOn, TryOnComposite]

@@ -15,6 +15,7 @@ Settings: `freecus_settings.py`. State: `freecus_run.py`, for one run.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
@@ -51,6 +52,7 @@ def attach(
     *,
     layers: str,
     fit: Fit = "crop",
+    show: Callable[[Tensor], None] = lambda picture: None,
     **settings: Any,
 ) -> ModelPatcher:
     """A clone of `model` that carries the subject of `image` into its pictures.
@@ -58,6 +60,7 @@ def attach(
     Args:
         image: `[1, H, W, C]`. mask: `[1, H, W]` or `[H, W]`, 0 to 1, or None for the whole picture.
         layers: as `models/control/freecus.py` reads them.
+        show: gets what the model sees, when a run has encoded it.
         settings: the other fields of `FreeCus`.
 
     Raises:
@@ -81,7 +84,7 @@ def attach(
             *depth,
         )
     blocks = frozenset(names[i] for i in chosen)
-    return attach_description(model, FreeCus(Reference(image, mask, vae, fit), blocks, **settings), bind)
+    return attach_description(model, FreeCus(Reference(image, mask, vae, fit, show), blocks, **settings), bind)
 
 
 def checked(image: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -101,3 +104,9 @@ def checked(image: Tensor, mask: Tensor | None) -> Tensor | None:
         if not (in_bytes(mask) > 0).any():
             raise ValueError(f"{NODE}: the mask is empty. Paint it over the subject, or disconnect it.")
     return mask
+
+
+def at_own_size(image: Tensor, mask: Tensor | None) -> Tensor:
+    """What the model would see of a reference in a picture of about its own size: for the node, before a run."""
+    height, width = (max(round(side / 16), 1) for side in image.shape[1:3])
+    return Reference(image, mask, None, "stretch").seen(2 * height, 2 * width, (height, width))
