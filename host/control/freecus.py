@@ -52,7 +52,7 @@ def attach(
     *,
     layers: str,
     fit: Fit = "crop",
-    show: Callable[[Tensor], None] = lambda picture: None,
+    show: Callable[[Tensor], None] | None = None,
     **settings: Any,
 ) -> ModelPatcher:
     """A clone of `model` that carries the subject of `image` into its pictures.

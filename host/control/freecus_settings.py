@@ -41,7 +41,7 @@ class Reference:
     mask: Tensor | None
     vae: Any
     fit: Fit = "crop"
-    show: Callable[[Tensor], None] = lambda picture: None
+    show: Callable[[Tensor], None] | None = None
     _latents: dict[GridSize, Tensor] = field(default_factory=dict)  # by size
 
     def latent(self, height: int, width: int) -> Tensor:
@@ -56,7 +56,8 @@ class Reference:
             require_latent(encoded, f"{NODE}: the reference")
             self._latents.clear()
             self._latents[height, width] = encoded
-            self.show(self.seen(height, width, (-(-height // 2), -(-width // 2))))
+            if self.show is not None:
+                self.show(self.seen(height, width, (-(-height // 2), -(-width // 2))))
         return self._latents[height, width]
 
     def seen(self, height: int, width: int, grid: GridSize) -> Tensor:

@@ -1,24 +1,17 @@
 """Loops that take seconds: their bar moves on the node, and an interrupt stops them with nothing half done."""
 
-import shutil
-
 import pytest
 import torch
-from PIL import Image
 
 pytestmark = pytest.mark.comfy
 
 import comfy.model_management  # noqa: E402
 import comfy.utils  # noqa: E402
-import folder_paths  # noqa: E402
 from comfy.model_management import InterruptProcessingException  # noqa: E402
 
 from dit_toolkit.host import progress  # noqa: E402
-from dit_toolkit.host.accelerate.accelerate import tune  # noqa: E402
 from dit_toolkit.host.animate import dynamictrl_files  # noqa: E402
-from dit_toolkit.host.animate.pose_pictures import drawn  # noqa: E402
 from dit_toolkit.host.control.in_context_lora import EXAMPLE, read_sets  # noqa: E402
-from dit_toolkit.models.animate.pose_area import swept  # noqa: E402
 from dit_toolkit.models.control.panel_layout import Layout  # noqa: E402
 from dit_toolkit.models.control.panel_pictures import encode_panels  # noqa: E402
 from dit_toolkit.models.control.try_on_image import composite, prepare  # noqa: E402
