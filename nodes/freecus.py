@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from comfy_api.latest import io, ui
 
-from ..host.control.freecus import at_own_size, attach, checked
+from ..host.control.freecus import attach, checked, given
 from ..host.control.freecus_settings import NODE, Fit, Prompts
 from ..host.part_of_run import PartOfRun
 from ..host.preview import show_picture
@@ -127,7 +127,7 @@ class ApplyFreeCus(io.ComfyNode):
             prompts=prompts,
             show=partial(show_picture, cls.hidden and cls.hidden.unique_id),
         )
-        return io.NodeOutput(patched, ui=ui.PreviewImage(at_own_size(reference, checked(reference, subject)), cls=cls))
+        return io.NodeOutput(patched, ui=ui.PreviewImage(given(reference, checked(reference, subject)), cls=cls))
 
 
 class SubjectDescription(io.ComfyNode):

@@ -29,7 +29,7 @@ from ..families import flux
 from ..run import KEY, Run
 from ..run import attach as attach_description
 from .freecus_run import NO_CONCAT, ReferenceRun
-from .freecus_settings import NODE, Fit, FreeCus, Reference
+from .freecus_settings import DARK, NODE, Fit, FreeCus, Reference, resize_mask
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,10 @@ def checked(image: Tensor, mask: Tensor | None) -> Tensor | None:
     return mask
 
 
-def at_own_size(image: Tensor, mask: Tensor | None) -> Tensor:
-    """What the model would see of a reference in a picture of about its own size: for the node, before a run."""
-    height, width = (max(round(side / 16), 1) for side in image.shape[1:3])
-    return Reference(image, mask, None, "stretch").seen(2 * height, 2 * width, (height, width))
+def given(image: Tensor, mask: Tensor | None) -> Tensor:
+    """Picture and mask as they are given, `[1, H, W, 3]`: dark where the mask is 0. Sizes come with the run."""
+    shown = image[..., :3].expand(-1, -1, -1, 3)
+    if mask is None:
+        return shown
+    weight = resize_mask(in_bytes(mask)[:, None], image.shape[1], image.shape[2])[:, 0, ..., None]
+    return shown * (weight > 0).to(shown).clamp(min=DARK)
