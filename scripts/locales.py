@@ -21,18 +21,10 @@ FOLDER = places.ROOT / "locales"
 TABLE = FOLDER / "table.json"
 LANGUAGES = ("en", "zh", "ja", "ko")
 
-# Rooms of the node menu that the page has no word for. "DiT Toolkit" is a name in every language.
-CATEGORIES = {
-    "en": {"DiT Toolkit": "DiT Toolkit"},
-    "zh": {"DiT Toolkit": "DiT Toolkit", "animate": "动画", "training": "训练", "text": "文本"},
-    "ja": {"DiT Toolkit": "DiT Toolkit", "animate": "アニメーション", "training": "学習", "text": "テキスト"},
-    "ko": {"DiT Toolkit": "DiT Toolkit", "animate": "애니메이션", "training": "학습", "text": "텍스트"},
-}
 
-
-def table() -> dict[str, dict[str, str]]:
-    """The rows by their English text."""
-    return {row["en"]: row for row in json.loads(TABLE.read_text(encoding="utf-8"))}
+def table(part: str = "texts") -> dict[str, dict[str, str]]:
+    """The rows by their English text: of the nodes, or "categories" of the node menu that the page does not know."""
+    return {row["en"]: row for row in json.loads(TABLE.read_text(encoding="utf-8"))[part]}
 
 
 def definitions(schemas: list[Any]) -> dict[str, Any]:
@@ -67,7 +59,8 @@ def files(schemas: list[Any]) -> dict[Path, str]:
     english, rows, made = definitions(schemas), table(), {}
     for language in LANGUAGES:
         made[FOLDER / language / "nodeDefs.json"] = written(translated(english, language, rows))
-        made[FOLDER / language / "main.json"] = written({"nodeCategories": CATEGORIES[language]})
+        words = {name: row[language] for name, row in table("categories").items()}
+        made[FOLDER / language / "main.json"] = written({"nodeCategories": words})
     return made
 
 
