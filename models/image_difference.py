@@ -13,6 +13,7 @@ Limits: neither number knows where a person looks. A picture with a side below 1
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,9 +54,19 @@ class Pair:
     boxes: tuple[Box, ...]
 
 
-def compare(first: Tensor, second: Tensor, threshold: float, gap: int = 0, least: int = 1) -> list[Pair]:
-    """Two batches `[B, H, W, C]`, picture by picture. A pixel changed if it differs by more than `threshold`."""
-    return [compare_one(a, b, threshold, gap, least) for a, b in zip(first, second, strict=True)]
+def compare(
+    first: Tensor,
+    second: Tensor,
+    threshold: float,
+    gap: int = 0,
+    least: int = 1,
+    each: Callable[[Tensor], Iterable[Tensor]] = iter,
+) -> list[Pair]:
+    """Two batches `[B, H, W, C]`, picture by picture. A pixel changed if it differs by more than `threshold`.
+
+    `each` walks over the first batch.
+    """
+    return [compare_one(a, b, threshold, gap, least) for a, b in zip(each(first), second, strict=True)]
 
 
 def compare_one(first: Tensor, second: Tensor, threshold: float, gap: int, least: int) -> Pair:

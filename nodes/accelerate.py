@@ -31,7 +31,10 @@ class AccelerateDiT(io.ComfyNode):
             display_name="Accelerate DiT",
             category=CATEGORY,
             description="Makes a diffusion transformer faster: picks a step cache and its numbers for this model.",
-            search_aliases=["speed up", "faster", "cache", "teacache", "easycache", "taylorseer", "accelerate"],
+            search_aliases=[
+                "speed", "speed up", "fast", "faster", "accelerate", "cache", "teacache", "wavespeed", "magcache",
+                "first block cache", "fbcache", "easycache", "step cache", "taylorseer",
+            ],
             inputs=[
                 model_input(ANY_MODEL),
                 choice("quality", AskedQuality, "balanced",
@@ -70,7 +73,7 @@ class Autotune(io.ComfyNode):
                 "Samples your prompt a few times with different step caches. Gives back the model with the fastest one "
                 "that keeps the quality you ask for, and a chart of the trade-off."
             ),
-            search_aliases=["autotune", "calibrate", "benchmark", "speed up", "trade-off"],
+            search_aliases=["autotune", "calibrate", "benchmark", "speed up by measuring", "trade-off"],
             inputs=[
                 model_input(ANY_MODEL),
                 io.Conditioning.Input("positive", tooltip="A prompt like those the model will be used for."),

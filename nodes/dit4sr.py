@@ -14,6 +14,7 @@ import torch
 from comfy.model_management import intermediate_device
 from comfy_api.latest import io
 
+from ..host import progress
 from ..host.part_of_run import PartOfRun
 from ..host.restore.dit4sr import attach, enlarged, plan
 from ..host.restore.dit4sr_extract import Precision, extract, target_of
@@ -47,7 +48,7 @@ class LoadDiT4SR(io.ComfyNode):
                 "Loads what DiT4SR adds to Stable Diffusion 3.5 Medium: from a patch, or from the published "
                 "transformer, whole or in several files. Of a transformer only the added weights are read."
             ),
-            search_aliases=["dit4sr", "upscale", "super resolution", "restore", "enhance", "model patch"],
+            search_aliases=["dit4sr", "super resolution patch", "restore patch", "model patch"],
             inputs=[
                 file_input("A file in models/dit4sr, models/model_patches or models/diffusion_models."),
                 choice("variant", Asked, "auto",
@@ -79,7 +80,10 @@ class ApplyDiT4SR(io.ComfyNode):
                 "Restores a small, blurred or noisy photo at several times its size: Stable Diffusion 3.5 Medium draws "
                 "it anew and looks at the photo in every layer. Large pictures are made in tiles, in one sampler."
             ),
-            search_aliases=["dit4sr", "upscale", "super resolution", "restore", "enhance", "image restoration", "tile"],
+            search_aliases=[
+                "dit4sr", "upscale", "upscaler", "super resolution", "restore", "enhance", "supir",
+                "image restoration", "deblur", "denoise photo", "tile",
+            ],
             inputs=[
                 model_input(MEDIUM),
                 DiT4SRType.Input("dit4sr", optional=True, tooltip="From Load DiT4SR Patch."),
@@ -150,10 +154,11 @@ class ApplyDiT4SR(io.ComfyNode):
             )
         sizes = plan(image.shape[1], image.shape[2], upscale_by, min_side)
         reference = enlarged(image, sizes.sampled).to(intermediate_device())
+        (latent,) = progress.encoded(vae, reference)
         settings = DiT4SR(
             None,
             dit4sr.name,
-            vae.encode(reference),
+            latent,
             strength=strength,
             cross_stream_scale=cross_stream_scale,
             part=part,
@@ -178,7 +183,7 @@ class ExtractDiT4SR(io.ComfyNode):
                 "Makes a patch of 0.5 to 0.7 GB from the published transformer of 5 to 11 GB, which is not needed any "
                 "more then. The patch goes into output/dit4sr, where Load DiT4SR Patch finds it."
             ),
-            search_aliases=["dit4sr", "extract", "save patch", "smaller file", "super resolution"],
+            search_aliases=["dit4sr", "extract", "save patch", "smaller file"],
             is_output_node=True,
             inputs=[
                 file_input("The published transformer: one file, or the index of several."),
@@ -211,7 +216,7 @@ class DiT4SRPrompt(io.ComfyNode):
                 "Makes the two prompts of DiT4SR from a caption of the photo: what is in it, the words its authors put "
                 "behind that, and what must not be in it."
             ),
-            search_aliases=["dit4sr", "prompt", "caption", "upscale", "super resolution", "negative prompt"],
+            search_aliases=["dit4sr", "prompt for upscaling", "caption of the photo", "negative prompt"],
             inputs=[
                 io.String.Input("caption", default="", multiline=True, dynamic_prompts=True,
                                 tooltip="What the photo shows, in a few sentences: your own words, or those of a "
@@ -246,7 +251,7 @@ class DiT4SRSampling(io.ComfyNode):
                 "Sets the sampling of DiT4SR's authors: euler, schedule normal, shift 3, 40 steps, cfg 8. For "
                 "SamplerCustom. Other schedules have other noise levels."
             ),
-            search_aliases=["dit4sr", "sampler", "schedule", "shift", "upscale", "super resolution"],
+            search_aliases=["dit4sr", "sampler settings", "schedule and shift", "sampling for upscaling"],
             inputs=[
                 model_input("From Apply DiT4SR."),
                 io.Int.Input("steps", default=STEPS, min=1, max=200,

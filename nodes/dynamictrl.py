@@ -33,7 +33,7 @@ class LoadDynamiCtrl(io.ComfyNode):
                 "Loads DynamiCtrl: CogVideoX image-to-video that follows a pose video. From one file, or from the "
                 "published folder with its index."
             ),
-            search_aliases=["dynamictrl", "cogvideox", "human animation", "pose", "dance", "character animation"],
+            search_aliases=["dynamictrl", "cogvideox", "human animation", "character animation", "pose to video model"],
             inputs=[
                 choice("file", dynamictrl_files.names(), UNSET,
                        "A file or an index in models/diffusion_models or models/dynamictrl, or one that ships with "
@@ -69,7 +69,7 @@ class DynamiCtrlConditioning(io.ComfyNode):
                 "Gives the prompts a picture of a person, and the movements that the person makes. Also holds the "
                 "background still, where a mask says so."
             ),
-            search_aliases=["dynamictrl", "cogvideox", "image to video", "pose video", "human animation", "i2v"],
+            search_aliases=["dynamictrl", "cogvideox", "image to video", "pose to video", "human animation", "i2v"],
             inputs=[
                 io.Conditioning.Input("positive", tooltip="The prompt: the person's look and the background, in one "
                                       "paragraph."),

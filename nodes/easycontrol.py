@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from typing import Any, Literal
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..host import progress
 from ..host.control.conditions_settings import PATCH, Cache, check_numbers
 from ..host.control.easycontrol import Padding, attach, prepare_image
 from ..host.control.easycontrol_files import FOLDER, load
@@ -48,7 +49,16 @@ class LoadEasyControl(io.ComfyNode):
                 "Loads a LoRA of the EasyControl kind, such as canny, depth, pose, seg, inpainting, subject or Ghibli. "
                 "It acts on condition images only; ordinary LoRA loaders cannot use it."
             ),
-            search_aliases=["easycontrol", "control lora", "condition lora", "canny", "depth", "pose", "subject"],
+            search_aliases=[
+                "easycontrol",
+                "control lora",
+                "condition lora",
+                "canny lora",
+                "depth lora",
+                "pose lora",
+                "subject lora",
+                "ghibli lora",
+            ],
             inputs=[weights_file(FOLDER)],
             outputs=[
                 EasyControlType.Output(display_name="easycontrol", tooltip="The LoRA, for Apply EasyControl."),
@@ -75,7 +85,11 @@ class ApplyEasyControl(io.ComfyNode):
                 "Lets a FLUX.1 model follow a condition image: edges, depth, pose, a subject, a photo to restyle. "
                 "Chain the node for several conditions; their order does not matter."
             ),
-            search_aliases=["easycontrol", "controlnet", "canny", "depth", "pose", "subject reference", "kv cache"],
+            search_aliases=[
+                "easycontrol", "controlnet", "ipadapter", "ip adapter", "style", "style transfer", "ghibli",
+                "reference", "canny", "edges", "depth", "pose", "openpose control", "scribble", "lineart",
+                "inpainting", "subject", "ominicontrol",
+            ],
             inputs=[
                 model_input(ANY_FLUX1),
                 EasyControlType.Input("easycontrol", optional=True,
@@ -136,18 +150,19 @@ class ApplyEasyControl(io.ComfyNode):
         if strength == 0 or influence == 0:
             return io.NodeOutput(model)
         found = easycontrol.kind(kind)
+        seen = None if image is None else prepare_image(image, found, condition_size, pad_color)
         patched = attach(
             model,
             easycontrol,
             slot,
-            encoded(image, vae, latent, found, condition_size, pad_color),
+            encoded(seen, vae, latent),
             kind=found,
             strength=strength,
             part=part,
             influence=influence,
             cache=kv_cache,
         )
-        return io.NodeOutput(patched)
+        return io.NodeOutput(patched) if seen is None else io.NodeOutput(patched, ui=ui.PreviewImage(seen, cls=cls))
 
 
 def check_condition(image: Any, vae: Any, latent: Any, size: int) -> None:
@@ -161,11 +176,12 @@ def check_condition(image: Any, vae: Any, latent: Any, size: int) -> None:
     whole_tokens(PATCH, condition_size=size)
 
 
-def encoded(image: Any, vae: Any, latent: Any, kind: Kind, size: int, padding: Padding) -> Tensor:
-    """The condition as a latent, `[N, C, h, w]`."""
+def encoded(image: Tensor | None, vae: Any, latent: Any) -> Tensor:
+    """The condition as a latent, `[N, C, h, w]`. `image`: prepared for the model."""
     if image is None:
         return latent["samples"]
-    return vae.encode(prepare_image(image, kind, size, padding))
+    (made,) = progress.encoded(vae, image)
+    return made
 
 
 NODES = [LoadEasyControl, ApplyEasyControl]

@@ -6,13 +6,15 @@ Paper: FreeCus, arXiv:2507.15249. The method is in `models/control/freecus.py`, 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, get_args
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
-from ..host.control.freecus import attach
+from ..host.control.freecus import attach, checked, given
 from ..host.control.freecus_settings import NODE, Fit, Prompts
 from ..host.part_of_run import PartOfRun
+from ..host.preview import show_picture
 from ..models.control.freecus import KEY_SCALE, REFERENCE_SHIFT, ShiftMode
 from ..models.control.subject_description import (
     Aspect,
@@ -37,8 +39,10 @@ class ApplyFreeCus(io.ComfyNode):
                 "Carries the subject of one picture into what the prompt asks for. No training and no extra weights; "
                 "each step takes about twice as long. Chain the node for several subjects."
             ),
-            search_aliases=["freecus", "subject reference", "subject driven", "personalization", "customization",
-                            "consistent character", "attention sharing"],
+            search_aliases=[
+                "freecus", "subject driven", "personalization", "customization", "same subject, new scene", "redux",
+                "attention sharing",
+            ],
             inputs=[
                 model_input("A FLUX.1 model: dev, or a fine-tune or LoRA of it; not Fill, Canny or Depth."),
                 io.Vae.Input("vae", tooltip="The model's VAE, which encodes the reference at the picture's size."),
@@ -82,6 +86,7 @@ class ApplyFreeCus(io.ComfyNode):
                        "middle, 'pad' keeps all of it."),
             ],
             outputs=[io.Model.Output(tooltip="The model, carrying the subject into what it draws.")],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -120,8 +125,9 @@ class ApplyFreeCus(io.ComfyNode):
             part=PartOfRun(start_percent, end_percent),
             seed=int(noise_seed) if noise == OWN_NOISE else None,
             prompts=prompts,
+            show=partial(show_picture, cls.hidden and cls.hidden.unique_id),
         )
-        return io.NodeOutput(patched)
+        return io.NodeOutput(patched, ui=ui.PreviewImage(given(reference, checked(reference, subject)), cls=cls))
 
 
 class SubjectDescription(io.ComfyNode):

@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..host.image_difference import bounding_boxes, matched, show_on_node
+from ..host.progress import each_of
 from ..models.image_difference import compare, heat_map, mark, mean_ssim, psnr
 from ..models.image_difference_report import report
 from .inputs import check, choice, share
@@ -78,7 +79,7 @@ class ImageDifference(io.ComfyNode):
         check(cls, locals())
         check_pictures(reference, image, resize)
         first, second = matched(reference, image)
-        pairs, whole = compare(first, second, threshold, merge_gap, min_pixels), psnr(first, second)
+        pairs, whole = compare(first, second, threshold, merge_gap, min_pixels, each_of), psnr(first, second)
         numbers, *places = report(pairs, whole, threshold)
         line = ", ".join((numbers, *places))
         show_on_node(cls.hidden and cls.hidden.unique_id, f"{numbers}\n{', '.join(places)}")

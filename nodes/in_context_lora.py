@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..host.control import training
 from ..host.control.in_context_lora import fingerprint, folders, read_sets
+from ..host.progress import decoded, each_of
 from ..models.control.panel_layout import LIMIT, PRESETS, TOKEN, Layout, Tags, panel_layout
 from ..models.control.panel_pictures import (
     Fit,
@@ -66,7 +67,10 @@ class PanelLayout(io.ComfyNode):
                 "Lays out 2 to 64 related pictures as panels of one canvas and joins their prompts into one, as "
                 "In-Context LoRAs are trained: storyboards, brand designs, before and after, one person in many scenes."
             ),
-            search_aliases=["in-context lora", "ic-lora", "storyboard", "panels", "grid", "diptych", "character sheet"],
+            search_aliases=[
+                "in-context lora", "ic-lora", "consistent character", "character", "storyboard", "panels", "grid",
+                "diptych", "character sheet", "comic",
+            ],
             inputs=[
                 choice("preset", ["custom", *PRESETS], "custom",
                        "Canvas, grid, tags and prefix of a published In-Context LoRA, by its file name. custom "
@@ -132,7 +136,9 @@ class PanelLatent(io.ComfyNode):
                 "Makes the canvas to sample on. Panels that are given as pictures are encoded and kept; the sampler "
                 "fills in the others, looking at them. Without pictures it is an empty latent of the right size."
             ),
-            search_aliases=["in-context lora", "ic-lora", "inpaint panel", "image to set", "compose", "diptych"],
+            search_aliases=[
+                "in-context lora", "ic-lora", "inpaint panel", "image to set", "compose panels", "diptych canvas",
+            ],
             inputs=[
                 PanelsType.Input("panels", optional=True,
                                  tooltip="From Panel Layout, which says what panels are given."),
@@ -192,7 +198,7 @@ class PanelLatent(io.ComfyNode):
             zeros = torch.zeros(batch_size, vae.latent_channels, *size, device=intermediate_device())
             return io.NodeOutput({"samples": zeros, "downscale_ratio_spacial": ratio}, canvas, mask[0])
         per_panel = encode == "per panel"
-        latent = encode_panels(panels, given, fill, vae.encode) if per_panel else vae.encode(canvas)
+        latent = encode_panels(panels, given, fill, vae.encode, each_of) if per_panel else vae.encode(canvas)
         samples = latent.repeat(batch_size, *[1] * (latent.ndim - 1))
         return io.NodeOutput({"samples": samples, "noise_mask": mask}, canvas, mask[0])
 
@@ -244,10 +250,10 @@ class SplitPanels(io.ComfyNode):
             return io.NodeOutput(split(panels, image, inset, canvas))
         if vae is None:
             raise ValueError("Split Panels needs 'vae' to decode 'latent'. Connect it, or use 'image' instead.")
-        decoded = vae.decode(latent_panels(panels, latent["samples"]))
-        if decoded.ndim == 5:  # an autoencoder for video: the frames come one after the other, as VAE Decode gives them
-            decoded = decoded.unflatten(0, (-1, panels.count)).transpose(1, 2).flatten(0, 2)
-        return io.NodeOutput(finished(panels, decoded, inset, canvas))
+        made = decoded(vae, latent_panels(panels, latent["samples"]))
+        if made.ndim == 5:  # an autoencoder for video: the frames come one after the other, as VAE Decode gives them
+            made = made.unflatten(0, (-1, panels.count)).transpose(1, 2).flatten(0, 2)
+        return io.NodeOutput(finished(panels, made, inset, canvas))
 
 
 class PanelSets(io.ComfyNode):
@@ -261,7 +267,9 @@ class PanelSets(io.ComfyNode):
                 "Puts a folder of picture sets together for training an In-Context LoRA: one canvas and one caption "
                 "per set, for Make Training Dataset and Train LoRA. 20 to 100 sets are enough."
             ),
-            search_aliases=["in-context lora", "ic-lora", "train lora", "dataset", "training sets", "captions"],
+            search_aliases=[
+                "in-context lora", "ic-lora", "dataset", "train your own lora", "training sets", "captions",
+            ],
             inputs=[
                 choice("folder", folders(), UNSET,
                        "A folder in ComfyUI's input folder. Each folder in it is a set: one picture per panel in the "
@@ -299,7 +307,14 @@ class PrepareTraining(io.ComfyNode):
                 "Goes between the model and Train LoRA, so that a FLUX.1 model learns from correct gradients, and "
                 "each picture of a batch from its own caption. Sampled pictures do not change."
             ),
-            search_aliases=["in-context lora", "ic-lora", "train lora", "gradient checkpointing", "batch size"],
+            search_aliases=[
+                "in-context lora",
+                "ic-lora",
+                "train lora",
+                "training",
+                "gradient checkpointing",
+                "batch size",
+            ],
             inputs=[model_input("A FLUX.1 model, to be trained by ComfyUI's Train LoRA.")],
             outputs=[
                 io.Model.Output(tooltip="The model for Train LoRA. Sampling it gives the same pictures as before.")

@@ -57,7 +57,9 @@ class PoseVideo(io.ComfyNode):
                 "Draws the movement that DynamiCtrl follows: takes the poses of a clip, moves them to the person in "
                 "your picture, and puts the picture's own pose first."
             ),
-            search_aliases=["pose", "dance", "motion transfer", "openpose", "dwpose", "skeleton", "animate"],
+            search_aliases=[
+                "pose", "dance", "motion", "motion transfer", "openpose", "dwpose", "skeleton", "animate", "video",
+            ],
             inputs=[
                 PoseType.Input("poses", tooltip="The movement: key points of a clip, from SDPose Keypoint Extractor, a "
                                                 "DWPose node, or Pose Keyframes."),

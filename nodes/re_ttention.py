@@ -28,8 +28,7 @@ class ApplyReTtention(io.ComfyNode):
                 "On most evaluations each token attends to a few percent of the others, and adds what the rest "
                 "contributed at the last full attention. For video and large pictures. No training, no extra weights."
             ),
-            search_aliases=["re-ttention", "rettention", "sparse attention", "speed up", "accelerate", "faster",
-                            "video"],
+            search_aliases=["re-ttention", "rettention", "sparse attention", "attention cache", "video attention"],
             inputs=[
                 model_input("FLUX, SD3, Qwen-Image, Wan, HunyuanVideo, CogVideoX and their kin."),
                 io.Float.Input("keep", default=0.0625, min=0.002, max=1.0, step=0.001, round=0.00001,

@@ -40,7 +40,10 @@ class ApplyClear(io.ComfyNode):
                 "2048 pixels and more. At 1024 pixels there is nothing to gain. Published weights for FLUX.1-dev adapt "
                 "the model to it; without them it is an approximation."
             ),
-            search_aliases=["clear", "sparse attention", "local attention", "linear attention", "4k", "8k", "speed up"],
+            search_aliases=[
+                "clear", "local attention", "linear attention", "sparse attention flux", "4k", "8k", "large picture",
+                "high resolution",
+            ],
             inputs=[
                 model_input("FLUX.1-dev or a fine-tune for a file; most diffusion transformers without one."),
                 choice("file", [MASK_ONLY, *model_files.names(FOLDER)], MASK_ONLY,

@@ -90,7 +90,7 @@ class TaylorSeer(io.ComfyNode):
             display_name="Apply TaylorSeer",
             category=CATEGORY,
             description="Computes one evaluation in every few and forecasts the others. No training, no extra weights.",
-            search_aliases=["taylor", "cache", "speed up", "accelerate", "faster", "step cache", "newton"],
+            search_aliases=["taylor", "taylorseer", "forecast steps", "skip steps", "newton", "cache every few steps"],
             inputs=[
                 model_input(ANY_MODEL),
                 interval(3, 20),
@@ -172,7 +172,7 @@ class ConfidenceGatedTaylor(io.ComfyNode):
                 "Runs the first block at every evaluation. If its result was predictable, forecasts all other blocks. "
                 "How many evaluations that skips depends on the model and the picture."
             ),
-            search_aliases=["cg-taylor", "confidence", "gate", "first block cache", "fbcache", "teacache", "speed up"],
+            search_aliases=["cg-taylor", "confidence", "gate", "gate like first block cache", "gate like teacache"],
             inputs=[
                 model_input(ANY_MODEL),
                 io.Float.Input("threshold", default=0.08, min=0.0, max=2.0, step=0.005,
@@ -265,7 +265,7 @@ class DeltaDiT(io.ComfyNode):
                 "Skips a part of the blocks on most evaluations, and adds what they changed the last time: the rear "
                 "blocks early in the run, the front blocks late. For runs of 4 to 20 steps."
             ),
-            search_aliases=["delta", "delta-dit", "cache", "few steps", "lcm", "skip blocks", "speed up"],
+            search_aliases=["delta", "delta-dit", "few steps", "lcm", "skip blocks", "cache of blocks"],
             inputs=[
                 model_input(ANY_MODEL),
                 interval(2, 12),
@@ -329,7 +329,7 @@ class AccelerationReport(io.ComfyNode):
             display_name="Acceleration Report",
             category="DiT Toolkit/utils",
             description="Shows as text what an accelerated model did in the connected sampler.",
-            search_aliases=["report", "statistics", "cache statistics", "speed", "gate error"],
+            search_aliases=["report", "statistics", "gate error", "how fast was it"],
             inputs=[
                 ReportType.Input("report", optional=True,
                                  tooltip="From the node that accelerates the model. While that one is "

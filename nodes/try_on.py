@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 from typing import Any, Literal
 
-from comfy_api.latest import io
+import torch
+from comfy_api.latest import io, ui
 
+from ..host import progress
 from ..host.control.conditions_settings import PATCH, Cache
 from ..host.control.try_on import attach, brought_to
 from ..host.control.try_on_files import FOLDER, load
@@ -61,7 +63,7 @@ class TryOnPrepare(io.ComfyNode):
                 "Cuts out a person around the garment's mask, hides the garment, and lays new garments on white, all "
                 "in one size. Try-On Composite puts the result back at full resolution."
             ),
-            search_aliases=["try on", "vton", "garment", "clothes", "outfit", "crop and stitch", "agnostic mask"],
+            search_aliases=["try on", "vton", "garment", "crop and stitch", "agnostic mask", "mask the clothes"],
             inputs=[
                 io.Image.Input("person", tooltip="The person who will wear the garment. Several pictures of one size "
                                          "are fine."),
@@ -135,11 +137,13 @@ class TryOnPrepare(io.ComfyNode):
             size=(height, width) if size == "fixed" else megapixels * 1e6,
             dilation=dilation,
             fill=fill,
+            each=progress.each_of,
         )
         if made.garment_masks is not None:
             warn_of_background("Try-On Prepare", "garment_mask", made.garment_masks)
         height, width = made.paste.working
-        return io.NodeOutput(made.persons, made.garments, made.masks, width, height, max(counts), made.paste)
+        seen = ui.PreviewImage(torch.cat([made.persons, made.garments]), cls=cls)
+        return io.NodeOutput(made.persons, made.garments, made.masks, width, height, max(counts), made.paste, ui=seen)
 
 
 class LoadTryOn(io.ComfyNode):
@@ -153,7 +157,7 @@ class LoadTryOn(io.ComfyNode):
                 "Loads a try-on LoRA with a branch for the person, one for the garment, or both. They act on the "
                 f"tokens of these pictures only; ordinary LoRA loaders cannot use them. {RECONSTRUCTION}"
             ),
-            search_aliases=["try on", "vton", "mc-vton", "garment lora", "branch lora"],
+            search_aliases=["try-on", "vton lora", "mc-vton", "garment lora", "branch lora"],
             inputs=[weights_file(FOLDER)],
             outputs=[
                 TryOnType.Output(display_name="try_on", tooltip="The LoRA, for Apply Try-On."),
@@ -186,7 +190,10 @@ class ApplyTryOn(io.ComfyNode):
                 "Lets a FLUX.1 model see a masked person and a garment, each with a LoRA of its own, and paint the "
                 f"person wearing it. {RECONSTRUCTION}"
             ),
-            search_aliases=["try on", "vton", "mc-vton", "virtual try-on", "garment", "clothes", "outfit"],
+            search_aliases=[
+                "try on", "tryon", "vton", "mc-vton", "virtual try-on", "garment", "clothes", "outfit", "dress",
+                "change clothes",
+            ],
             inputs=[
                 model_input(ANY_FLUX1),
                 TryOnType.Input("try_on", optional=True,
@@ -243,11 +250,17 @@ class ApplyTryOn(io.ComfyNode):
             whole_tokens(PATCH, garment_size=garment_size)
         if person_strength == garment_strength == 0:
             return io.NodeOutput(model)
+        shown = {}
+        if person_strength != 0:
+            shown["person"] = brought_to(person, person_size)
+        if garment_strength != 0:
+            shown["garment"] = brought_to(garment, garment_size)
+        latents = dict(zip(shown, progress.encoded(vae, *shown.values()), strict=True))
         patched = attach(
             model,
             try_on,
-            vae.encode(brought_to(person, person_size)) if person_strength != 0 else None,
-            vae.encode(brought_to(garment, garment_size)) if garment_strength != 0 else None,
+            latents.get("person"),
+            latents.get("garment"),
             position=None if garment_position == "auto" else garment_position,
             person_strength=person_strength,
             garment_strength=garment_strength,
@@ -268,7 +281,7 @@ class TryOnComposite(io.ComfyNode):
                 "Puts results back into the original picture at full resolution. Pixels outside the grown mask of "
                 "Try-On Prepare stay the original's, bit for bit."
             ),
-            search_aliases=["try on", "paste back", "stitch", "uncrop", "composite", "blend"],
+            search_aliases=["try-on", "paste back", "stitch", "uncrop", "composite", "blend"],
             inputs=[
                 io.Image.Input("result", tooltip="What the sampler made, decoded. Upscaled ones are fine."),
                 io.Image.Input("person", tooltip="The original picture, as Try-On Prepare got it."),
@@ -296,7 +309,7 @@ class TryOnComposite(io.ComfyNode):
                 crop.dilation,
             )
         masks = None if mask is None else placed_masks(mask, crop)
-        return io.NodeOutput(composite(result, person, crop, feather, masks))
+        return io.NodeOutput(composite(result, person, crop, feather, masks, progress.each_of))
 
 
 NODES = [TryOnPrepare, LoadTryOn, ApplyTryOn, TryOnComposite]

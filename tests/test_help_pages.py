@@ -1,9 +1,10 @@
-"""The tables of the help pages say what the schemas say: type, default and range of every input."""
+"""Help pages are read in a panel 282 pixels wide, and say what the schemas say: default and range of every input."""
 
 import asyncio
 import re
 
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.comfy
 
@@ -11,110 +12,110 @@ from comfy_api.latest import io  # noqa: E402
 
 from dit_toolkit.host.accelerate.accelerate import EMBEDDED, OTHERS, PRESETS, QUALITIES, Setting  # noqa: E402
 from dit_toolkit.nodes import DiTToolkit  # noqa: E402
+from dit_toolkit.scripts.pictures.table import makers  # noqa: E402
 from dit_toolkit.scripts.places import ROOT  # noqa: E402
 
 SCHEMAS = [node.GET_SCHEMA() for node in asyncio.run(DiTToolkit().get_node_list())]
 every_node = pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.node_id)
 
-EVERY_SEED = (0, 0xFFFFFFFFFFFFFFFF)
 MANY = 8  # choices; longer lists are not written out
-
-# Cells that say more to people than a number would, and what they stand for.
-WORDS = {
-    ("DiTAccelerateAutotune", "seed"): EVERY_SEED,  # no range is given
-    ("DiTFreeCus", "noise_seed"): EVERY_SEED,
-    ("DiTImageDifference", "min_pixels"): (1, 1_000_000),  # "1 and more"
-    ("DiTReTtention", "min_tokens"): (0, 1 << 20),  # "0 and up"
-    ("DiTCogVideoXLora", "strength"): (-10, 10),  # "-10 to 10"
-    ("DiTTryOnPrepare", "width"): (16, 8192),  # "multiples of 16"
-    ("DiTTryOnPrepare", "height"): (16, 8192),
-}
-CHOICES = {"Newton over steps, sigma or log sigma": "Newton, steps, Newton, sigma, Newton, log sigma"}
 FOLDERS = {"file", "folder", "picture"}  # their choices are files
-FIRST = {"first file", "the first", "the example"}  # of choices out of a folder: they begin with the first of them
+PANEL = 282  # pixels: the width of the page's help panel
+NOTHING = "## When nothing seems to happen"
 
 
-def table(node: str) -> dict[str, dict[str, str]]:
-    """The rows of a page's table of inputs, by the input's name: each cell by the name of its column."""
-    text = (ROOT / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
-    section = text.partition("\n## Inputs\n")[2].partition("\n## ")[0]
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.+\|$", section, re.M)]
-    rows = [dict(zip(lines[0], line, strict=False)) for line in lines[2:]]
-    return {name: row for row in rows for name, row in several(row)}
+def page(node: str) -> str:
+    return (ROOT / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
 
 
-def several(row: dict[str, str]) -> list[tuple[str, dict[str, str]]]:
-    """A row for two inputs, "width, height", as two."""
-    names = row["name"].split(", ")
-    defaults = row.get("default", "").split(", ") if len(names) > 1 else [row.get("default", "")]
-    return [(name, {**row, "default": default}) for name, default in zip(names, defaults, strict=True)]
+def tables(text: str) -> list[list[list[str]]]:
+    """The tables of a page as rows of cells."""
+    found = re.findall(r"(?:^\|.+\|\n)+", text, re.M)
+    return [[[cell.strip() for cell in row.strip("|").split("|")] for row in each.splitlines()] for each in found]
 
 
-def type_of(entry: io.Input) -> set[str]:
-    """What stands in the column "type"."""
+def meanings(node: str, title: str) -> dict[str, str]:
+    """The rows of the table under `title`: what stands behind each name."""
+    section = page(node).partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    head, _, *rows = tables(section + "\n")[0]
+    assert head == ["name", "meaning"]
+    return dict(rows)
+
+
+def facts(entry: io.Input) -> str:
+    """Default and range as the page has them, behind the meaning."""
     match entry:
+        case io.Combo.Input() if entry.id in FOLDERS:
+            return f"Default {entry.default}." if entry.default and entry.default.startswith("none") else ""
+        case io.Combo.Input() if len(entry.options) > MANY:
+            return f"Default {entry.default}."
         case io.Combo.Input():
-            return {"list", "choice"}
-        case io.Autogrow.Input():
-            return {entry.template.input.get_io_type()}
-    return {{"*": "any"}.get(entry.get_io_type(), entry.get_io_type())}
-
-
-def default_of(entry: io.Input) -> set[str]:
-    match entry:
-        case io.Combo.Input():
-            return {entry.default} if entry.default else FIRST
+            others = ", ".join(option for option in entry.options if option != entry.default)
+            return f"Default {entry.default}; or {others}."
         case io.Boolean.Input():
-            return {str(entry.default).lower()}
+            return f"Default {'on' if entry.default else 'off'}."
+        case io.Int.Input() if entry.max == 0xFFFFFFFFFFFFFFFF:  # any seed
+            return f"Default {entry.default}."
         case io.Int.Input() | io.Float.Input():
-            return {f"{entry.default:.10g}"}
+            by = f", by {entry.step}" if isinstance(entry, io.Int.Input) and (entry.step or 1) > 1 else ""
+            return f"Default {entry.default:.10g}, {entry.min:.10g} to {entry.max:.10g}{by}."
+        case io.String.Input() if "\n" in (entry.default or ""):  # no cell holds them
+            return "Default: an example."
         case io.String.Input():
-            lines = "\n" in (entry.default or "")  # no cell holds them
-            return {"the example"} if lines else {entry.default or "", entry.default or "empty"}
-    return {""}
+            return f"Default {entry.default or 'empty'}."
+    return ""
 
 
 @every_node
-def test_the_table_of_inputs_has_their_types_and_defaults(schema):
-    rows = table(schema.node_id)
+def test_all_tables_have_two_columns(schema):
+    """The panel is narrow. More columns push the one with the meaning out of it."""
+    for rows in tables(page(schema.node_id)):
+        assert {len(row) for row in rows} == {2}, rows[0]
+
+
+@every_node
+def test_the_table_of_inputs_says_default_and_range(schema):
+    rows = meanings(schema.node_id, "Inputs")
     assert list(rows) == [entry.display_name or entry.id for entry in schema.inputs]
-    for entry, row in zip(schema.inputs, rows.values(), strict=True):
-        assert row["type"].removesuffix(", optional") in type_of(entry), entry.id
-        if entry.get_io_type() in {"INT", "FLOAT", "BOOLEAN", "STRING", "COMBO"}:
-            assert row["default"] in default_of(entry), entry.id
+    for entry, meaning in zip(schema.inputs, rows.values(), strict=True):
+        assert meaning.removesuffix(" Advanced.").endswith(facts(entry)), entry.id
+        assert len(meaning.partition("Default")[0]) > 5, entry.id
 
 
 @every_node
-def test_the_table_of_inputs_has_their_ranges(schema):
-    rows = table(schema.node_id)
-    for entry in schema.inputs:
-        row = rows[entry.display_name or entry.id]
-        if "range" not in row:
-            continue
-        if isinstance(entry, io.Int.Input | io.Float.Input):
-            said = re.match(r"([\d.]+) to ([\d.]+)(?:, by (\d+))?(?: pixels)?$", row["range"])
-            words = WORDS.get((schema.node_id, entry.id))
-            assert (said is None) == (words is not None), (entry.id, row["range"])
-            low, high = words or map(float, said.groups()[:2])
-            assert (entry.min, entry.max) == (low, high), entry.id
-            if said and said[3]:
-                assert entry.step == int(said[3]), entry.id
-        elif isinstance(entry, io.Combo.Input) and len(entry.options) <= MANY and entry.id not in FOLDERS:
-            cell = row["range"]
-            for short, long in CHOICES.items():
-                cell = cell.replace(short, long)
-            assert cell.replace(";", ",") == ", ".join(entry.options), entry.id
+def test_the_table_of_outputs_names_them_all(schema):
+    rows = meanings(schema.node_id, "Outputs")
+    kinds = [each.display_name or each.io_type for each in schema.outputs]
+    assert [name.lower() for name in rows] == [kind.lower() for kind in kinds]
+
+
+@every_node
+def test_the_page_helps_when_nothing_seems_to_happen(schema):
+    _, title, below = page(schema.node_id).partition(f"\n{NOTHING}\n\n")
+    assert title
+    assert below.startswith("- ")
+
+
+@every_node
+def test_pictures_can_be_read_in_the_panel(schema):
+    """Made for it, at twice its width for dense screens, by `make pictures`, with their captions as text."""
+    text = page(schema.node_id)
+    shown = re.findall(r"!\[[^\]]+\]\((\w+)\.jpg\)\n\n\*.+\*\n", text)
+    assert len(shown) == text.count("![") == 1
+    assert f"web/docs/{shown[0]}.jpg" in makers()
+    with Image.open(ROOT / "web" / "docs" / f"{shown[0]}.jpg") as picture:
+        assert picture.width == 2 * PANEL
 
 
 @every_node
 def test_the_page_says_which_inputs_are_advanced(schema):
-    text = (ROOT / "web" / "docs" / f"{schema.node_id}.md").read_text(encoding="utf-8")
+    text = page(schema.node_id)
     names, said = [entry.id for entry in schema.inputs], set()
     for first in re.findall(r"^From `(\w+)` on, inputs are advanced", text, re.M):
         said.update(names[names.index(first) :])
     for some in re.findall(r"^(`\w+`(?: and `\w+`)*) are advanced", text, re.M):
         said.update(re.findall(r"\w+", some.replace(" and ", " ")))
-    said.update(name for name, row in table(schema.node_id).items() if row["meaning"].endswith("Advanced."))
+    said.update(name for name, text in meanings(schema.node_id, "Inputs").items() if text.endswith("Advanced."))
     assert {entry.id for entry in schema.inputs if entry.advanced} == said
 
 
@@ -145,17 +146,17 @@ def words(setting: Setting) -> str:
 
 
 def test_presets_are_those_of_the_page():
-    text = (ROOT / "web" / "docs" / "DiTAccelerate.md").read_text(encoding="utf-8")
-    section = text.partition("\n## What it picks\n")[2].partition("\n## ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.+\|$", section, re.M)]
-    assert {name for name, *_ in rows[2:]} == set(FAMILIES)
-    for name, *cells, _ in rows[2:]:
-        said = [cell.partition(",")[0] for cell in cells]
-        assert said == [words(setting) for setting in FAMILIES[name]], name
-        for cell, setting in zip(cells, FAMILIES[name], strict=True):
+    section = page("DiTAccelerate").partition("\n## What it picks\n")[2].partition("\n## ")[0]
+    _, _, *rows = tables(section + "\n")[0]
+    assert {name for name, _ in rows} == set(FAMILIES)
+    for name, cell in rows:
+        said = dict(line.split(": ", 1) for line in cell.split("<br>")[: len(QUALITIES)])
+        assert list(said) == list(QUALITIES)
+        for text, setting in zip(said.values(), FAMILIES[name], strict=True):
+            assert text.partition(",")[0] == words(setting), name
             for number, has in (("first_full", setting.first_full), ("order", setting.order)):
-                if number in cell:
-                    assert f"{number} {has}" in cell, (name, cell)
+                if number in text:
+                    assert f"{number} {has}" in text, (name, text)
 
 
 REFERENCE = ROOT / "tests" / "reference" / "presets.txt"

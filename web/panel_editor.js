@@ -108,7 +108,7 @@ class Editor {
     this.configuring = false; // widgets are being filled one by one, and some call back
     this.boxes = [];
     this.build();
-    this.widget = addElement(node, "panels_editor", this.element, () => this.height());
+    this.widget = addElement(node, "panels_editor", this.element, STYLE, () => this.height());
     this.look();
     this.draw();
     for (const widget of Object.values(this.widgets)) after(widget, "callback", () => this.changed());
@@ -456,10 +456,7 @@ function passOn(event) {
 }
 
 app.registerExtension({
-  name: "DiT Toolkit.panel_editor",
-  init() {
-    document.head.append(Object.assign(document.createElement("style"), { textContent: STYLE }));
-  },
+  name: "dittoolkit.panel_editor",
   nodeCreated(node) {
     if (node.comfyClass !== NODE || !WIDGETS.every((name) => node.widgets.some((each) => each.name === name))) return;
     new Editor(node);

@@ -83,7 +83,7 @@ class View {
     this.element.setAttribute("role", "img");
     this.element.append(this.strip, this.words);
     for (const kind of ["wheel", "pointerdown"]) this.element.addEventListener(kind, passOn, { passive: false });
-    addElement(node, "evaluations", this.element, () => HEIGHT);
+    addElement(node, "evaluations", this.element, STYLE, () => HEIGHT);
     fit(node);
     this.draw();
   }
@@ -203,9 +203,8 @@ function keep({ origin, node: id, state }) {
 const graph = () => app.rootGraph ?? app.graph;
 
 app.registerExtension({
-  name: "DiT Toolkit.step_cache",
+  name: "dittoolkit.step_cache",
   init() {
-    document.head.append(Object.assign(document.createElement("style"), { textContent: STYLE }));
     for (const kind of Object.keys(NEXT)) follow(kind); // the page calls an event that nobody waits for an error
     watchPrompts();
   },

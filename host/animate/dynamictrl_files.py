@@ -25,6 +25,7 @@ from ...models.animate.dynamictrl_keys import BLOCK_PARTS, Checkpoint, parse
 from ...models.checkpoint import require
 from .. import adapters, model_files, sharded_files
 from ..families.family import Sizes
+from ..progress import each_of
 from ..transformer import transformer_of
 from . import dynamictrl
 from .cogvideox_sampling import mended
@@ -122,7 +123,7 @@ def _in_fp8(base: dict[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
         about["full_precision_matrix_mult"] = True
     said = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
     found: dict[str, Tensor] = {}
-    for key in list(base):
+    for key in each_of(list(base)):
         weight = base.pop(key)
         if not in_fp8(key):
             found[key] = weight

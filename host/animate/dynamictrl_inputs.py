@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import comfy.utils
 import torch
 from comfy.model_management import intermediate_device
 from torch import Tensor
@@ -81,15 +82,20 @@ def prepared(
     if len(reference) > 1:
         said.append(f"of {len(reference)} reference pictures the first is used")
 
+    posed = pose is not None and strength > 0
+    progress = comfy.utils.ProgressBar(1 + posed + (mask is not None))
+
     picture = fitted(reference[:1], size, asked.crop)
     first = encoded(vae, picture, size, "reference", frames=1)
+    progress.update(1)
     shown = first.new_zeros(1, CHANNELS, *size.cells)
     shown[:, :, :1] = first * asked.ref_latent_scale
     conditions = [with_picture(each, shown) for each in (positive, negative)]
 
-    if pose is not None and strength > 0:
+    if posed and pose is not None:
         poses = of_length(pose, size.length, "pose", said)
         latent = encoded(vae, fitted(poses, size, asked.crop), size, "pose", frames=size.cells[0])
+        progress.update(1)
         given = Pose(latent, strength) if part is None else Pose(latent, strength, part)
         conditions = [with_pose(each, given) for each in conditions]
 
@@ -97,6 +103,7 @@ def prepared(
     if mask is not None:
         still = picture.expand(size.length, -1, -1, -1)
         latent["samples"] = encoded(vae, still, size, "reference", frames=size.cells[0])
+        progress.update(1)
         latent["noise_mask"] = moving(mask, size, asked.crop, said)
     longest = max((text.shape[1] for each in (positive, negative) for text, _ in each), default=0)
     if longest > LONGEST_TEXT:

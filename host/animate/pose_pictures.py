@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
-
-import comfy.model_management
-import comfy.utils
 import numpy as np
 import torch
 from comfy.model_management import intermediate_device
@@ -16,17 +11,7 @@ from torch import Tensor
 from ...models.animate.pose_drawing import Style, draw
 from ...models.animate.pose_sheet import evenly, over, sheet
 from ...models.animate.poses import Poses
-
-T = TypeVar("T")
-
-
-def one_by_one(items: Iterable[T], count: int) -> Iterator[T]:
-    """The items, with a progress bar; stops where the user interrupts."""
-    progress = comfy.utils.ProgressBar(count)
-    for item in items:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        yield item
-        progress.update(1)
+from ..progress import one_by_one
 
 
 def drawn(poses: Poses, height: int, width: int, style: Style, body: float, hands: float, face: float) -> Tensor:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.model_management
 import torch
@@ -23,11 +24,14 @@ from ...models.control.positions import GridSize, tokens_in_tile
 from .. import adapters
 from ..attention import ExtraKeys, KeysByBlock, with_keys
 from ..families import flux
+from ..progress import one_by_one
 from ..run import Chunk, Run, attached, chunk_of
 from ..tiles import Tile
 from .conditions_settings import ConditionImage
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,9 +194,14 @@ class Encoder:
             apply_rope=flux.apply_rope,
             strength=settings.strength,
             store=partial(_stored, inside=inside, offload=settings.offloaded),
+            each=self.blocks,
         )
         self.log_once(call, source, grid)
         return flux.by_block(transformer, keys)
+
+    def blocks(self, blocks: Iterator[T], count: int) -> Iterator[T]:
+        """The blocks of the image branch, on the sampler's progress bar; without a cache they come in every step."""
+        return blocks if self.settings.cache == "off" else one_by_one(blocks, count)
 
     def laid_out(
         self, call: Call, grid: GridSize, tile: Tile | None, device: torch.device

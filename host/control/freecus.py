@@ -15,6 +15,7 @@ Settings: `freecus_settings.py`. State: `freecus_run.py`, for one run.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
@@ -28,7 +29,7 @@ from ..families import flux
 from ..run import KEY, Run
 from ..run import attach as attach_description
 from .freecus_run import NO_CONCAT, ReferenceRun
-from .freecus_settings import NODE, Fit, FreeCus, Reference
+from .freecus_settings import DARK, NODE, Fit, FreeCus, Reference, resize_mask
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def attach(
     *,
     layers: str,
     fit: Fit = "crop",
+    show: Callable[[Tensor], None] | None = None,
     **settings: Any,
 ) -> ModelPatcher:
     """A clone of `model` that carries the subject of `image` into its pictures.
@@ -58,6 +60,7 @@ def attach(
     Args:
         image: `[1, H, W, C]`. mask: `[1, H, W]` or `[H, W]`, 0 to 1, or None for the whole picture.
         layers: as `models/control/freecus.py` reads them.
+        show: gets what the model sees, when a run has encoded it.
         settings: the other fields of `FreeCus`.
 
     Raises:
@@ -81,7 +84,7 @@ def attach(
             *depth,
         )
     blocks = frozenset(names[i] for i in chosen)
-    return attach_description(model, FreeCus(Reference(image, mask, vae, fit), blocks, **settings), bind)
+    return attach_description(model, FreeCus(Reference(image, mask, vae, fit, show), blocks, **settings), bind)
 
 
 def checked(image: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -101,3 +104,12 @@ def checked(image: Tensor, mask: Tensor | None) -> Tensor | None:
         if not (in_bytes(mask) > 0).any():
             raise ValueError(f"{NODE}: the mask is empty. Paint it over the subject, or disconnect it.")
     return mask
+
+
+def given(image: Tensor, mask: Tensor | None) -> Tensor:
+    """Picture and mask as they are given, `[1, H, W, 3]`: dark where the mask is 0. Sizes come with the run."""
+    shown = image[..., :3].expand(-1, -1, -1, 3)
+    if mask is None:
+        return shown
+    weight = resize_mask(in_bytes(mask)[:, None], image.shape[1], image.shape[2])[:, 0, ..., None]
+    return shown * (weight > 0).to(shown).clamp(min=DARK)

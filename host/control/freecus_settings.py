@@ -23,6 +23,7 @@ from ..transformer import Block
 
 NODE = "Apply FreeCus"
 PIXELS = 8  # of one cell of the latent
+DARK = 0.25  # of the brightness, for what is not the subject
 
 Prompts = Literal["positive only", "positive and negative"]
 
@@ -33,22 +34,20 @@ class Reference:
 
     image: `[1, H, W, C]`, 0 to 1.
     mask: of the subject, `[1, h, w]` of any size, over the whole image; None selects all of it.
+    show: gets what the model sees, whenever it is encoded.
     """
 
     image: Tensor
     mask: Tensor | None
     vae: Any
     fit: Fit = "crop"
+    show: Callable[[Tensor], None] | None = None
     _latents: dict[GridSize, Tensor] = field(default_factory=dict)  # by size
 
     def latent(self, height: int, width: int) -> Tensor:
         """The reference's latent straight from the VAE, `[1, C, height, width]`."""
         if (height, width) not in self._latents:
-            pixels = self.image[..., :3].movedim(-1, 1)
-            if pixels.shape[1] == 1:
-                pixels = pixels.expand(-1, 3, -1, -1)  # grey
-            brought = fitted(pixels, height * PIXELS, width * PIXELS, self.fit, resize_picture)
-            encoded = self.vae.encode(brought.movedim(1, -1))
+            encoded = self.vae.encode(self.picture(height, width))
             if encoded.ndim != 4 or encoded.shape[-2:] != (height, width):
                 raise ValueError(
                     f"{NODE}: the VAE made {tuple(encoded.shape)} of the reference, the picture's latent is "
@@ -57,7 +56,24 @@ class Reference:
             require_latent(encoded, f"{NODE}: the reference")
             self._latents.clear()
             self._latents[height, width] = encoded
+            if self.show is not None:
+                self.show(self.seen(height, width, (-(-height // 2), -(-width // 2))))
         return self._latents[height, width]
+
+    def seen(self, height: int, width: int, grid: GridSize) -> Tensor:
+        """What the model sees at this size, `[1, 8 * height, 8 * width, 3]`: dark where no token shows the subject."""
+        shown = self.picture(height, width)
+        counts = shown.new_full((grid[0] * grid[1],), DARK)
+        counts[self.tokens(height, width, grid).to(counts.device)] = 1.0
+        cells = counts.view(*grid).repeat_interleave(2 * PIXELS, 0).repeat_interleave(2 * PIXELS, 1)
+        return shown * cells[: shown.shape[1], : shown.shape[2], None]
+
+    def picture(self, height: int, width: int) -> Tensor:
+        """The reference at the size of a latent, `[1, 8 * height, 8 * width, 3]`."""
+        pixels = self.image[..., :3].movedim(-1, 1)
+        if pixels.shape[1] == 1:
+            pixels = pixels.expand(-1, 3, -1, -1)  # grey
+        return fitted(pixels, height * PIXELS, width * PIXELS, self.fit, resize_picture).movedim(1, -1)
 
     def tokens(self, height: int, width: int, grid: GridSize) -> Tensor:
         """Numbers of the subject's tokens, `[S]`, on a latent of this size.

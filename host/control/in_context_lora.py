@@ -28,6 +28,7 @@ from ...models.control.panel_layout import Layout
 from ...models.control.panel_pictures import Fit, compose, fitted
 from ...models.control.panel_prompt import joint_prompt
 from .. import picture_files
+from ..progress import each_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def read_sets(folder: str, layout: Layout, fit: Fit) -> list[PanelSet]:
         raise ValueError(f"{folder!r} has no sets: put the pictures of each set into a folder of their own inside it.")
     for one in sets:
         check(one, layout)  # all of them, before the first picture is read
-    found = [read_set(one, layout, fit) for one in sets]
+    found = [read_set(one, layout, fit) for one in each_of(sets)]
     size = f"{layout.width} x {layout.height}"
     logger.info("%s: %d sets of %d panels, each canvas %s", folder, len(found), layout.count, size)
     return found

@@ -24,6 +24,7 @@ from ...models.restore.dit4sr_keys import Checkpoint, parse, write
 from .. import model_files
 from ..families import sd3
 from ..families.family import Sizes
+from ..progress import each_of
 from ..transformer import transformer_of
 from .dit4sr_files import contents, output_folder, path_of
 
@@ -66,7 +67,7 @@ def extract(name: str, target: str, precision: Precision = "as in the file", mod
     checked = "" if model is None else f"; {compared(state, checkpoint, name, model)}"
     tensors, said = write(checkpoint.weights, checkpoint.variant)
     dtype = None if precision == "as in the file" else getattr(torch, precision)
-    tensors = {key: weight.to(dtype or weight.dtype).contiguous() for key, weight in tensors.items()}
+    tensors = {key: tensors[key].to(dtype or tensors[key].dtype).contiguous() for key in each_of(tensors)}
     overflown = next((key for key, weight in tensors.items() if not weight.float().isfinite().all()), None)
     if overflown is not None:
         raise ValueError(f"{name}: {shown(overflown)} is too large for {precision}. Choose bfloat16.")
@@ -74,6 +75,7 @@ def extract(name: str, target: str, precision: Precision = "as in the file", mod
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         save_file(tensors, partly, said)
+        comfy.model_management.throw_exception_if_processing_interrupted()
         os.replace(partly, target)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{os.path.basename(target)} cannot be written: {model_files.in_one_line(error)}.") from error
@@ -107,7 +109,7 @@ def compared(state: Mapping[str, Tensor], checkpoint: Checkpoint, name: str, mod
         raise ValueError(f"{name} is made for {made_for}; the model has {has}. Connect Stable Diffusion 3.5 Medium.")
     comfy.model_management.load_models_gpu([model])
     blocks = sorted({0, checkpoint.blocks // 2, checkpoint.blocks - 1})
-    for i in blocks:
+    for i in each_of(blocks):
         block = transformer_of(model).joint_blocks[i]
         for path, parts in LAYERS.items():
             keys = [f"{checkpoint.prefix}transformer_blocks.{i}.{part}" for part in parts]

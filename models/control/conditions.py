@@ -48,6 +48,7 @@ def encode_condition(
     apply_rope: ApplyRope,
     strength: float = 1.0,
     store: Callable[[Tensor], Tensor] | None = None,
+    each: Callable[[Iterator[KeysValues], int], Iterator[KeysValues]] = lambda blocks, count: blocks,
 ) -> list[KeysValues]:
     """Run one condition through the image branch of a FLUX.1 model and return its keys and values.
 
@@ -64,13 +65,15 @@ def encode_condition(
         apply_rope: `(x, pe)` to `x` rotated.
         strength: factor on the whole LoRA; 0 leaves plain tokens, it does not remove the condition.
         store: called on each K and V as soon as it is known, for example to move it to another device.
+        each: walks over the blocks, whose number it gets.
 
     Returns:
         (K, V) per block, double blocks first, after QK norm and RoPE.
     """
     store = store or (lambda x: x)
     kept: list[KeysValues] = []
-    for k, v in _blocks(model, lora, tokens, vec, pe, attention, apply_rope, strength):
+    blocks = _blocks(model, lora, tokens, vec, pe, attention, apply_rope, strength)
+    for k, v in each(blocks, len(model.double_blocks) + len(model.single_blocks)):
         kept.append((store(k), store(v)))
     return kept
 

@@ -215,7 +215,11 @@ def given_panels(layout: Layout, pictures: Iterable[Tensor], fit: Fit) -> dict[i
 
 
 def encode_panels(
-    layout: Layout, panels: Mapping[int, Tensor], fill: Tensor | None, encode: Callable[[Tensor], Tensor]
+    layout: Layout,
+    panels: Mapping[int, Tensor],
+    fill: Tensor | None,
+    encode: Callable[[Tensor], Tensor],
+    each: Callable[[list[int]], Iterable[int]] = iter,
 ) -> Tensor:
     """Encode each panel by itself and put the latents together, `[1, C, ..., h, w]`.
 
@@ -223,8 +227,9 @@ def encode_panels(
         encode: IMAGE `[1, H, W, 3]` -> latent.
         fill: the picture for panels that are not in `panels`; `None` is mid-grey. Encoded once, even if it is a given
             panel too.
+        each: walks over the panels.
     """
-    latents = {index: encode(panel) for index, panel in panels.items()}
+    latents = {index: encode(panels[index]) for index in each([*panels])}
     missing = len(latents) < layout.count
     same = next((latents[index] for index, panel in panels.items() if panel is fill), None)
     if fill is None:

@@ -17,7 +17,7 @@ Shapes: pictures `[N, H, W, C]` in 0..1, C being 1, 3 or 4; masks `[N, H, W]`. U
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +33,7 @@ FILLS = {"grey": 127 / 255, "black": 0.0}
 
 Fill = Literal["grey", "black"]
 Size = tuple[int, int]  # height, width
+Each = Callable[[Tensor], Iterable[Tensor]]  # walks over a batch: `iter`, or with a progress bar
 
 
 @dataclass(frozen=True)
@@ -128,19 +129,21 @@ def prepare(
     size: Size | float,
     dilation: int,
     fill: Fill,
+    each: Each = iter,
 ) -> Prepared:
     """Persons `[N, H, W, C]` without what `mask` covers, and garments `[M, H, W, C]`, all in one size.
 
-    `margin`, `size` and `dilation` are those of `plan`, `fill` that of `masked_persons`.
+    `margin`, `size` and `dilation` are those of `plan`, `fill` that of `masked_persons`. `each` walks over the
+    pictures.
     """
-    paste = plan(fitted_masks(mask, person, dilation), margin, size, dilation)
+    paste = plan(fitted_masks(mask, person, dilation, each=each), margin, size, dilation)
     if garment_mask is not None:
         garment_mask = fitted_masks(garment_mask, garment, what="garment")
-    persons, masks = masked_persons(person, paste, fill)
-    return Prepared(persons, masks, garments_on_white(garment, garment_mask, paste.working), garment_mask, paste)
+    persons, masks = masked_persons(person, paste, fill, each)
+    return Prepared(persons, masks, garments_on_white(garment, garment_mask, paste.working, each), garment_mask, paste)
 
 
-def fitted_masks(mask: Tensor, pictures: Tensor, dilation: int = 0, what: str = "person") -> Tensor:
+def fitted_masks(mask: Tensor, pictures: Tensor, dilation: int = 0, what: str = "person", each: Each = iter) -> Tensor:
     """Masks for pictures `[N, H, W, C]` as `[N, H, W]` bool: above 0.5, then dilated. Errors call the subject `what`.
 
     A mask of another size but the same proportions is resized to the picture.
@@ -154,8 +157,8 @@ def fitted_masks(mask: Tensor, pictures: Tensor, dilation: int = 0, what: str = 
         raise ValueError(f"A mask must be [N, H, W], got {tuple(mask.shape)}.")
     if mask.shape[0] not in (1, count):
         raise ValueError(f"Got {mask.shape[0]} masks for {count} {what}s. Give one mask for all, or one for each.")
-    for number, each in enumerate(mask):  # first: a picture without alpha comes with an empty mask of any size
-        if not (each > 0.5).any():
+    for number, one in enumerate(mask):  # first: a picture without alpha comes with an empty mask of any size
+        if not (one > 0.5).any():
             which = f" of {what} {number + 1}" if mask.shape[0] > 1 else ""
             raise ValueError(f"The mask{which} is empty. Paint over the garment.")
     if not same_shape((mask.shape[1], mask.shape[2]), size):
@@ -166,7 +169,7 @@ def fitted_masks(mask: Tensor, pictures: Tensor, dilation: int = 0, what: str = 
     fitted = resize(mask[..., None].float(), *size)[..., 0] > 0.5
     if not fitted.flatten(1).any(1).all():
         raise ValueError("The mask is too small: nothing is left of it at the picture's size. Paint a larger one.")
-    return torch.stack([dilate(each, dilation) for each in fitted]).expand(count, -1, -1)
+    return torch.stack([dilate(one, dilation) for one in each(fitted)]).expand(count, -1, -1)
 
 
 def crop_around(mask: Tensor, margin: float) -> Crop:
@@ -211,13 +214,13 @@ def plan(masks: Tensor, margin: float | None, size: Size | float, dilation: int 
     return Paste(tuple(crops), masks, working, dilation)
 
 
-def masked_persons(person: Tensor, paste: Paste, fill: Fill) -> tuple[Tensor, Tensor]:
+def masked_persons(person: Tensor, paste: Paste, fill: Fill, each: Each = iter) -> tuple[Tensor, Tensor]:
     """The crops with their masks filled, `[N, h, w, 3]`, and the masks at that size, `[N, h, w]` float.
 
     A working pixel is masked if any part of it is.
     """
     pictures, masks = [], []
-    for image, mask, crop in zip(rgb(person), paste.masks, paste.crops, strict=True):
+    for image, mask, crop in zip(each(rgb(person)), paste.masks, paste.crops, strict=True):
         hidden = torch.where(mask[..., None], FILLS[fill], image)
         small = smaller_mask(mask, crop, paste.working)
         masks.append(small.to(person.dtype))
@@ -236,7 +239,7 @@ def smaller_mask(mask: Tensor, crop: Crop, working: Size) -> Tensor:
     return torch.nn.functional.adaptive_max_pool2d(cut[None].float(), working)[0] > 0
 
 
-def garments_on_white(garment: Tensor, mask: Tensor | None, size: Size) -> Tensor:
+def garments_on_white(garment: Tensor, mask: Tensor | None, size: Size, each: Each = iter) -> Tensor:
     """Garments `[N, H, W, C]` letter-boxed on white, uncut, as `[N, *size, 3]`.
 
     Args:
@@ -244,7 +247,7 @@ def garments_on_white(garment: Tensor, mask: Tensor | None, size: Size) -> Tenso
             alpha channel cuts it out, and nothing trims it.
     """
     fitted = []
-    for number, image in enumerate(garment):
+    for number, image in enumerate(each(garment)):
         picture = rgb(image)
         if mask is not None:
             picture = torch.where(mask[number, ..., None], picture, 1.0)[around(mask[number], 0)]
@@ -266,7 +269,9 @@ def letter_boxed(picture: Tensor, size: Size) -> Tensor:
     return boxed
 
 
-def composite(result: Tensor, person: Tensor, paste: Paste, feather: int, masks: Tensor | None = None) -> Tensor:
+def composite(
+    result: Tensor, person: Tensor, paste: Paste, feather: int, masks: Tensor | None = None, each: Each = iter
+) -> Tensor:
     """The persons with the results in place of the masked pixels.
 
     Args:
@@ -275,6 +280,7 @@ def composite(result: Tensor, person: Tensor, paste: Paste, feather: int, masks:
         feather: pixels over which a result fades in, from the border of the mask inwards. 0 is a hard edge. The
             dilation limits it: further in, the old garment would shine through.
         masks: `[N, H, W]` bool, leaves fewer pixels to change. None outside `paste.masks` ever changes.
+        each: walks over the results.
 
     Returns:
         `[M, H, W, C]` as the original; a grey original becomes RGB. Alpha stays the original's.
@@ -288,7 +294,7 @@ def composite(result: Tensor, person: Tensor, paste: Paste, feather: int, masks:
     weights = [paste_weight(mask, crop, feather) for mask, crop in zip(masks, paste.crops, strict=True)]
     person = person if person.shape[-1] == 4 else rgb(person)
     pasted = []
-    for number, picture in enumerate(rgb(result)):
+    for number, picture in enumerate(each(rgb(result))):
         original = person[number if person.shape[0] > 1 else 0]
         which = number if len(paste.crops) > 1 else 0
         pasted.append(_pasted(picture.to(original), original, paste.crops[which], weights[which]))

@@ -425,7 +425,7 @@ def test_the_plain_inputs_are_a_key_away(page, mode):
 
 
 def test_without_the_extension_the_node_has_its_plain_inputs(page, server, mode):
-    extension = "app.extensions.find(each => each.name === 'DiT Toolkit.panel_editor')"
+    extension = "app.extensions.find(each => each.name === 'dittoolkit.panel_editor')"
     page.evaluate(f"globalThis.kept = {extension}.nodeCreated; {extension}.nodeCreated = () => {{}};")
     try:
         page.evaluate(BUILD, {"panel_prompts": f"one{next(NUMBERS)}\ntwo", "given": "2"})
