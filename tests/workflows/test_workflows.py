@@ -47,20 +47,20 @@ TINY_TILES = {"min_side": 16, "tile": 16, "overlap": 6}
 
 # What the dolls of a workflow's saved pictures wear, shirt and bottom, where its note says so and the prompt does not.
 WORN = {
-    "In-Context LoRA - the same doll in two scenes (CPU demo)": [("blue", "green"), ("blue", "green")],
-    "In-Context LoRA - one panel given (CPU demo)": [("green", "orange"), ("green", "orange")],
-    "FreeCus - a subject in a new scene (CPU demo)": [("green", "red")],
-    "Try-on - two garments on one person (CPU demo)": [("red", "blue"), ("purple", "blue")],
-    "All together (CPU demo)": [("green", "red")],
+    "CPU 09 consistent character": [("blue", "green"), ("blue", "green")],
+    "CPU 10 consistent character, given": [("green", "orange"), ("green", "orange")],
+    "CPU 11 subject in a new scene": [("green", "red")],
+    "CPU 12 try on clothes": [("red", "blue"), ("purple", "blue")],
+    "CPU 15 pose, subject, speed up": [("green", "red")],
 }
 
 # What notes tell their readers to bypass (Ctrl+B).
 TO_BYPASS = {
-    "All together (CPU demo)": ["DiTEasyControlApply", "DiTFreeCus", "DiTAccelerate"],
-    "Confidence-Gated Taylor - forecasts when it can (FLUX.1-dev)": ["DiTCGTaylor"],
-    "EasyControl - edges and subject (CPU demo)": ["DiTEasyControlApply"],
-    "EasyControl - edges and subject (FLUX.1-dev)": ["DiTEasyControlApply"],
-    "TaylorSeer - faster (FLUX.1-dev)": ["DiTTaylorSeer"],
+    "CPU 15 pose, subject, speed up": ["DiTEasyControlApply", "DiTFreeCus", "DiTAccelerate"],
+    "FLUX.1 07 speed up, gate decides": ["DiTCGTaylor"],
+    "CPU 03 canny, subject reference": ["DiTEasyControlApply"],
+    "FLUX.1 02 canny, subject reference": ["DiTEasyControlApply"],
+    "FLUX.1 06 speed up": ["DiTTaylorSeer"],
 }
 
 
