@@ -32,7 +32,8 @@ VALUES = {
         "seed": (77, "KSampler", "seed"),
     },
     "Consistent Character Panels (FLUX.1)": {
-        "preset": ("portrait-photography", "DiTPanelLayout", "preset"), "summary": ("a set", "DiTPanelLayout", "summary"),
+        "preset": ("portrait-photography", "DiTPanelLayout", "preset"),
+        "summary": ("a set", "DiTPanelLayout", "summary"),
         "panel_prompts": ("a\nb", "DiTPanelLayout", "panel_prompts"), "seed": (77, "KSampler", "seed"),
     },
     "Text to Image, Faster (FLUX.1)": {
@@ -46,7 +47,9 @@ AROUND = """
 await app.loadGraphData(a);
 const [node] = app.graph.nodes;
 const make = type => { const made = LiteGraph.createNode(type); app.graph.add(made); return made; };
-node.inputs.forEach((input, slot) => { if (!input.widget) make("LoadImage").connect(input.type === "MASK" ? 1 : 0, node, slot); });
+node.inputs.forEach((input, slot) => {
+    if (!input.widget) make("LoadImage").connect(input.type === "MASK" ? 1 : 0, node, slot);
+});
 node.outputs.forEach((output, slot) => node.connect(slot, make("SaveImage"), 0));
 for (const [name, value] of Object.entries(b)) {
     const widget = node.widgets.find(widget => widget.name === name);

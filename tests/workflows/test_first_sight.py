@@ -15,6 +15,7 @@ from dit_toolkit.scripts import workflows
 from dit_toolkit.scripts.places import BLUEPRINTS
 
 STEMS = workflows.stems()
+FILES = sorted((*workflows.WORKFLOWS.glob("*.json"), *BLUEPRINTS.glob("*.json")))
 every_workflow = pytest.mark.parametrize("stem", STEMS)
 
 # What people type into the search of the template browser, which looks at titles only.
@@ -99,7 +100,7 @@ def core_models() -> dict[str, set[tuple[str, str]]]:
     return found
 
 
-@pytest.mark.parametrize("file", [*workflows.WORKFLOWS.glob("*.json"), *BLUEPRINTS.glob("*.json")], ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_model_file_comes_from_where_core_gets_it(file, core_models):
     """Mirrors without a gate, for every file that one of core's templates names."""
     for model in workflows.models_of(json.loads(file.read_text(encoding="utf-8"))):

@@ -59,6 +59,7 @@ WORN = {
     "CPU 15 pose, subject, speed up": [("green", "red")],
 }
 
+
 @pytest.fixture(scope="module")
 def prompt_of(page):
     """Converts a workflow to API format: the page does it, being the only faithful converter."""
