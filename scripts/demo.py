@@ -45,8 +45,8 @@ class Row:
     subject: str | None = None  # picture in the place of the workflow's second one
 
 
-OUTLINE, PHOTO = "EasyControl - edges (CPU demo)", "EasyControl - edges of a photo (CPU demo)"
-BOTH = "EasyControl - edges and subject (CPU demo)"
+OUTLINE, PHOTO = "CPU 01 canny edges to picture", "CPU 02 canny edges of a photo"
+BOTH = "CPU 03 canny, subject reference"
 
 ROWS: tuple[Row, ...] = (
     Row(

@@ -53,7 +53,6 @@ def named() -> set[str]:
     return set(re.findall(r"^\| \*\*(.+?)\*\* \|", section, re.MULTILINE))
 
 
-@pytest.mark.skipif(not any(stem.startswith("CPU 0") for stem in workflows.stems()), reason="before the new names")
 def test_the_readme_names_five_workflows_that_are_there():
     assert len(named()) == 5
     assert named() <= set(workflows.stems())

@@ -22,6 +22,16 @@ NEVER_SHIPPED = {"benchmarks", "scripts", "tests", "training"}
 DOWNLOADS = ("https://huggingface.co/", "https://civitai.com/")
 EXTENSIONS = (".safetensors", ".sft")
 
+# Where the note asks to look at the same seed with and without something, or at what a change does to one picture.
+COMPARED = {
+    *(f"CPU {number:02d} {name}" for number, name in (
+        (4, "speed up, same picture"), (5, "speed up, gate decides"), (6, "speed up, autotune"),
+        (7, "speed up canny control"), (8, "speed up, methods compared"), (9, "consistent character"),
+        (10, "consistent character, given"), (11, "subject in a new scene"), (12, "try on clothes"),
+        (14, "pose to video"), (15, "pose, subject, speed up"), (16, "train a character LoRA"))),
+    "FLUX.1 06 speed up", "FLUX.1 07 speed up, gate decides", "FLUX.1 08 speed up canny control",
+}  # fmt: skip
+
 every_workflow = pytest.mark.parametrize("stem", STEMS)
 
 
@@ -43,8 +53,10 @@ def texts():
 
 @every_workflow
 def test_nodes_say_which_pack_and_version_they_come_from(stem):
-    for node in workflows.nodes_of(workflows.read(stem)):
-        if node["type"] in ("Note", "MarkdownNote", "Reroute", "PrimitiveNode"):
+    workflow = workflows.read(stem)
+    subgraphs = {subgraph["id"] for subgraph in workflows.subgraphs_of(workflow)}
+    for node in workflows.nodes_of(workflow):
+        if node["type"] in subgraphs or node["type"] in ("Note", "MarkdownNote", "Reroute", "PrimitiveNode"):
             continue
         properties, where = node["properties"], f"node {node['id']} ({node['type']})"
         ours = node["type"].startswith("DiT")
@@ -74,8 +86,15 @@ def test_a_workflow_is_a_finished_example(stem):
     assert {"SaveImage", "SaveVideo"} & set(types)
     assert any(kind.startswith("DiT") for kind in types)
     assert not set(stem) & set("#?%")
-    for node in workflow["nodes"]:
-        assert "randomize" not in node.get("widgets_values", ()), f"node {node['id']}: the seed is not fixed"
+
+
+@every_workflow
+def test_seeds_are_fixed_where_pictures_are_compared_and_change_elsewhere(stem):
+    kinds = ("KSampler", "SamplerCustom")
+    samplers = [node for node in workflows.nodes_of(workflows.read(stem)) if node["type"] in kinds]
+    wanted = "fixed" if stem in COMPARED else "randomize"
+    for sampler in samplers:
+        assert wanted in sampler["widgets_values"], sampler["type"]
 
 
 @every_workflow

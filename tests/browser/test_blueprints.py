@@ -15,6 +15,51 @@ pytestmark = pytest.mark.comfy
 BLUEPRINTS = sorted(path.stem for path in FOLDER.glob("*.json"))
 RESTORE = "Upscale with DiT4SR"
 
+# For each of the others: values for its widgets, and in the prompt the node and input that each one ends in.
+VALUES = {
+    "Canny to Image (FLUX.1 EasyControl)": {
+        "text": ("a red fox", "CLIPTextEncode", "text"), "strength": (0.6, "DiTEasyControlApply", "strength"),
+        "high_threshold": (0.9, "Canny", "high_threshold"), "width": (768, "EmptySD3LatentImage", "width"),
+        "seed": (77, "KSampler", "seed"),
+    },
+    "Subject to Image (FLUX.1 EasyControl)": {
+        "text": ("A SKS on a boat", "CLIPTextEncode", "text"), "strength": (0.6, "DiTEasyControlApply", "strength"),
+        "height": (768, "EmptySD3LatentImage", "height"), "seed": (77, "KSampler", "seed"),
+    },
+    "Try On Clothes (FLUX.1 Fill)": {
+        "panel_prompts": ("a coat\nthe coat, worn", "DiTPanelLayout", "panel_prompts"),
+        "dilation": (5, "DiTTryOnPrepare", "dilation"), "feather": (3, "DiTTryOnComposite", "feather"),
+        "seed": (77, "KSampler", "seed"),
+    },
+    "Consistent Character Panels (FLUX.1)": {
+        "preset": ("portrait-photography", "DiTPanelLayout", "preset"),
+        "summary": ("a set", "DiTPanelLayout", "summary"),
+        "panel_prompts": ("a\nb", "DiTPanelLayout", "panel_prompts"), "seed": (77, "KSampler", "seed"),
+    },
+    "Text to Image, Faster (FLUX.1)": {
+        "text": ("a red fox", "CLIPTextEncode", "text"), "interval": (4, "DiTTaylorSeer", "interval"),
+        "width": (768, "EmptySD3LatentImage", "width"), "seed": (77, "KSampler", "seed"),
+    },
+}  # fmt: skip
+
+# Every picture and mask that the blueprint asks for from a file, and every picture that it gives into one.
+AROUND = """
+await app.loadGraphData(a);
+const [node] = app.graph.nodes;
+const make = type => { const made = LiteGraph.createNode(type); app.graph.add(made); return made; };
+node.inputs.forEach((input, slot) => {
+    if (!input.widget) make("LoadImage").connect(input.type === "MASK" ? 1 : 0, node, slot);
+});
+node.outputs.forEach((output, slot) => node.connect(slot, make("SaveImage"), 0));
+for (const [name, value] of Object.entries(b)) {
+    const widget = node.widgets.find(widget => widget.name === name);
+    if (!widget) throw new Error(`no widget ${name}, but ${node.widgets.map(widget => widget.name)}`);
+    widget.value = value;
+    widget.callback?.(value);
+}
+return (await app.graphToPrompt()).output;
+"""
+
 # The blueprint's node between a picture and a file. `a`: the blueprint, `b`: values for its widgets.
 BETWEEN = """
 await app.loadGraphData(a);
@@ -44,7 +89,7 @@ def empty_canvas(page):
 
 
 def test_there_is_one_for_each_task():
-    assert RESTORE in BLUEPRINTS
+    assert sorted((RESTORE, *VALUES)) == BLUEPRINTS
 
 
 def test_the_page_is_told_of_them(server):
@@ -70,6 +115,29 @@ def test_it_is_one_node_that_says_what_it_is(stem):
         for model in properties.get("models", ()):
             assert model["name"] in inner["widgets_values"]
             assert model["url"].startswith("https://huggingface.co/")
+
+
+@pytest.mark.parametrize("stem", VALUES)
+def test_its_widgets_mean_in_the_api_what_they_say(stem, page):
+    wanted = VALUES[stem]
+    prompt = page.evaluate(AROUND, read(stem), {name: value for name, (value, _, _) in wanted.items()})
+    for name, (value, kind, field) in wanted.items():
+        found = [node["inputs"][field] for node in prompt.values() if node["class_type"] == kind]
+        assert found == [value], name
+    links = [value for node in prompt.values() for value in node["inputs"].values() if isinstance(value, list)]
+    assert all(source in prompt for source, _ in links)
+    asked = [entry["name"] for entry in read(stem)["nodes"][0]["inputs"] if not entry.get("widget")]
+    loaded = {node_id for node_id, node in prompt.items() if node["class_type"] == "LoadImage"}
+    assert len(loaded) == len(asked) == len(loaded & {source for source, _ in links})
+
+
+@pytest.mark.parametrize("stem", VALUES)
+def test_comfyui_accepts_it_as_far_as_its_models(stem, page, server):
+    """ComfyUI's own validation finds no fault, and a loader fails, as the files are empty."""
+    with pytest.raises(PromptFailed) as failed:
+        server.client.run(page.evaluate(AROUND, read(stem), {}))
+    assert failed.value.class_type in ("UNETLoader", "DualCLIPLoader", "VAELoader", "LoraLoaderModelOnly",
+                                       "DiTEasyControlLoader", "DiTTryOnPrepare")  # fmt: skip
 
 
 @pytest.mark.parametrize("stem", BLUEPRINTS)

@@ -9,21 +9,20 @@ from dit_toolkit.scripts import workflows
 
 FLUX = [stem for stem in workflows.stems() if "FLUX.1" in stem and not workflows.is_embedded(stem)]
 # CLEAR's authors sample large pictures with a fixed shift of 10, whose logarithm this is.
-FIXED = {("CLEAR - large picture (FLUX.1-dev)", (2048, 2048)): 2.3}
+FIXED = {("FLUX.1 09 speed up large pictures", (2048, 2048)): 2.3}
 
 
 class Graph:
     """A workflow in UI format, walked against the links."""
 
     def __init__(self, stem: str):
-        workflow = workflows.read(stem)
-        self.nodes = {node["id"]: node for node in workflow["nodes"]}
-        self.links = {link[0]: link for link in workflow["links"]}
+        self.nodes, self.sources = workflows.flat(workflows.read(stem))
+        self.ids = {id(node): node_id for node_id, node in self.nodes.items()}
 
     def before(self, node: dict, name: str) -> dict | None:
         """The node that feeds an input."""
-        link = next((entry.get("link") for entry in node.get("inputs", ()) if entry["name"] == name), None)
-        return self.nodes[self.links[link][1]] if link in self.links else None
+        source = self.sources.get((self.ids[id(node)], name))
+        return None if source is None else self.nodes[source[0]]
 
     def of_type(self, kind: str) -> list[dict]:
         return [node for node in self.nodes.values() if node["type"] == kind]

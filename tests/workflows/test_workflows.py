@@ -21,7 +21,9 @@ pytestmark = pytest.mark.comfy
 
 STEMS = workflows.stems()
 LOADERS = {"UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader", "LoraLoaderModelOnly", "DiTEasyControlLoader",
-           "LoadBackgroundRemovalModel", "CheckpointLoaderSimple", "DiTLoadDiT4SR", "DiTLoadDynamiCtrl"}  # fmt: skip
+           "LoadBackgroundRemovalModel", "CheckpointLoaderSimple", "DiTLoadDiT4SR", "DiTLoadDynamiCtrl",
+           "LoadDA3Model"}  # fmt: skip
+DEPTH = {"LoadDA3Model", "DA3Inference", "DA3Render"}
 SEGMENTERS = {"LoadBackgroundRemovalModel", "RemoveBackground"}
 
 # The outputs of DiTLoadEmbedded, by the outputs of loaders that they stand in for.
@@ -36,6 +38,9 @@ WHOLE = {  # each loads all there is of its base
 }
 TINY_FILES = {
     "canny.safetensors": "tiny_edge.safetensors",
+    "depth.safetensors": "tiny_edge.safetensors",
+    "Ghibli.safetensors": "tiny_edge.safetensors",
+    "pose.safetensors": "tiny_pose.safetensors",
     "subject.safetensors": "tiny_subject.safetensors",
     "couple-profile.safetensors": "dit_toolkit_demo_in_context.safetensors",
     "dit4sr_q.safetensors": "tiny_dit4sr.safetensors",
@@ -47,20 +52,11 @@ TINY_TILES = {"min_side": 16, "tile": 16, "overlap": 6}
 
 # What the dolls of a workflow's saved pictures wear, shirt and bottom, where its note says so and the prompt does not.
 WORN = {
-    "In-Context LoRA - the same doll in two scenes (CPU demo)": [("blue", "green"), ("blue", "green")],
-    "In-Context LoRA - one panel given (CPU demo)": [("green", "orange"), ("green", "orange")],
-    "FreeCus - a subject in a new scene (CPU demo)": [("green", "red")],
-    "Try-on - two garments on one person (CPU demo)": [("red", "blue"), ("purple", "blue")],
-    "All together (CPU demo)": [("green", "red")],
-}
-
-# What notes tell their readers to bypass (Ctrl+B).
-TO_BYPASS = {
-    "All together (CPU demo)": ["DiTEasyControlApply", "DiTFreeCus", "DiTAccelerate"],
-    "Confidence-Gated Taylor - forecasts when it can (FLUX.1-dev)": ["DiTCGTaylor"],
-    "EasyControl - edges and subject (CPU demo)": ["DiTEasyControlApply"],
-    "EasyControl - edges and subject (FLUX.1-dev)": ["DiTEasyControlApply"],
-    "TaylorSeer - faster (FLUX.1-dev)": ["DiTTaylorSeer"],
+    "CPU 09 consistent character": [("blue", "green"), ("blue", "green")],
+    "CPU 10 consistent character, given": [("green", "orange"), ("green", "orange")],
+    "CPU 11 subject in a new scene": [("green", "red")],
+    "CPU 12 try on clothes": [("red", "blue"), ("purple", "blue")],
+    "CPU 15 pose, subject, speed up": [("green", "red")],
 }
 
 
@@ -104,31 +100,10 @@ def test_what_comes_after_the_loaders_runs(stem, prompt_of, server):
     check_pictures(server, result)
 
 
-def test_no_note_tells_to_bypass_what_nobody_has_tried():
-    notes = {
-        stem: [node for node in workflows.nodes_of(workflows.read(stem)) if "Note" in node["type"]] for stem in STEMS
-    }
-    assert {stem for stem in STEMS if "bypass" in str(notes[stem]).lower()} == set(TO_BYPASS)
-
-
-@pytest.mark.parametrize(("stem", "kind"), [(stem, kind) for stem, kinds in TO_BYPASS.items() for kind in kinds])
-def test_what_a_note_tells_to_bypass_can_be_bypassed(stem, kind, page, server):
-    workflow = workflows.read(stem)
-    next(node for node in workflow["nodes"] if node["type"] == kind)["mode"] = 4
-    page.load_workflow(workflow)
-    prompt = page.prompt()
-    if not workflows.is_embedded(stem):
-        prompt = on_the_embedded_model(prompt)
-    result = server.client.run(prompt)
-    assert any(image.type == "output" for image in result.images)
-    check_pictures(server, result)
-
-
 def on_the_embedded_model(prompt: Prompt) -> Prompt:
     """A prompt for a large model with the embedded one of its base and its files in the place of the loaders' ones.
 
-    All at its size. Pictures that a user would choose are the example's person, masks that one draws or a segmenter
-    find its shirt. Joints that a detector finds are written.
+    All at its size. Masks that a segmenter finds, joints and depth that a detector finds are those of examples.
     """
     replaced = {
         (node_id, slot): ["embedded", output]
@@ -138,16 +113,16 @@ def on_the_embedded_model(prompt: Prompt) -> Prompt:
     loaders = {prompt[node_id]["class_type"] for node_id, _ in replaced}
     base = next(base for base, whole in WHOLE.items() if whole <= loaders)
     for node_id, node in prompt.items():
-        if node["class_type"] in ("LoadImage", "RemoveBackground"):
-            replaced[node_id, 1 if node["class_type"] == "LoadImage" else 0] = ["mask", 0]
+        if node["class_type"] == "RemoveBackground":
+            replaced[node_id, 0] = ["mask", 0]
+        if node["class_type"] == "DA3Render":
+            replaced[node_id, 0] = ["outline", 0]
         if node["class_type"] == "SDPoseKeypointExtractor":
             replaced[node_id, 0] = ["pose", 0]
-    gone = EMBEDDED.keys() | SEGMENTERS | {"SDPoseKeypointExtractor"}
+    gone = EMBEDDED.keys() | SEGMENTERS | DEPTH | {"SDPoseKeypointExtractor"}
     tiny = {node_id: copy.deepcopy(node) for node_id, node in prompt.items() if node["class_type"] not in gone}
     for node in tiny.values():
         inputs = node["inputs"]
-        if node["class_type"] == "LoadImage":
-            inputs["image"] = "painted_person.png" if base == "FLUX.1" else "worn_doll.png"
         if node["class_type"] == "DiTApplyDiT4SR":
             inputs.update(TINY_TILES)
         if node["class_type"] == "DiTPanelLayout" and (preset := PRESETS.get(inputs["preset"])):
@@ -164,6 +139,7 @@ def on_the_embedded_model(prompt: Prompt) -> Prompt:
     tiny["embedded"] = {"class_type": "DiTLoadEmbedded", "inputs": {"base": base}}
     pose = {"text": EXAMPLE, "length": 1, "easing": "linear", "reach": 0, "width": 96, "height": 96}
     tiny["pose"] = {"class_type": "DiTPoseKeyframes", "inputs": pose}
+    tiny["outline"] = {"class_type": "DiTExamplePicture", "inputs": {"picture": "drawn_doll.png"}}
     tiny["mask picture"] = {"class_type": "DiTExamplePicture", "inputs": {"picture": "mask_person_shirt.png"}}
     tiny["mask"] = {"class_type": "ImageToMask", "inputs": {"image": ["mask picture", 0], "channel": "red"}}
     return tiny

@@ -1,0 +1,225 @@
+"""Every example workflow as the page shows it, in both renderings: readable, nothing overlaps, notes say what works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import pytest
+
+from dit_toolkit.scripts import workflows
+
+pytestmark = pytest.mark.comfy
+
+STEMS = workflows.stems()
+RENDERINGS = {"classic": False, "Nodes 2.0": True}
+WINDOW = (1600, 1000)
+# Widgets are drawn with 12 px, titles and notes with more, so this keeps them at 8 px.
+SCALE = 0.66
+# Room for the pack's badge above a node, or for the footer that Nodes 2.0 puts below one whose model is missing.
+GAP = 30
+
+
+@dataclass(frozen=True)
+class Told:
+    """Something that a note tells its reader to do, to the `index`-th node of a kind, in the order of their ids."""
+
+    stem: str
+    act: str  # set, bypass, unmute, or own: put Load Image in the place of Example Picture
+    kind: str
+    widget: str = ""
+    value: str | float = ""
+    index: int = 0
+    called: str = ""  # the node's name in the note, where it is in question
+
+
+def told(stem: str, *things: tuple) -> list[Told]:
+    return [Told(stem, *thing) for thing in things]
+
+
+STRENGTH = ("set", "DiTEasyControlApply", "strength")
+PANELS = ("set", "DiTPanelLayout", "panel_prompts", "a doll waving\na doll, arms up")
+TWO = (("bypass", "DiTEasyControlApply"), ("bypass", "DiTEasyControlApply", "", "", 1))
+TOLD = [
+    *told("CPU 01 canny edges to picture", (*STRENGTH, 0)),
+    *told("CPU 02 canny edges of a photo", ("set", "Canny", "high_threshold", 0.9)),
+    *told("CPU 03 canny, subject reference", *TWO),
+    *told("CPU 04 speed up, same picture", ("set", "DiTTaylorSeer", "interval", 5)),
+    *told("CPU 05 speed up, gate decides", *(("set", "DiTCGTaylor", "threshold", value) for value in (0.13, 0))),
+    *told("CPU 06 speed up, autotune", ("set", "DiTAccelerateAutotune", "floor", 20)),
+    *told("CPU 07 speed up canny control", *(("set", "DiTAccelerate", "quality", each) for each in ("fast", "off"))),
+    *told("CPU 08 speed up, methods compared", ("set", "DiTDeltaDiT", "interval", 1)),
+    *told("CPU 09 consistent character", PANELS),
+    *told("CPU 10 consistent character, given", PANELS),
+    *told("CPU 11 subject in a new scene", ("set", "DiTFreeCus", "key_scale", 0.8)),
+    *told("CPU 12 try on clothes", ("set", "DiTTryOnApply", "garment_strength", 0)),
+    *told("CPU 13 upscale a small picture", ("set", "DiTApplyDiT4SR", "strength", 0.5)),
+    *told("CPU 14 pose to video", ("set", "DiTDynamiCtrlConditioning", "pose_strength", 0)),
+    *told("CPU 15 pose, subject, speed up",
+          *(("bypass", kind) for kind in ("DiTEasyControlApply", "DiTFreeCus", "DiTAccelerate"))),
+    *told("CPU 16 train a character LoRA",
+          ("set", "TrainLoraNode", "steps", 40), ("bypass", "LoraLoaderModelOnly", "", "", 0, "Load LoRA")),
+    *told("CogVideoX 01 pose to video", ("set", "DiTDynamiCtrlConditioning", "pose_strength", 0)),
+    *told("FLUX.1 01 canny edges to picture", (*STRENGTH, 0.7)),
+    *told("FLUX.1 02 canny, subject reference", *TWO),
+    *told("FLUX.1 03 pose to picture", (*STRENGTH, 0.7)),
+    *told("FLUX.1 04 depth to picture", (*STRENGTH, 0.7)),
+    *told("FLUX.1 05 style, Ghibli", (*STRENGTH, 0.8)),
+    *told("FLUX.1 06 speed up", ("bypass", "DiTTaylorSeer")),
+    *told("FLUX.1 07 speed up, gate decides", ("bypass", "DiTCGTaylor")),
+    *told("FLUX.1 08 speed up canny control", ("set", "DiTAccelerate", "quality", "off")),
+    *told("FLUX.1 09 speed up large pictures", ("set", "KSampler", "denoise", 0.5, 1)),
+    *told("FLUX.1 10 consistent character", PANELS),
+    *told("FLUX.1 11 subject in a new scene", ("set", "DiTFreeCus", "key_scale", 1.0)),
+    *told("FLUX.1 12 try on clothes", ("own", "DiTExamplePicture", "", "", 0, "Load Image")),
+    *told("SD3.5 01 upscale a photo",
+          ("set", "DiTDiT4SRSampling", "cfg", 5), ("unmute", "DiTExtractDiT4SR")),
+]  # fmt: skip
+
+OPEN = """
+await app.loadGraphData(a, true, true, null, { openSource: "template" });
+const wait = () => new Promise(done => requestAnimationFrame(() => setTimeout(done, 60)));
+const vue = LiteGraph.vueNodesMode;
+const element = node => document.querySelector(`[data-node-id="${node.id}"]`);
+for (let turn = 0; turn < 3 || (vue && turn < 60 && !app.graph.nodes.every(element)); turn++) await wait();
+const { scale, offset } = app.canvas.ds;
+const box = node => {  // in the units of the graph
+    if (!vue) return [...node.boundingRect];
+    const { x, y, width, height } = element(node).getBoundingClientRect();
+    return [x / scale - offset[0], y / scale - offset[1], width / scale, height / scale];
+};
+const seen = {
+    scale, vue,
+    nodes: app.graph.nodes.map(node => ({ name: `${node.id} ${node.title}`, box: box(node) })),
+    groups: app.graph.groups.map(group => ({ name: group.title, box: [...group.pos, ...group.size] })),
+};
+"""
+
+# Does what the note tells, one thing after the other, and takes each back.
+DO = """
+const all = graph => graph.nodes.flatMap(node => node.subgraph ? all(node.subgraph) : [node]);
+const read = async () => (await app.graphToPrompt()).output;
+const count = (prompt, kind) => Object.values(prompt).filter(each => each.class_type === kind).length;
+const before = await read();
+const done = [];
+for (const { act, kind, widget, value, index } of b) {
+    const node = all(app.graph).filter(node => node.type === kind).sort((one, other) => one.id - other.id)[index];
+    if (!node) throw new Error(`no ${kind} number ${index}`);
+    const entry = node.widgets?.find(each => each.name === widget);
+    const { mode } = node, old = entry?.value;
+    if (act === "set") {
+        if (!entry) throw new Error(`${kind} has no widget ${widget}`);
+        entry.value = value;
+        entry.callback?.(value, app.canvas, node);
+    } else if (act === "own") {  // not taken back: the last thing that a note tells
+        const load = LiteGraph.createNode("LoadImage");
+        app.graph.add(load);
+        for (const id of [...node.outputs[0].links]) {
+            const link = app.graph.links.get(id);
+            load.connect(0, app.graph.getNodeById(link.target_id), link.target_slot);
+        }
+        app.graph.remove(node);
+    } else node.mode = act === "bypass" ? 4 : 0;
+    const after = await read();
+    const links = Object.values(after).flatMap(each => Object.values(each.inputs).filter(Array.isArray));
+    done.push({
+        title: node.title, before: count(before, kind), after: count(after, kind),
+        size: [before, after].map(prompt => Object.keys(prompt).length),
+        values: Object.values(after).filter(each => each.class_type === kind).map(each => each.inputs[widget]),
+        loose: links.filter(([id]) => !(id in after)).length,
+        loaded: links.filter(([id]) => after[id]?.class_type === "LoadImage").length,
+    });
+    node.mode = mode;
+    if (entry) entry.value = old;
+}
+return { seen, done };
+"""
+
+
+@pytest.fixture(scope="module", params=RENDERINGS, ids=lambda name: name.replace(" ", "_"))
+def rendered(request, page):
+    """The page in a window of a size that many have."""
+    width, height = WINDOW
+    page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+    page.evaluate("await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', a)", RENDERINGS[request.param])
+    page.settle()
+    yield page
+    page.evaluate("await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+    page.call("Emulation.clearDeviceMetricsOverride")
+    page.clear()
+
+
+@pytest.fixture(scope="module")
+def opened(rendered):
+    """What is seen of a workflow that opens, and what came of the things that its note tells. Each is opened once."""
+    kept = {}
+
+    def look(stem: str) -> dict:
+        if stem not in kept:
+            things = [vars(thing) for thing in TOLD if thing.stem == stem]
+            kept[stem] = rendered.evaluate(OPEN + DO, workflows.read(stem), things)
+        return kept[stem]
+
+    return look
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_it_opens_readable_and_in_order(stem, opened):
+    seen = opened(stem)["seen"]
+    assert seen["scale"] >= SCALE
+    nodes = [(node["name"], grown(node["box"], below=GAP)) for node in seen["nodes"]]
+    touching = [(one[0], other[0]) for one, other in combinations(nodes, 2) if overlap(one[1], other[1])]
+    assert not touching
+    groups = [(group["name"], group["box"]) for group in seen["groups"]]
+    assert not [(one[0], other[0]) for one, other in combinations(groups, 2) if overlap(one[1], other[1])]
+    for node in seen["nodes"]:
+        homes = [box for _, box in groups if overlap(box, node["box"])]
+        assert len(homes) <= 1, node["name"]
+        assert all(holds(box, node["box"]) for box in homes), f"{node['name']} sticks out of its group"
+    assert sum(any(overlap(box, node["box"]) for _, box in groups) for node in seen["nodes"]) == len(seen["nodes"]) - 1
+
+
+def grown(box: list[float], below: float) -> list[float]:
+    left, top, width, height = box
+    return [left, top, width, height + below]
+
+
+def overlap(one: list[float], other: list[float]) -> bool:
+    return all(one[i] < other[i] + other[i + 2] and other[i] < one[i] + one[i + 2] for i in (0, 1))
+
+
+def holds(outer: list[float], inner: list[float]) -> bool:
+    """A pixel over the edge is the border that is drawn around a node."""
+    return all(outer[i] <= inner[i] + 1 and inner[i] + inner[i + 2] <= outer[i] + outer[i + 2] + 1 for i in (0, 1))
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_what_a_note_tells_to_do_works(stem, opened):
+    things = [thing for thing in TOLD if thing.stem == stem]
+    for thing, done in zip(things, opened(stem)["done"], strict=True):
+        assert done["loose"] == 0, "a link leads to nothing"
+        if thing.act == "set":
+            assert thing.value in done["values"]
+            assert done["size"][0] == done["size"][1]
+        elif thing.act == "own":
+            assert done["after"] == done["before"] - 1
+            assert done["loaded"] > 0
+        else:
+            assert done["after"] == done["before"] + (1 if thing.act == "unmute" else -1)
+        note = note_of(stem)
+        assert (thing.widget or thing.called or done["title"]) in note or "line in Panel Layout" in note
+
+
+def test_notes_tell_nothing_that_nobody_has_tried():
+    """Every note says one thing to try, and all that it names to set, bypass or unmute is tried above."""
+    assert {thing.stem for thing in TOLD} == set(STEMS)
+    for stem in STEMS:
+        note, acts = note_of(stem), {thing.act for thing in TOLD if thing.stem == stem}
+        assert "Try:" in note
+        assert ("bypass" in note) == ("bypass" in acts)
+        assert ("unmute" in note) == ("unmute" in acts)
+        assert ("Try: set" in note) <= ("set" in acts)
+
+
+def note_of(stem: str) -> str:
+    return next(node["widgets_values"][0] for node in workflows.read(stem)["nodes"] if node["type"] == "MarkdownNote")
