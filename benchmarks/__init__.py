@@ -6,7 +6,7 @@
     python -m benchmarks.easycontrol    a step with conditions against a step without
     python -m benchmarks.load           how long ComfyUI waits for the pack when it starts
 
-`make bench` runs all five. The repository is importable here as `dit_toolkit`, as in `scripts/`.
+`make bench` runs all six. The repository is importable here as `dit_toolkit`, as in `scripts/`.
 """
 
 import sys
