@@ -18,6 +18,7 @@ WINDOW = (1600, 1000)
 SCALE = 0.66
 # Room for the pack's badge above a node, or for the footer that Nodes 2.0 puts below one whose model is missing.
 GAP = 30
+AFTER_A_RUN = ("CPU 03 canny, subject reference", "CPU 11 subject in a new scene", "CPU 12 try on clothes")
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,14 @@ TOLD = [
 OPEN = """
 await app.loadGraphData(a, true, true, null, { openSource: "template" });
 const wait = () => new Promise(done => requestAnimationFrame(() => setTimeout(done, 60)));
+const there = node => document.querySelector(`[data-node-id="${node.id}"]`);
+const late = () => LiteGraph.vueNodesMode && !app.graph.nodes.every(there);
+for (let turn = 0; turn < 3 || (turn < 60 && late()); turn++) await wait();
+"""
+LOOK = """
+const { scale, offset } = app.canvas.ds;
 const vue = LiteGraph.vueNodesMode;
 const element = node => document.querySelector(`[data-node-id="${node.id}"]`);
-for (let turn = 0; turn < 3 || (vue && turn < 60 && !app.graph.nodes.every(element)); turn++) await wait();
-const { scale, offset } = app.canvas.ds;
 const box = node => {  // in the units of the graph
     if (!vue) return [...node.boundingRect];
     const { x, y, width, height } = element(node).getBoundingClientRect();
@@ -94,6 +99,14 @@ const seen = {
     groups: app.graph.groups.map(group => ({ name: group.title, box: [...group.pos, ...group.size] })),
 };
 """
+
+SHOWING = """() => {
+    const kinds = ["DiTEasyControlApply", "DiTFreeCus", "DiTTryOnPrepare"];
+    const shown = node => LiteGraph.vueNodesMode
+        ? document.querySelectorAll(`[data-node-id="${node.id}"] img`).length : node.imgs?.length;
+    const ours = app.graph.nodes.filter(node => kinds.includes(node.type));
+    return ours.length > 0 && ours.every(shown);
+}"""
 
 # Does what the note tells, one thing after the other, and takes each back.
 DO = """
@@ -157,7 +170,7 @@ def opened(rendered):
     def look(stem: str) -> dict:
         if stem not in kept:
             things = [vars(thing) for thing in TOLD if thing.stem == stem]
-            kept[stem] = rendered.evaluate(OPEN + DO, workflows.read(stem), things)
+            kept[stem] = rendered.evaluate(OPEN + LOOK + DO, workflows.read(stem), things)
         return kept[stem]
 
     return look
@@ -167,6 +180,20 @@ def opened(rendered):
 def test_it_opens_readable_and_in_order(stem, opened):
     seen = opened(stem)["seen"]
     assert seen["scale"] >= SCALE
+    in_order(seen)
+
+
+@pytest.mark.parametrize("stem", AFTER_A_RUN)
+def test_it_is_in_order_after_a_run(stem, rendered, server):
+    """Nodes that show the condition as the model sees it have room for that."""
+    rendered.evaluate(OPEN, workflows.read(stem))
+    server.client.wait(rendered.queue())
+    rendered.settle()
+    rendered.wait_until(f"({SHOWING})()", "pictures are on the nodes", timeout=30)
+    in_order(rendered.evaluate(LOOK + "return seen;"))
+
+
+def in_order(seen: dict) -> None:
     nodes = [(node["name"], grown(node["box"], below=GAP)) for node in seen["nodes"]]
     touching = [(one[0], other[0]) for one, other in combinations(nodes, 2) if overlap(one[1], other[1])]
     assert not touching
