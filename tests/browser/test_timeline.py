@@ -187,10 +187,15 @@ def test_a_run_is_followed_and_stays_with_the_workflow(page, server, mode, tmp_p
         const { element } = seer.widgets.find(widget => widget.name === "evaluations");
         new MutationObserver(() => labels.push(element.getAttribute("aria-label")))
             .observe(element, { attributes: true, attributeFilter: ["aria-label"] });
+        globalThis.ends = [];
+        app.api.addEventListener("dit_toolkit.run_end", ({ detail }) => ends.push(detail), { once: true });
     """)
     server.client.wait(page.queue())
     page.wait_until("labels.at(-1)?.includes('faster') && !labels.at(-1).includes(' of ')", "the run has ended", 30)
 
+    (event,) = page.evaluate("return ends")
+    assert event["tab"], "the server does not bring the mark of the tab back"
+    assert (event["workflow"], event["kind"]) == (page.graph()["id"], "DiTTaylorSeer")
     shown = look(page)
     page.screenshot(tmp_path / f"{mode}.png")
     assert shown["marks"] == MARKS
@@ -361,6 +366,7 @@ def test_the_mark_of_a_tab_is_in_nothing_but_the_prompt(page, mode):
     """It would be an edit, and a picture that is opened would bring that of another tab along."""
     page.evaluate(NEW_TAB)
     build(page)
+    page.prompt()  # numbers the nodes in the order in which they run, which is an edit
     page.evaluate(CAPTURE)
     steps = "return app.extensionManager.workflow.activeWorkflow.changeTracker.undoQueue.length"
     before = page.evaluate(steps)
@@ -384,6 +390,7 @@ def test_events_may_be_faster_than_the_answer_to_the_prompt(page, mode):
 def test_a_run_is_no_edit(page, mode):
     """It is in every state that undo knows: no step of its own, not taken back, and nothing that wants saving."""
     build(page)
+    page.prompt()  # numbers the nodes in the order in which they run, which is an edit
     page.evaluate("app.canvas.emitBeforeChange(); app.canvas.emitAfterChange();")
     page.evaluate("app.canvas.emitBeforeChange(); seer.title = 'Renamed'; app.canvas.emitAfterChange();")
     page.evaluate("app.extensionManager.workflow.activeWorkflow.changeTracker.reset()")  # as saving does
