@@ -1,4 +1,4 @@
-"""Which node of which prompt is running, and which of a report's runs a link leads back to."""
+"""Which node of which prompt is running, where it was queued, and which of a report's runs a link leads back to."""
 
 from __future__ import annotations
 
@@ -19,6 +19,22 @@ class Origin(NamedTuple):
 NOBODY = Origin()  # a script, without a prompt
 
 
+class Sender(NamedTuple):
+    """Where a node of a prompt is on the page: the graph's id, the mark of the page's tab, and the kind of the node.
+
+    The page makes a mark when it queues (`web/step_cache.js`): two tabs of one template have graphs of the same id. A
+    program that queues may give none of the three.
+    """
+
+    workflow: str | None = None
+    tab: str | None = None
+    kind: str | None = None
+
+
+NOWHERE = Sender()
+MARK = "dit_toolkit.tab"  # in the graph's "extra"
+
+
 class HasOrigin(Protocol):
     @property
     def origin(self) -> Origin: ...
@@ -32,6 +48,17 @@ def running() -> Origin:
     """The node that runs now. Only ComfyUI's own thread knows it, so call this when a run starts."""
     context = get_executing_context()
     return NOBODY if context is None else Origin(context.prompt_id, context.node_id, context.list_index)
+
+
+def sender_of(server: Any, prompt: str | None, node: str | None) -> Sender:
+    """Where the page has `node` of a running prompt, as far as ComfyUI's server was told when it was queued."""
+    running_prompts, _ = server.prompt_queue.get_current_queue_volatile()
+    for _number, number, nodes, extra, *_rest in running_prompts:
+        if number == prompt:
+            graph = _within(extra, "extra_pnginfo", "workflow")
+            found = _within(graph, "id"), _within(graph, "extra", MARK), _within(nodes, node, "class_type")
+            return Sender(*(value if isinstance(value, str) else None for value in found))
+    return NOWHERE
 
 
 def runs_before(runs: Sequence[RunT], link: Any, inputs_of: InputsOf, item: int | None) -> list[RunT]:
@@ -66,6 +93,13 @@ def run_of(runs: Sequence[RunT], node: str, item: int | None) -> RunT:
     mine = [run for run in runs if run.origin.node == node]
     newest = [run for run in mine if run.origin.prompt == mine[-1].origin.prompt]
     return next((run for run in reversed(newest) if run.origin.item == item), newest[-1])
+
+
+def _within(value: Any, *keys: str | None) -> Any:
+    """`value[key][key]...`, or None where there is no such thing: programs send what they like."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def _is_link(value: Any) -> bool:

@@ -19,9 +19,6 @@ SCRIPTS = sorted((ROOT / "web").rglob("*.js"))
 ACCELERATORS = {"NVIDIA CUDA", "AMD ROCm", "Intel Arc", "Apple Metal"}
 SHARED = ("app", "api", "LiteGraph", "window", "globalThis", "document")
 
-# The page tells nobody which workflow a prompt was sent from, so the strip of the step caches listens at the call.
-KNOWN = {"step_cache.js": ["api.queuePrompt"]}
-
 every_python = pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
 every_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 
@@ -63,7 +60,7 @@ def test_what_all_packs_share_is_left_as_it_is(path):
     text = path.read_text(encoding="utf-8")
     written = re.findall(rf"^\s*((?:{'|'.join(SHARED)})(?:\.\w+)+) = ", text, re.M)
     written += re.findall(rf"Object\.(?:assign|define\w+)\(((?:{'|'.join(SHARED)})(?:\.\w+)*),", text)
-    assert written == KNOWN.get(path.name, [])
+    assert written == []
 
 
 @every_script

@@ -3,7 +3,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { addElement, after, fit } from "./lib/place.js";
-import { Runs, originOf, savedNodeAt } from "./lib/runs.js";
+import { MARK, Runs, Tabs, savedNodeAt } from "./lib/runs.js";
 import {
   PROPERTY,
   SHOWN_ON,
@@ -83,7 +83,8 @@ class View {
     this.element.setAttribute("role", "img");
     this.element.append(this.strip, this.words);
     for (const kind of ["wheel", "pointerdown"]) this.element.addEventListener(kind, passOn, { passive: false });
-    addElement(node, "evaluations", this.element, STYLE, () => HEIGHT);
+    const widget = addElement(node, "evaluations", this.element, STYLE, () => HEIGHT);
+    after(widget, "beforeQueued", mark);
     fit(node);
     this.draw();
   }
@@ -147,29 +148,26 @@ function passOn(event) {
 
 // Which run is whose
 
+const tabs = new Tabs();
 const runs = new Runs();
 let loading = false; // the graph on the canvas is one workflow's, and the page still says another
 
-/** Note from which workflow a prompt is sent, and the number that the server gives it. */
-function watchPrompts() {
-  const { queuePrompt } = api; // keep whoever was there before us
-  api.queuePrompt = async function (...args) {
-    const origin = originOf(args[1], app.extensionManager?.workflow ?? {}, SHOWN_ON);
-    const answer = await queuePrompt.apply(this, args);
-    if (origin && answer?.prompt_id) {
-      runs.sent(answer.prompt_id, origin);
-      runs.shown(answer.prompt_id).forEach(receive); // events may be faster than the answer
-    }
-    return answer;
-  };
+/**
+ * Let the prompt that is queued now carry the mark of its tab. The page writes the graph down before it does anything
+ * else; then the mark goes, as it would else be an edit.
+ */
+function mark() {
+  const { id, extra } = graph();
+  extra[MARK] = tabs.mark(id, workflows());
+  queueMicrotask(() => delete extra[MARK]);
 }
 
 function follow(kind) {
   api.addEventListener(`dit_toolkit.${kind}`, ({ detail }) => {
-    if (!detail?.prompt_id) return;
-    runs.told(detail, (state) => NEXT[kind](state, detail), nothing());
+    if (!detail?.prompt_id || !SHOWN_ON.has(detail.kind)) return;
     // None is found for a prompt of another window or of a program.
-    runs.shown(detail.prompt_id).filter(({ node }) => node === detail.node).forEach(receive);
+    const run = runs.told(detail, tabs.originOf(detail, workflows()), (state) => NEXT[kind](state, detail), nothing());
+    if (run) receive(run);
   });
 }
 
@@ -180,9 +178,9 @@ function receive(run) {
 
 /** Draw a run on its node, if that is on the canvas. */
 function show({ origin, node: id, state }) {
-  const isOpen = app.extensionManager.workflow.activeWorkflow === origin.workflow && graph()?.id === origin.graph;
+  const isOpen = workflows().activeWorkflow === origin.workflow && graph()?.id === origin.graph;
   const node = isOpen && !loading ? nodeAt(graph(), id) : null;
-  if (!node || node.comfyClass !== origin.kinds.get(id)) return; // of another tab, deleted or replaced meanwhile
+  if (!node || node.comfyClass !== origin.kind) return; // of another tab, deleted or replaced meanwhile
   if (state.phase === "ended") node.properties[PROPERTY] = pack(state);
   views.get(node)?.show(state);
 }
@@ -196,26 +194,27 @@ function keep({ origin, node: id, state }) {
   const { initialState, activeState, undoQueue = [], redoQueue = [] } = tracker ?? {};
   for (const saved of [initialState, activeState, ...undoQueue, ...redoQueue]) {
     const node = saved?.id === origin.graph ? savedNodeAt(saved, id) : null;
-    if (node?.type === origin.kinds.get(id)) node.properties = { ...node.properties, [PROPERTY]: pack(state) };
+    if (node?.type === origin.kind) node.properties = { ...node.properties, [PROPERTY]: pack(state) };
   }
 }
 
 const graph = () => app.rootGraph ?? app.graph;
+const workflows = () => app.extensionManager?.workflow ?? {};
 
 app.registerExtension({
   name: "dittoolkit.step_cache",
   init() {
     for (const kind of Object.keys(NEXT)) follow(kind); // the page calls an event that nobody waits for an error
-    watchPrompts();
   },
-  beforeConfigureGraph() {
+  beforeConfigureGraph(saved) {
     loading = true;
+    delete saved?.extra?.[MARK]; // a graph out of a picture has that of its prompt
   },
   /** A tab is opened, perhaps during its run. The page says which one as soon as all extensions are done. */
   afterConfigureGraph() {
     setTimeout(() => {
       loading = false;
-      runs.shown().forEach(show);
+      runs.all().forEach(show);
     });
   },
   nodeCreated(node) {

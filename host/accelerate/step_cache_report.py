@@ -1,7 +1,8 @@
 """The report of a step cache, filled while samplers run: live events for the page, a summary for the log, and a text.
 
 The page receives `dit_toolkit.run_start`, `dit_toolkit.evaluation` and `dit_toolkit.run_end`, each with the ids of the
-step cache's node and of the running prompt. Only the page that sent the prompt receives them.
+step cache's node and of the running prompt, and with the workflow that it was queued from. Only the page that sent the
+prompt receives them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from ..execution import NOBODY, Origin, running
+from ..execution import NOBODY, NOWHERE, Origin, Sender, running, sender_of
 from .report import NodeReport
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class StepCacheRunReport:
     seconds: float | None = None  # of the whole run; None until it is over
     interrupted: bool = False
     origin: Origin = NOBODY  # the node that runs the sampler
+    sender: Sender = NOWHERE  # where the page has the step cache's node
 
     @property
     def computed(self) -> int:
@@ -113,7 +115,10 @@ class StepCacheReport(NodeReport[StepCacheRunReport]):
 
     def start(self, planned: int | None) -> StepCacheRunReport:
         number = self.runs[-1].number + 1 if self.runs else 1
-        run = self.record(StepCacheRunReport(number, self.method, planned, origin=running()))
+        origin, server = running(), page_server()
+        isolated = server is None or origin.prompt is None  # a script
+        sender = NOWHERE if isolated else sender_of(server, origin.prompt, self.node)
+        run = self.record(StepCacheRunReport(number, self.method, planned, origin=origin, sender=sender))
         self._send("run_start", run, planned=planned, method=self.method)
         return run
 
@@ -133,7 +138,8 @@ class StepCacheReport(NodeReport[StepCacheRunReport]):
         server = page_server()
         if self.node is None or run.origin.prompt is None or server is None or not server.client_id:
             return  # without a receiver, the event would reach every page
-        data = {"node": self.node, "prompt_id": run.origin.prompt, "run": run.number, **values}
+        ids = {"node": self.node, "prompt_id": run.origin.prompt, "run": run.number}
+        data = {**ids, **run.sender._asdict(), **values}
         server.send_sync(f"dit_toolkit.{event}", data, server.client_id)
 
 

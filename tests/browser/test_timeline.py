@@ -60,12 +60,19 @@ return {
         .some(element => widget.element.contains(element)),
 };
 """
-# The page sends what is on the canvas, and gets `a` as its number from a server that does not run it.
-ANSWER = """
+# Run is pressed, and the page gets `a` as the prompt's number from a server that does not run it. The events `b` are
+# faster than the answer. With `c` another extension sends what is on the canvas, without pressing Run.
+QUEUE = """
 const { fetchApi } = app.api;
-app.api.fetchApi = async () => new Response(JSON.stringify({ prompt_id: a, number: 1, node_errors: {} }));
+app.api.fetchApi = async function (route, options) {
+    if (route !== "/prompt") return fetchApi.call(this, route, options);
+    (globalThis.prompts ??= {})[a] = JSON.parse(options.body);
+    if (b) await tell(b);
+    return new Response(JSON.stringify({ prompt_id: a, number: 1, node_errors: {} }));
+};
 try {
-    await app.api.queuePrompt(0, await app.graphToPrompt());
+    if (c) await app.api.queuePrompt(0, await app.graphToPrompt());
+    else await app.queuePrompt(0);
 } finally {
     app.api.fetchApi = fetchApi;
 }
@@ -74,9 +81,21 @@ FIND = "globalThis.seer = app.graph.nodes.find(node => node.comfyClass === 'DiTT
 KEPT = "return seer.properties['dit_toolkit.timeline'] ?? null"  # in the workflow, when it is saved
 NEW_TAB = "await app.extensionManager.command.execute('Comfy.NewBlankWorkflow')"
 CAPTURE = "window.dispatchEvent(new MouseEvent('mouseup'))"  # ComfyUI looks for changes
-SEND = """
-for (const [kind, detail] of a) app.api.dispatchEvent(new CustomEvent(`dit_toolkit.${kind}`, { detail }));
-await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+# Events as the server sends them: with what it was told when their prompt was queued.
+TELL = """
+globalThis.tell = async events => {
+    for (const [kind, each] of events) {
+        const sent = globalThis.prompts?.[each.prompt_id];
+        const { id, extra } = sent?.extra_data.extra_pnginfo.workflow ?? {};
+        const sender = {
+            workflow: id ?? null,
+            tab: extra?.["dit_toolkit.tab"] ?? null,
+            kind: sent?.prompt[each.node]?.class_type ?? null,
+        };
+        app.api.dispatchEvent(new CustomEvent(`dit_toolkit.${kind}`, { detail: { ...sender, ...each } }));
+    }
+    await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+};
 """
 
 
@@ -87,6 +106,7 @@ def mode(request, page):
     page.clear()
     page.forget_errors()
     page.evaluate("app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 60];")
+    page.evaluate(TELL)
     yield request.param
     page.clear()
     choose(page, False)
@@ -138,18 +158,21 @@ def end(run=1, node=None, **values) -> tuple:
     }  # fmt: skip
 
 
-def sent(page) -> str:
+def sent(page, events=None, by_another=False) -> str:
     """The number of a prompt that the page has sent, of what is on the canvas."""
     prompt = f"prompt {next(NUMBERS)}"
-    page.evaluate(ANSWER, prompt)
+    page.evaluate(QUEUE, prompt, events and named(page, events, prompt), by_another)
     return prompt
+
+
+def named(page, events, prompt, node=None) -> list:
+    own = node or page.evaluate("return String(seer.id)")
+    return [[kind, {**detail, "prompt_id": prompt, "node": detail["node"] or own}] for kind, detail in events]
 
 
 def send(page, *events, node=None, prompt=None) -> None:
     """As the server sends them; to `seer` where no other node is named, of a prompt of its own where none is named."""
-    own = node or page.evaluate("return String(seer.id)")
-    names = {"prompt_id": prompt or sent(page)}
-    page.evaluate(SEND, [[kind, {**detail, **names, "node": detail["node"] or own}] for kind, detail in events])
+    page.evaluate("await tell(a)", named(page, events, prompt or sent(page), node))
 
 
 def test_a_run_is_followed_and_stays_with_the_workflow(page, server, mode, tmp_path):
@@ -164,10 +187,15 @@ def test_a_run_is_followed_and_stays_with_the_workflow(page, server, mode, tmp_p
         const { element } = seer.widgets.find(widget => widget.name === "evaluations");
         new MutationObserver(() => labels.push(element.getAttribute("aria-label")))
             .observe(element, { attributes: true, attributeFilter: ["aria-label"] });
+        globalThis.ends = [];
+        app.api.addEventListener("dit_toolkit.run_end", ({ detail }) => ends.push(detail), { once: true });
     """)
     server.client.wait(page.queue())
     page.wait_until("labels.at(-1)?.includes('faster') && !labels.at(-1).includes(' of ')", "the run has ended", 30)
 
+    (event,) = page.evaluate("return ends")
+    assert event["tab"], "the server does not bring the mark of the tab back"
+    assert (event["workflow"], event["kind"]) == (page.graph()["id"], "DiTTaylorSeer")
     shown = look(page)
     page.screenshot(tmp_path / f"{mode}.png")
     assert shown["marks"] == MARKS
@@ -298,11 +326,63 @@ def test_a_run_is_shown_and_kept_in_the_tab_that_it_is_of(page, mode):
     assert page.errors() == []
 
 
+def test_two_tabs_of_one_template_are_two(page, mode):
+    """The page gives both graphs the id that is in the file, and all nodes have the same numbers."""
+    build(page)
+    saved = page.graph()
+    prompts = []
+    for _ in range(2):
+        page.evaluate(NEW_TAB)
+        page.evaluate("await app.loadGraphData(a, true, true, 'one template')", saved)
+        page.evaluate(FIND)
+        prompts.append(sent(page))
+    ids = page.evaluate("return app.extensionManager.workflow.openWorkflows.map(each => each.activeState?.id)")
+    assert ids[-1] == saved["id"]
+    assert ids.count(saved["id"]) >= 2, "the page tells them apart: there is an easier way than marks"
+
+    send(page, start(), evaluation(0, True), end(), prompt=prompts[0])
+    send(page, start(), evaluation(0, True), evaluation(1, False), end(), prompt=prompts[1])
+    assert shows(page, "#.")
+    unmarked = sent(page, by_another=True)
+    send(page, start(), evaluation(0, True), evaluation(1, True), end(), prompt=unmarked)
+    assert look(page)["marks"] == "#.", "nobody knows which of the two it is of"
+    switch(page, "Previous")  # the empty one in between
+    page.evaluate("await app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+    page.evaluate(FIND)
+    assert shows(page, "#")
+    assert page.evaluate(KEPT)["marks"] == "#"
+    assert page.errors() == []
+
+
+def test_a_prompt_that_another_extension_sends_is_shown(page, mode):
+    page.evaluate(NEW_TAB)
+    build(page)
+    send(page, start(), evaluation(0, True), end(), prompt=sent(page, by_another=True))
+    assert shows(page, "#")
+    assert page.evaluate(KEPT)["marks"] == "#"
+
+
+def test_the_mark_of_a_tab_is_in_nothing_but_the_prompt(page, mode):
+    """It would be an edit, and a picture that is opened would bring that of another tab along."""
+    page.evaluate(NEW_TAB)
+    build(page)
+    page.prompt()  # numbers the nodes in the order in which they run, which is an edit
+    page.evaluate(CAPTURE)
+    steps = "return app.extensionManager.workflow.activeWorkflow.changeTracker.undoQueue.length"
+    before = page.evaluate(steps)
+    prompt = sent(page)
+    graph = page.evaluate("return prompts[a].extra_data.extra_pnginfo.workflow", prompt)
+    assert graph["extra"]["dit_toolkit.tab"]
+    page.evaluate(CAPTURE)
+    assert page.evaluate(steps) == before
+    assert "dit_toolkit.tab" not in page.graph()["extra"]
+    page.load_workflow(graph)
+    assert "dit_toolkit.tab" not in page.graph()["extra"]
+
+
 def test_events_may_be_faster_than_the_answer_to_the_prompt(page, mode):
     build(page)
-    send(page, start(), evaluation(0, True), end(), prompt="early")
-    assert look(page)["marks"] == ""
-    page.evaluate(ANSWER, "early")
+    sent(page, [start(), evaluation(0, True), end()])
     assert shows(page, "#")
     assert page.evaluate(KEPT)["marks"] == "#"
 
@@ -310,6 +390,7 @@ def test_events_may_be_faster_than_the_answer_to_the_prompt(page, mode):
 def test_a_run_is_no_edit(page, mode):
     """It is in every state that undo knows: no step of its own, not taken back, and nothing that wants saving."""
     build(page)
+    page.prompt()  # numbers the nodes in the order in which they run, which is an edit
     page.evaluate("app.canvas.emitBeforeChange(); app.canvas.emitAfterChange();")
     page.evaluate("app.canvas.emitBeforeChange(); seer.title = 'Renamed'; app.canvas.emitAfterChange();")
     page.evaluate("app.extensionManager.workflow.activeWorkflow.changeTracker.reset()")  # as saving does

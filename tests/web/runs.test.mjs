@@ -3,88 +3,105 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { Runs, originOf, savedNodeAt } from "../../web/lib/runs.js";
+import { Runs, Tabs, savedNodeAt } from "../../web/lib/runs.js";
 
-const SHOWN = new Set(["Seer"]);
 const workflow = (id) => ({ activeState: { id } });
-const data = (graph, output = { 5: { class_type: "Seer" }, 6: { class_type: "Other" } }) => ({
-  workflow: { id: graph },
-  output,
-});
-const origin = (from) => ({ workflow: from, graph: "g", kinds: new Map([["5", "Seer"]]) });
-const told = (runs, prompt, node, word) => runs.told({ prompt_id: prompt, node }, (said) => `${said}${word}`, "");
+const open = (...openWorkflows) => ({ activeWorkflow: openWorkflows[0], openWorkflows });
+const event = (tab, graph, kind = "Seer") => ({ tab, workflow: graph, kind });
+const origin = (from) => ({ workflow: from, graph: "g", kind: "Seer" });
+const told = (runs, prompt, node, word, from) =>
+  runs.told({ prompt_id: prompt, node }, from, (said) => `${said}${word}`, "");
 
-test("a prompt comes from the workflow whose graph it is, also when the user has gone to another tab since", () => {
+test("a prompt is of the tab that queued it, whichever tab is looked at since", () => {
   const [first, second] = [workflow("a"), workflow("b")];
-  const open = { activeWorkflow: first, openWorkflows: [first, second] };
-  assert.equal(originOf(data("a"), open, SHOWN).workflow, first);
-  assert.equal(originOf(data("b"), open, SHOWN).workflow, second);
-  assert.equal(originOf(data("c"), open, SHOWN).workflow, first, "a graph that nobody knows: of the open tab");
-  const twins = { activeWorkflow: second, openWorkflows: [workflow("b"), second] };
-  assert.equal(originOf(data("b"), twins, SHOWN).workflow, second, "one template, opened twice");
+  const tabs = new Tabs();
+  const [one, two] = [tabs.mark("a", open(first, second)), tabs.mark("b", open(second, first))];
+  assert.deepEqual(tabs.originOf(event(one, "a"), open(second, first)), { workflow: first, graph: "a", kind: "Seer" });
+  assert.equal(tabs.originOf(event(two, "b"), open(first, second)).workflow, second);
+  assert.equal(tabs.mark("a", open(first, second)), one, "a tab keeps its mark");
 });
 
-test("a prompt without a node of ours is none of our business", () => {
-  const open = { activeWorkflow: workflow("a"), openWorkflows: [] };
-  assert.deepEqual([...originOf(data("a"), open, SHOWN).kinds], [["5", "Seer"]]);
-  for (const odd of [data("a", { 6: { class_type: "Other" } }), data("a", {}), {}, undefined, null, { output: { 5: null } }])
-    assert.equal(originOf(odd, open, SHOWN), null);
+test("two tabs of one template have graphs of the same number, and marks of their own", () => {
+  const twins = [workflow("a"), workflow("a")];
+  const tabs = new Tabs();
+  const marks = [tabs.mark("a", open(...twins)), tabs.mark("a", open(...twins.toReversed()))];
+  for (const here of [open(...twins), open(...twins.toReversed())])
+    marks.forEach((mark, index) => assert.equal(tabs.originOf(event(mark, "a"), here).workflow, twins[index]));
 });
 
-test("nothing is shown of a prompt that this page has not sent", () => {
+test("while a tab is opened, the graph on the canvas says which one it is", () => {
+  const [first, second] = [workflow("a"), workflow("b")];
+  const tabs = new Tabs();
+  const whose = (graph) => tabs.originOf(event(tabs.mark(graph, open(first, second)), graph), open(first, second)).workflow;
+  assert.equal(whose("b"), second);
+  assert.equal(whose("c"), first, "a graph that nobody knows yet: of the open tab");
+  assert.equal(tabs.mark("a", {}), null);
+});
+
+test("a prompt without a mark is of the only tab with its graph", () => {
+  const [first, second] = [workflow("a"), workflow("b")];
+  const tabs = new Tabs();
+  assert.equal(tabs.originOf(event(null, "b"), open(first, second)).workflow, second);
+  assert.equal(tabs.originOf(event(null, "c"), open(first, second)), null);
+  assert.equal(tabs.originOf(event(null, "b"), open(second, workflow("b"))), null, "which of two, nobody knows");
+});
+
+test("nothing is shown of a prompt that is not of this page", () => {
+  const tabs = new Tabs();
+  const here = open(workflow("a"));
+  const earlier = new Tabs().mark("a", here);
+  assert.equal(tabs.originOf(event(earlier, "a"), here), null, "of the page before it was opened again");
+  const mark = tabs.mark("a", here);
+  assert.notEqual(mark, earlier);
+  for (const odd of [event(mark, null), event(mark, "a", null), event(null, null), {}])
+    assert.equal(tabs.originOf(odd, here), null);
   const runs = new Runs();
-  told(runs, "theirs", "5", "x");
-  assert.deepEqual(runs.shown("theirs"), []);
-  assert.deepEqual(runs.shown(), []);
+  assert.equal(told(runs, "theirs", "5", "x", null), null);
+  assert.deepEqual(runs.all(), []);
 });
 
-test("events and the answer to the prompt may come in any order", () => {
-  const from = origin(workflow("g"));
-  const late = new Runs();
-  told(late, "p", "5", "a");
-  told(late, "p", "5", "b");
-  late.sent("p", from);
-  const early = new Runs();
-  early.sent("p", from);
-  told(early, "p", "5", "a");
-  told(early, "p", "5", "b");
-  for (const runs of [late, early]) assert.deepEqual(runs.shown("p"), [{ origin: from, node: "5", state: "ab" }]);
+test("a tab that queues again and again keeps its mark, however many others there are", () => {
+  const tabs = new Tabs();
+  const mine = open(workflow("a"));
+  const mark = tabs.mark("a", mine);
+  for (let index = 0; index < 300; index++) {
+    tabs.mark("b", open(workflow("b")));
+    if (index % 50 === 0) tabs.mark("a", mine);
+  }
+  assert.equal(tabs.originOf(event(mark, "a"), mine)?.workflow, mine.activeWorkflow);
 });
 
-test("a node that the prompt did not have, or had as another kind, is not its node", () => {
+test("a run stays where it began", () => {
   const runs = new Runs();
-  runs.sent("p", origin(workflow("g")));
-  for (const node of ["6", "7", "5:5", undefined]) told(runs, "p", node, "x");
-  assert.deepEqual(runs.shown("p"), []);
+  const [first, second] = [origin(workflow("g")), origin(workflow("g"))];
+  told(runs, "p", "5", "a", first);
+  told(runs, "p", "5", "b", second);
+  assert.equal(told(runs, "p", "5", "c", null).state, "abc");
+  assert.equal(runs.all().length, 1);
+  assert.equal(runs.all()[0].origin, first);
 });
 
 test("runs of two workflows and two nodes do not mix, and the newest comes last", () => {
   const [first, second] = [origin(workflow("g")), origin(workflow("g"))];
   const runs = new Runs();
-  runs.sent("1", first);
-  runs.sent("2", second);
-  runs.sent("3", first);
-  told(runs, "1", "5", "a");
-  told(runs, "2", "5", "b");
-  told(runs, "3", "5", "c");
-  told(runs, "1", "5", "d");
-  assert.deepEqual(runs.shown().map(({ origin: { workflow: from }, state }) => [from, state]), [
-    [first.workflow, "ad"],
-    [second.workflow, "b"],
-    [first.workflow, "c"],
+  told(runs, "1", "5", "a", first);
+  told(runs, "2", "5", "b", second);
+  told(runs, "3", "5", "c", first);
+  told(runs, "1", "5", "d", first);
+  told(runs, "1", "6", "e", first);
+  assert.deepEqual(runs.all().map(({ origin: { workflow: from }, node, state }) => [from, node, state]), [
+    [first.workflow, "5", "ad"],
+    [first.workflow, "6", "e"],
+    [second.workflow, "5", "b"],
+    [first.workflow, "5", "c"],
   ]);
 });
 
-test("a long queue is remembered, and what is over is forgotten in the end", () => {
+test("what is over is forgotten in the end", () => {
   const runs = new Runs();
-  const from = origin(workflow("g"));
-  for (let index = 0; index < 500; index++) runs.sent(`${index}`, from);
-  for (let index = 0; index < 500; index++) {
-    told(runs, `${index}`, "5", index);
-    assert.equal(runs.shown(`${index}`)[0].state, `${index}`);
-  }
-  assert.equal(runs.shown().length, 20);
-  assert.equal(runs.shown().at(-1).state, "499");
+  for (let index = 0; index < 500; index++) told(runs, `${index}`, "5", index, origin(workflow("g")));
+  assert.equal(runs.all().length, 20);
+  assert.equal(runs.all().at(-1).state, "499");
 });
 
 test("a saved graph has its nodes where the execution id says, through subgraphs too", () => {

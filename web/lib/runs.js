@@ -1,56 +1,66 @@
 // Whose run an event of the server tells of.
 //
-// Tabs of one page have nodes of the same numbers, and other windows and programs send prompts too. So the page notes
-// from which workflow it sends a prompt, and every event names its prompt. Nothing here knows the page, so that Node
-// can test it.
+// Tabs of one page have nodes of the same numbers, two tabs of one template have graphs of the same id, and other
+// windows and programs send prompts too. So every tab gets a mark that travels with its prompts, and every event brings
+// back the mark, the graph's id, and the kind of its node. Nothing here knows the page, so that Node can test it.
 
-const MOST_PROMPTS = 1000; // that were sent; a long queue is still to run
+const MOST_TABS = 100; // that have queued
 const MOST_RUNS = 20; // whose states are kept: of earlier ones, the nodes themselves keep the last
 
-/**
- * Where a prompt comes from that the page sends now: the workflow, the number of its graph, which is another once the
- * workflow was emptied, and the kind of each node in `shown`. Null when there is none.
- *
- * @param data what the page sends: the prompt as `output`, the graph as `workflow`.
- * @param workflows ComfyUI's own store of them.
- */
-export function originOf(data, { activeWorkflow, openWorkflows }, shown) {
-  const graph = data?.workflow?.id;
-  const isOf = (workflow) => workflow?.activeState?.id === graph;
-  // The user may have gone to another tab while the prompt was put together.
-  const workflow = isOf(activeWorkflow) ? activeWorkflow : (openWorkflows?.find(isOf) ?? activeWorkflow);
-  const nodes = Object.entries(data?.output ?? {}).map(([id, node]) => [id, node?.class_type]);
-  const kinds = new Map(nodes.filter(([, kind]) => shown.has(kind)));
-  return kinds.size ? Object.freeze({ workflow, graph, kinds }) : null;
+export const MARK = "dit_toolkit.tab"; // in the "extra" of a graph that is sent; `host/execution.py` reads it
+
+/** The marks of the tabs that have queued in this page, since it was opened. */
+export class Tabs {
+  #workflows = new Map(); // mark -> workflow, that queued last at the end
+  #marks = new WeakMap();
+  #page = Math.random().toString(36).slice(2); // a page that is opened again must not take the old one's runs
+  #count = 0;
+
+  /** The mark of the tab that queues `graph` now. */
+  mark(graph, { activeWorkflow, openWorkflows }) {
+    const isOf = (workflow) => workflow?.activeState?.id === graph;
+    // While a tab is opened, its graph may be on the canvas and the page still say another.
+    const workflow = isOf(activeWorkflow) ? activeWorkflow : (openWorkflows?.find(isOf) ?? activeWorkflow);
+    if (!workflow) return null;
+    const mark = this.#marks.get(workflow) ?? `${this.#page}-${++this.#count}`;
+    this.#marks.set(workflow, mark);
+    this.#workflows.delete(mark);
+    this.#workflows.set(mark, workflow);
+    shorten(this.#workflows, MOST_TABS);
+    return mark;
+  }
+
+  /**
+   * Where the node of an event is: its workflow, the id of its graph, which is another once the workflow was emptied,
+   * and the node's kind. Null when that is not in this page. A prompt without a mark, as other extensions may send, is
+   * of the only tab with its graph.
+   */
+  originOf({ tab, workflow: graph, kind }, { openWorkflows }) {
+    if (!graph || !kind) return null;
+    const same = tab ? [] : (openWorkflows ?? []).filter((workflow) => workflow?.activeState?.id === graph);
+    const workflow = tab ? this.#workflows.get(tab) : same.length === 1 ? same[0] : null;
+    return workflow ? Object.freeze({ workflow, graph, kind }) : null;
+  }
 }
 
-/** What is known of the runs of prompts, whichever comes first: the prompt's origin or its events. */
+/** The runs of this page's prompts, of each node the newest state. */
 export class Runs {
-  #origins = new Map(); // prompt -> origin
-  #states = new Map(); // prompt -> execution id of a node -> state
+  #runs = new Map(); // prompt -> execution id of a node -> run
 
-  /** The server took a prompt. */
-  sent(prompt, origin) {
-    this.#origins.set(prompt, origin);
-    shorten(this.#origins, MOST_PROMPTS);
+  /** An event: `next` makes of a state, or of `first`, the one that follows. Null for a run of `origin` null. */
+  told({ prompt_id: prompt, node }, origin, next, first) {
+    const runs = this.#runs.get(prompt) ?? new Map();
+    const run = runs.get(node) ?? (origin && { origin, node, state: first });
+    if (!run) return null;
+    const told = { ...run, state: next(run.state) };
+    this.#runs.set(prompt, runs.set(node, told));
+    shorten(this.#runs, MOST_RUNS);
+    return told;
   }
 
-  /** An event: `next` makes of a state, or of `first`, the one that follows. */
-  told({ prompt_id: prompt, node }, next, first) {
-    const states = this.#states.get(prompt) ?? new Map();
-    states.set(node, next(states.get(node) ?? first));
-    this.#states.set(prompt, states);
-    shorten(this.#states, MOST_RUNS);
-  }
-
-  /** What is to be shown, the newest run last: `origin`, `node` and `state`. Of one prompt, or of all. */
-  shown(prompt = null) {
-    const prompts = prompt === null ? [...this.#states.keys()] : [prompt];
-    return prompts.flatMap((each) => {
-      const origin = this.#origins.get(each);
-      const states = [...(this.#states.get(each) ?? [])].filter(([node]) => origin?.kinds.has(node));
-      return states.map(([node, state]) => ({ origin, node, state }));
-    });
+  /** All of them, those of the newest prompt last. */
+  all() {
+    return [...this.#runs.values()].flatMap((runs) => [...runs.values()]);
   }
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from threading import Thread
+from types import SimpleNamespace
 
 import comfy.model_management
 import pytest
@@ -38,6 +39,11 @@ def page(monkeypatch):
 
         def __init__(self):
             self.sent = []
+            self.running = []
+            self.prompt_queue = SimpleNamespace(get_current_queue_volatile=lambda: (self.running, []))
+
+        def run(self, prompt, nodes, extra):
+            self.running.append((7, prompt, nodes, extra, ["20"], {}))
 
         def send_sync(self, event, data, sid=None):
             assert sid == self.client_id  # other tabs have other workflows, with nodes of the same ids
@@ -138,6 +144,24 @@ def test_the_page_is_told_of_every_evaluation_as_it_happens(tiny_flux, page):
     assert (end["computed"], end["forecast"], end["interrupted"]) == (4, 2, False)
     sample(model, 6)
     assert page.sent[-1][1]["run"] == 2
+
+
+def test_an_event_says_which_workflow_and_tab_it_is_of_and_the_kind_of_the_node(tiny_flux, page):
+    """All that it takes to find the node: numbers of nodes and ids of graphs are not the page's alone."""
+    graph = {"id": "graph 1", "extra": {"dit_toolkit.tab": "tab 1", "ds": {}}}
+    page.run("prompt 0", {"17": {"class_type": "Other"}}, {"extra_pnginfo": {"workflow": {"id": "graph 0"}}})
+    page.run("prompt 1", {"17": {"class_type": "Seer"}}, {"client_id": "tab", "extra_pnginfo": {"workflow": graph}})
+    model = cached(tiny_flux, Interval(2, 2), report=StepCacheReport("Test", node="17"))
+    sample(model, 3)
+    assert [event for event, _ in page.sent].count("dit_toolkit.evaluation") == 3
+    assert {(data["workflow"], data["tab"], data["kind"]) for _, data in page.sent} == {("graph 1", "tab 1", "Seer")}
+
+
+@pytest.mark.parametrize("extra", [{}, {"extra_pnginfo": None}, {"extra_pnginfo": {"workflow": "text"}}, None])
+def test_a_program_may_queue_without_a_workflow(tiny_flux, page, extra):
+    page.run("prompt 1", {"16": {"class_type": "Seer"}}, extra)
+    sample(cached(tiny_flux, Interval(2, 2), report=StepCacheReport("Test", node="17")), 3)
+    assert {(data["workflow"], data["tab"], data["kind"]) for _, data in page.sent} == {(None, None, None)}
 
 
 def test_a_node_without_an_id_and_a_page_that_is_not_there_are_no_matter(tiny_flux, page, monkeypatch):
