@@ -33,9 +33,9 @@ def makers() -> dict[str, Maker]:
 
 
 def thumbnails() -> dict[str, str]:
-    """The path of each workflow's thumbnail, and the workflow's title. Apps have none."""
+    """The path of each workflow's thumbnail, and the workflow's title. An app comes after its workflow."""
     stems = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
-    return {f"workflows/{stem}.jpg": stem for stem in stems if not stem.endswith(".app")}
+    return {f"workflows/{stem}.jpg": stem for stem in stems}
 
 
 def entries() -> dict[str, str]:

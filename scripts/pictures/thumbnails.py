@@ -225,7 +225,9 @@ def disc(side: int = 15, radius: int = 5) -> Picture:
 
 
 def make(studio: Studio, stem: str, times: dict[str, float]) -> None:
-    if workflows.is_embedded(stem):
+    if stem in workflows.APPS:
+        workflows.copy_thumbnail(stem)
+    elif workflows.is_embedded(stem):
         embedded(studio, stem, times)
     else:
         published(studio, stem)

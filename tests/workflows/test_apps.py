@@ -1,0 +1,56 @@
+"""Apps are workflows that open as a form: the same graph, five fields, and the picture after Run."""
+
+from __future__ import annotations
+
+import pytest
+
+from dit_toolkit.scripts import workflows
+from dit_toolkit.scripts.places import WORKFLOWS
+
+NAMES = sorted(workflows.APPS)
+every_app = pytest.mark.parametrize("name", NAMES)
+
+
+def test_the_apps_are_those_that_are_listed():
+    assert sorted(path.name.removesuffix(".json") for path in WORKFLOWS.glob("*.app.json")) == NAMES
+
+
+@every_app
+def test_a_name_is_that_of_its_workflow(name):
+    assert name == f"{workflows.APPS[name].workflow}.app"
+    assert workflows.APPS[name].workflow in workflows.stems()
+
+
+@every_app
+def test_the_file_is_made_from_its_workflow(name):
+    assert workflows.read(name) == workflows.APPS[name].made(), "renew it: python -m scripts.workflows"
+    pictures = [(WORKFLOWS / f"{each}.jpg").read_bytes() for each in (name, workflows.APPS[name].workflow)]
+    assert pictures[0] == pictures[1], "renew it: python -m scripts.workflows"
+
+
+@every_app
+def test_the_graph_is_that_of_its_workflow(name):
+    """All but the form, the names of its fields, and how a node shows its texts."""
+    app, workflow = workflows.read(name), workflows.read(workflows.APPS[name].workflow)
+    assert app["id"] != workflow["id"]
+    for whole in (app, workflow):
+        del whole["id"], whole["extra"]
+        for node in whole["nodes"]:
+            node["properties"].pop(workflows.AS_LINES, None)
+            for entry in node.get("inputs", ()):
+                entry.pop("label", None)
+    assert app == workflow
+
+
+@every_app
+def test_it_asks_for_five_things_that_are_free_and_shows_what_is_saved(name):
+    workflow = workflows.read(name)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    form = workflow["extra"]["linearData"]
+    assert len(form["inputs"]) == 5
+    assert len({label for _, _, label in workflows.APPS[name].asks}) == 5
+    for node, widget in form["inputs"]:
+        entry = next(entry for entry in nodes[node]["inputs"] if entry.get("widget") == {"name": widget})
+        assert entry["link"] is None
+    assert form["outputs"]
+    assert all(nodes[node]["type"] == "SaveImage" for node in form["outputs"])
