@@ -49,7 +49,7 @@ def drawn_again(tile: int | None) -> dict:
 
 
 def picture(server, prompt: dict) -> np.ndarray:
-    (image,) = server.client.run(prompt).images
+    (image,) = (file for file in server.client.run(prompt).images if file.type == "output")  # nodes show theirs, too
     return np.asarray(Image.open(io.BytesIO(server.client.fetch(image))).convert("RGB"))
 
 
