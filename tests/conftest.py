@@ -94,6 +94,18 @@ def seeded_test() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def forgotten_patchers() -> Iterator[None]:
+    """ComfyUI forgets what it loaded through a patcher that is gone while the model lives on, as shared models do.
+
+    Else it would collect garbage, a second each, before every run of the tests that follow.
+    """
+    yield
+    if management := sys.modules.get("comfy.model_management"):
+        loaded = management.current_loaded_models
+        loaded[:] = [each for each in loaded if not each.is_dead()]
+
+
 @pytest.fixture(autouse=True, scope="module")
 def shared_models() -> Iterator[None]:
     """A file of tests leaves the models that all share as they were."""
