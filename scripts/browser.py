@@ -111,13 +111,18 @@ class Page:
 
     def __init__(self, socket_url: str):
         self._socket = WebSocket(socket_url)
+        self._open = True
         self._calls = 0
         self._errors: list[str] = []
         for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
             self.call(f"{domain}.enable")
 
     def close(self) -> None:
-        self._socket.close()
+        """Close the tab: one that stays open draws its canvas sixty times a second."""
+        if self._open:
+            self._open = False
+            self.call("Page.close", 10)
+            self._socket.close()
 
     # the browser
 

@@ -138,10 +138,19 @@ def browser() -> Browser:
         yield running
 
 
-@pytest.fixture(scope="module")
-def page(browser: Browser, server: Server) -> Page:
-    """ComfyUI's page, one tab for each file of tests."""
+@pytest.fixture(scope="session")
+def tab(browser: Browser, server: Server) -> Page:
+    """Opened once: a page takes ten seconds to load."""
     return browser.open(server.url)
+
+
+@pytest.fixture(scope="module")
+def page(tab: Page) -> Page:
+    """ComfyUI's page as each file of tests finds it: an empty canvas, in the classic rendering, no errors."""
+    tab.evaluate("await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+    tab.clear()
+    tab.forget_errors()
+    return tab
 
 
 @pytest.fixture(scope="session")

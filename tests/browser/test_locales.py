@@ -2,6 +2,7 @@
 
 import json
 import urllib.request
+from contextlib import closing
 
 import pytest
 
@@ -33,7 +34,8 @@ def choose(server, language: str) -> None:
 def test_the_page_shows_chinese_names(server, browser):
     choose(server, "zh")
     try:
-        said = browser.open(server.url).evaluate(ASK)
+        with closing(browser.open(server.url)) as page:
+            said = page.evaluate(ASK)
     finally:
         choose(server, "en")
     written = json.loads((FOLDER / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))["DiTAccelerate"]
