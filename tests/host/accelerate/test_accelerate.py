@@ -79,13 +79,16 @@ def test_a_picture_without_numbers_is_said_at_once(shown):
         tune(*shown, float("nan"), 3)
 
 
-def test_the_embedded_model_has_presets_that_were_measured_on_it(shown, tiny_flux):
+def test_the_embedded_model_has_presets_that_were_measured_on_it(shown):
+    """Known by its width."""
     assert preset(shown[0], "fast").source == accelerate.HERE
-    assert preset(tiny_flux, "fast").method == "Confidence-Gated Taylor"
+    other = tiny.load_flux(tiny.flux_state(hidden=tiny.WIDE))
+    assert preset(other, "fast").method == "Confidence-Gated Taylor"
 
 
-def test_schnell_is_left_alone_where_quality_counts(tiny_state):
-    without = {name: weight for name, weight in tiny_state.items() if not name.startswith("guidance_in")}
+def test_schnell_is_left_alone_where_quality_counts():
+    state = tiny.flux_state(hidden=tiny.WIDE)
+    without = {name: weight for name, weight in state.items() if not name.startswith("guidance_in")}
     model = tiny.load_flux(without)
     assert family_name(model) == "FLUX.1 schnell"
     assert accelerated(model, preset(model, "quality"), StepCacheReport("test")) is model

@@ -8,14 +8,15 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from dit_toolkit.tests.host.tiny import DOUBLE, HIDDEN, POOLED, SINGLE, TEXT
+from dit_toolkit.tests.host.tiny import DOUBLE, POOLED, SINGLE, TEXT, WIDE
 
 
 def random_transformer(diffusers):
+    """diffusers' FLUX.1, of the width `WIDE`: two heads."""
     model = diffusers.FluxTransformer2DModel(
         num_layers=DOUBLE,
         num_single_layers=SINGLE,
-        num_attention_heads=HIDDEN // 128,
+        num_attention_heads=WIDE // 128,
         joint_attention_dim=TEXT,
         pooled_projection_dim=POOLED,
         guidance_embeds=True,
@@ -77,7 +78,7 @@ def velocity(model, noise, text, pooled, guidance, conditions):
     mask[: lengths[0]] = True
 
     def heads(x):
-        return x.unflatten(-1, (HIDDEN // 128, 128)).transpose(1, 2)
+        return x.unflatten(-1, (WIDE // 128, 128)).transpose(1, 2)
 
     def attend(parts):
         q, k, v = (torch.cat(group, 2) for group in zip(*parts, strict=True))

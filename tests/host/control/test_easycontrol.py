@@ -231,9 +231,10 @@ def test_odd_condition_sizes_are_padded_as_the_model_pads(tiny_flux, file, encod
 
 
 def test_too_large_a_condition_is_refused_before_it_is_computed(tiny_flux, file, monkeypatch):
-    model = controlled(tiny_flux, file=file)
-    needed = size_of_keys(tiny_flux.model, latent(size=(6, 6)), 1)
-    assert needed == 2 * (DOUBLE + SINGLE) * 9 * HIDDEN * 4
+    condition = latent(size=(8, 8))
+    model = controlled(tiny_flux, file=file, condition=condition)
+    needed = size_of_keys(tiny_flux.model, condition, 1)
+    assert needed == 2 * (DOUBLE + SINGLE) * 16 * HIDDEN * 4
     free = ModelPatcher.get_free_memory
     lora = {id(patcher.model) for patcher in file.patchers}
     monkeypatch.setattr(
@@ -290,7 +291,7 @@ def test_half_precision_runs_and_keeps_its_cache_exact(tiny_flux, file, encoding
     assert torch.isfinite(kept).all()
     assert torch.equal(kept, sample(controlled(model, file=file, cache="off"), 2))
     exact = sample(controlled(tiny_flux, file=file), 2)
-    assert 0 < (kept - exact).abs().mean() < 0.05 * exact.abs().mean()
+    assert 0 < (kept - exact).abs().mean() < 0.1 * exact.abs().mean()
 
 
 @pytest.mark.parametrize(
@@ -316,10 +317,10 @@ def test_what_means_nothing_is_refused_with_a_sentence(tiny_flux, file, change, 
 
 @pytest.mark.parametrize(
     ("options", "numbers"),
-    [({"double": 1}, r"1\+2 blocks"), ({"single": 3}, r"2\+3 blocks"), ({"dim": 128}, "size 128")],
+    [({"double": 1}, r"1\+2 blocks"), ({"single": 3}, r"2\+3 blocks"), ({"dim": 256}, "size 256")],
 )
 def test_a_lora_for_another_model_is_refused(tiny_flux, options, numbers):
-    with pytest.raises(ValueError, match=f"is made for .*{numbers}.*the model has 256 and 2\\+2"):
+    with pytest.raises(ValueError, match=f"is made for .*{numbers}.*the model has 128 and 2\\+2"):
         controlled(tiny_flux, file=lora_file(**options))
 
 

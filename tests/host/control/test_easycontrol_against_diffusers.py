@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dit_toolkit.tests.host.control.dense_flux import Image, grid, random_transformer, velocity
-from dit_toolkit.tests.host.tiny import close, latent, lora_state, prompt, sample
+from dit_toolkit.tests.host.tiny import WIDE, close, latent, lora_state, prompt, sample
 
 pytestmark = pytest.mark.comfy
 diffusers = pytest.importorskip("diffusers")
@@ -48,7 +48,7 @@ def test_a_subject_and_a_spatial_condition_equal_diffusers_modules_run_by_hand(t
     size = (8, 12)
     noise, ((text, about),) = latent(7, size), prompt()
     subject, spatial = latent(20, (4, 6)), latent(21, (6, 6))
-    states = [lora_state(5), lora_state(6)]
+    states = [lora_state(5, dim=WIDE), lora_state(6, dim=WIDE)]
     scaled = flux.model.process_latent_in
     conditions = [
         Condition(scaled(subject), grid(4, 6, offset=64.0), states[0], strengths[0]),

@@ -20,7 +20,7 @@ from dit_toolkit.host.control.freecus_settings import Reference, resize_picture
 from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.host.run import attached
 from dit_toolkit.models.control.freecus import VITAL_LAYERS
-from dit_toolkit.tests.host.tiny import close, flux_state, latent, load_flux, prompt, sample
+from dit_toolkit.tests.host.tiny import WIDE, close, flux_state, latent, load_flux, prompt, sample
 
 pytestmark = pytest.mark.comfy
 
@@ -113,14 +113,19 @@ def two_runs(model, z, text, *, layers, steps=3, scale=1.1, text_scale=1.1, mu_r
     return model.model.process_latent_out(x)
 
 
+@pytest.fixture(scope="module")
+def wide():
+    return load_flux(flux_state(hidden=WIDE))
+
+
 @pytest.mark.parametrize("layers", ["all", "0, 3", "1-2"])
-def test_it_is_the_method_run_in_two_goes(tiny_flux, freed, vae, image, layers):
-    z = tiny_flux.model.process_latent_in(vae.encode(image))
+def test_it_is_the_method_run_in_two_goes(wide, freed, vae, image, layers):
+    z = wide.model.process_latent_in(vae.encode(image))
     which = {"all": range(4), "0, 3": (0, 3), "1-2": (1, 2)}[layers]
     with torch.no_grad():
-        expected = two_runs(tiny_flux, z, prompt(), layers=which)
-    found = sample(freed(layers=layers), 3)
-    assert (found - sample(tiny_flux, 3)).abs().mean() > 0.01
+        expected = two_runs(wide, z, prompt(), layers=which)
+    found = sample(freed(wide, layers=layers), 3)
+    assert (found - sample(wide, 3)).abs().mean() > 0.01
     close(found, expected, atol=1e-5)
 
 

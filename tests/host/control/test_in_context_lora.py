@@ -18,6 +18,8 @@ import folder_paths  # noqa: E402
 from dit_toolkit.host.control.in_context_lora import EXAMPLE, fingerprint, folders, read_sets  # noqa: E402
 from dit_toolkit.models.control.panel_layout import panel_layout  # noqa: E402
 from dit_toolkit.models.control.panel_pictures import split  # noqa: E402
+from dit_toolkit.tests.host import tiny  # noqa: E402
+from dit_toolkit.tests.host.control.dense_flux import random_transformer  # noqa: E402
 
 
 def layout(rows=1, columns=2, prefix="", tags="auto"):
@@ -246,22 +248,7 @@ def test_a_published_file_has_494_layers():
 @pytest.fixture(scope="module")
 def transformer():
     diffusers = pytest.importorskip("diffusers")
-    from dit_toolkit.tests.host import tiny
-
-    model = diffusers.FluxTransformer2DModel(
-        num_layers=tiny.DOUBLE,
-        num_single_layers=tiny.SINGLE,
-        num_attention_heads=tiny.HIDDEN // 128,
-        joint_attention_dim=tiny.TEXT,
-        pooled_projection_dim=tiny.POOLED,
-        guidance_embeds=True,
-    ).requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for name, weight in model.named_parameters():
-        noise = torch.randn(weight.shape, generator=generator)
-        is_norm = ".norm_" in name and "attn" in name
-        weight.data = 1 + 0.1 * noise if is_norm else noise * 0.7 / weight.shape[-1] ** 0.5
-    return model
+    return random_transformer(diffusers)
 
 
 @pytest.fixture(scope="module")
@@ -312,8 +299,6 @@ def patched(transformer, lora, tmp_path_factory):
 
 def test_every_fused_slice_is_the_weight_plus_its_own_lora(with_lora, transformer, lora, patched):
     import comfy.lora
-
-    from dit_toolkit.tests.host import tiny
 
     layers = fused_layers(tiny.DOUBLE, tiny.SINGLE)
     assert sorted(name for names in layers.values() for name in names) == sorted(lora)

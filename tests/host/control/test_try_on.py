@@ -22,6 +22,7 @@ from dit_toolkit.tests.host.tiny import (
     DOUBLE,
     HIDDEN,
     SINGLE,
+    WIDE,
     close,
     flux_state,
     latent,
@@ -38,21 +39,23 @@ PERSON, GARMENT = latent(20, (8, 8)), latent(21, (8, 6))
 SCALES = {name: (0.25, 1.0, 1.75)[i % 3] for i, name in enumerate(layers(DOUBLE, SINGLE))}
 
 
-def random_branch(seed, size=1.0, ranks=None, scales=None) -> Branch:
+def random_branch(seed, size=1.0, ranks=None, scales=None, hidden=HIDDEN) -> Branch:
     """Every layer of the image stream, strong enough to show. `scales`: alpha / rank, by layer."""
     ranks = ranks or dict.fromkeys(layers(DOUBLE, SINGLE), 4)
-    lora = BranchLora(HIDDEN, DOUBLE, SINGLE, ranks, scales, operations=torch.nn)
+    lora = BranchLora(hidden, DOUBLE, SINGLE, ranks, scales, operations=torch.nn)
     generator = torch.Generator().manual_seed(seed)
     for weight in lora.parameters():
         weight.data = torch.randn(weight.shape, generator=generator) * 0.5 * size / weight.shape[-1] ** 0.5
     return lora.branch()
 
 
-def checkpoint(person=1, garment=2, size=1.0, scales=None, **settings) -> Checkpoint:
+def checkpoint(person=1, garment=2, size=1.0, scales=None, hidden=HIDDEN, **settings) -> Checkpoint:
     """Seeds of the branches; None leaves one out."""
     seeds = {"person": person, "garment": garment}
-    branches = {name: random_branch(seed, size, scales=scales) for name, seed in seeds.items() if seed is not None}
-    return Checkpoint(branches, HIDDEN, 4 * HIDDEN, DOUBLE, SINGLE, Settings(**settings))
+    branches = {
+        name: random_branch(seed, size, None, scales, hidden) for name, seed in seeds.items() if seed is not None
+    }
+    return Checkpoint(branches, hidden, 4 * hidden, DOUBLE, SINGLE, Settings(**settings))
 
 
 def file_of(*args, **options) -> TryOnFile:
@@ -165,7 +168,7 @@ def test_persons_and_garments_that_do_not_go_together_are_refused(tiny_flux, fil
 def merged(transformer, branch: Branch, strength: float):
     """A copy of diffusers' transformer with the branch's LoRA in its weights."""
     whole = copy.deepcopy(transformer)
-    state = write(Checkpoint({"person": branch}, HIDDEN, 4 * HIDDEN, DOUBLE, SINGLE))
+    state = write(Checkpoint({"person": branch}, WIDE, 4 * WIDE, DOUBLE, SINGLE))
     for name in {key.removeprefix("person.").rsplit(".lora_", 1)[0] for key in state if ".lora_" in key}:
         down, up = (state[f"person.{name}.lora_{letter}.weight"] for letter in "AB")
         alpha = state.get(f"person.{name}.alpha", down.shape[0])
@@ -193,7 +196,7 @@ def test_it_equals_diffusers_modules_in_one_masked_sequence(position, strengths,
     """Picture and text see both conditions, each condition itself alone; each has its LoRA merged into its weights."""
     diffusers = pytest.importorskip("diffusers")
     transformer = random_transformer(diffusers)
-    flux, file = load_flux(transformer.state_dict()), file_of(scales=scales, position=position)
+    flux, file = load_flux(transformer.state_dict()), file_of(scales=scales, hidden=WIDE, position=position)
     assert bool(file.checkpoint.branches["person"].alphas) == (scales is not None)
     scaled = flux.model.process_latent_in
     noise, ((text, about),) = latent(7, (8, 12)), prompt()
@@ -255,7 +258,7 @@ def test_half_precision_runs_and_keeps_its_cache_exact(tiny_flux, file):
     kept = sample(dressed(model, file), 2)
     assert torch.equal(kept, sample(dressed(model, file, cache="off"), 2))
     exact = sample(dressed(tiny_flux, file), 2)
-    assert 0 < (kept - exact).abs().mean() < 0.05 * exact.abs().mean()
+    assert 0 < (kept - exact).abs().mean() < 0.1 * exact.abs().mean()
 
 
 def test_one_line_per_picture_says_what_is_kept(tiny_flux, file, caplog):
@@ -314,9 +317,9 @@ def test_what_means_nothing_is_refused_with_a_sentence(tiny_flux, file, change, 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((HIDDEN, 4 * HIDDEN, 19, 38), r"made for hidden size 256 and 19\+38 blocks, the model has 256 and 2\+2"),
-        ((128, 512, DOUBLE, SINGLE), r"made for hidden size 128 and 2\+2 blocks, the model has 256"),
-        ((HIDDEN, 512, DOUBLE, SINGLE), "made for 512 channels in the MLP, the model has 1024"),
+        ((HIDDEN, 4 * HIDDEN, 19, 38), r"made for hidden size 128 and 19\+38 blocks, the model has 128 and 2\+2"),
+        ((WIDE, 1024, DOUBLE, SINGLE), r"made for hidden size 256 and 2\+2 blocks, the model has 128"),
+        ((HIDDEN, 256, DOUBLE, SINGLE), "made for 256 channels in the MLP, the model has 512"),
     ],
 )
 def test_a_lora_for_another_model_is_refused(tiny_flux, sizes, message):
