@@ -84,10 +84,10 @@ def test_the_template_opens_as_a_form_and_shows_its_picture(name, page, server):
     page.forget_errors()
     page.browse_templates(PACK)
     page.open_template(name)
-    page.wait_until(
-        f"app.graph.id === {app.made()['id']!r} && {FIELDS}.length === {len(app.asks)}", "the form is there"
-    )
-    page.settle()  # a Run that comes while the page still opens the workflow belongs to no form
+    # A Run while the page still opens the workflow would belong to the one before, and no form would show its picture.
+    opened = f"app.extensionManager.workflow.activeWorkflow?.path.includes({name!r})"
+    page.wait_until(f"{opened} && {FIELDS}.length === {len(app.asks)}", "the form is there")
+    page.settle()
     fields = page.evaluate(f"return {FIELDS}")
     assert [label for label, _ in fields] == [label for _, _, label in app.asks]
     assert all(count == 1 for _, count in fields), "a field has nothing to fill in"
