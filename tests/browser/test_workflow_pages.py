@@ -112,10 +112,10 @@ for (const node of all(app.graph))
 """
 SHOWING = """() => {
     const kinds = ["DiTEasyControlApply", "DiTFreeCus", "DiTTryOnPrepare", "DiTPosePreview", "PreviewImage",
-        "SaveImage", "SaveVideo"];
+        "SaveImage"];
     const shown = node => LiteGraph.vueNodesMode
-        ? document.querySelectorAll(`[data-node-id="${node.id}"] :is(img, video)`).length
-        : node.imgs?.length || node.videoContainer;
+        ? document.querySelectorAll(`[data-node-id="${node.id}"] img`).length
+        : node.imgs?.length;
     const ours = app.graph.nodes.filter(node => kinds.includes(node.type));
     return ours.length > 0 && ours.every(shown);
 }"""
