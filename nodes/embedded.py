@@ -64,8 +64,8 @@ class ExamplePicture(io.ComfyNode):
             search_aliases=["example image", "sample picture", "demo image", "test image"],
             inputs=[
                 choice("picture", embedded.example_names(), UNSET,
-                       "drawn_*: outlines drawn by hand. garment_*: shirts laid flat. mask_*: where a doll or a shirt "
-                       "is, for Convert Image to Mask. painted_*: dolls. photo_*: photographs. worn_*: small and "
+                       "drawn_*: outlines drawn by hand. garment_*: shirts laid flat. mask_*: where a doll or clothes "
+                       "are, for Convert Image to Mask. painted_*: dolls. photo_*: photographs. worn_*: small and "
                        "noisy, for DiT4SR."),
             ],
             outputs=[io.Image.Output(tooltip="The picture, [1, H, W, 3].")],

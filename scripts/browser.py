@@ -286,14 +286,19 @@ class Page:
             return answer.prompt_id;
         """)
 
-    def templates(self, pack: str) -> list[Template]:
-        """The cards of a node pack in the template browser, which stays open."""
+    def browse_templates(self, pack: str) -> None:
+        """Open the template browser at a node pack."""
         self.evaluate("await app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         name = json.dumps(pack)
         entry = f"""[...document.querySelectorAll('[role=dialog] nav [role=button]')]
             .find(button => button.textContent.trim() === {name})"""
         self.wait_until(f"!!{entry}", f"{pack} is listed in the template browser", timeout=60)
         self.evaluate(f"{entry}.click()")
+
+    def templates(self, pack: str) -> list[Template]:
+        """The cards of a node pack in the template browser, which stays open, once all their pictures are there."""
+        self.browse_templates(pack)
+        name = json.dumps(pack)
         count = self.evaluate("return (await (await app.api.fetchApi('/workflow_templates')).json())[a].length", pack)
         self.evaluate("globalThis.picturesSeen = {}")
         cards = f"""(() => {{
@@ -316,8 +321,14 @@ class Page:
         return [Template(**card) for card in found]
 
     def open_template(self, stem: str) -> None:
-        """Click a card that `templates` listed, and wait until its workflow is on the canvas."""
+        """Click a card of the template browser, and wait until its workflow is on the canvas."""
         card = f"document.querySelector('[data-testid=' + CSS.escape('template-workflow-{stem}') + ']')"
+        found = f"""(() => {{
+            const all = document.querySelectorAll('[role=dialog] [data-testid^="template-workflow-"]');
+            if (!{card}) [...all].at(-1)?.scrollIntoView();  // more cards come when the last one is in view
+            return !!{card};
+        }})()"""
+        self.wait_until(found, f"{stem} is listed in the template browser", timeout=60)
         self.evaluate(f"{card}.click()")
         self.wait_until("!document.querySelector('[role=dialog]')", "the template browser closed", timeout=60)
 

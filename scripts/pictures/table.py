@@ -20,6 +20,7 @@ SOURCES = {
     **{f"web/examples/garment_{name}.png": "painted" for name in ("spotted", "striped")},
     "web/examples/mask_doll.png": "the painted doll's outline",
     "web/examples/mask_person_shirt.png": "the painted person's shirt",
+    "web/examples/mask_photo_suit.png": "the suit of the person on the photograph, drawn by hand",
     "web/examples/photo_coin.jpg": "a photograph; docs/papers.md names its source",
     "web/examples/photo_person.jpg": "a photograph; docs/papers.md names its source",
     **{f"web/examples/worn_{name}.png": "a small picture, worn" for name in ("cat", "coffee", "doll")},
