@@ -57,8 +57,8 @@ def _amount(pattern: str, u: np.ndarray, v: np.ndarray, soft: float) -> np.ndarr
     return np.clip((0.033 - np.hypot(du * 0.12, dv * 0.105)) / soft + 0.5, 0, 1)
 
 
-def _paint(part: Part, size: int) -> np.ndarray:
-    """Colour of a part at every pixel, `[H, W, 3]` float32 or `[3]` when plain. Patterns move with their owner."""
+def _paint(part: Part, size: int, box: tuple[slice, slice]) -> np.ndarray:
+    """Colour of a part at every pixel of `box`, `[h, w, 3]` float32 or `[3]` when plain. Patterns move with it."""
     base = np.array(part.colour, np.float32)
     if part.pattern not in MORE_PATTERNS:
         raise ValueError(f"pattern must be one of {', '.join(MORE_PATTERNS)}, got '{part.pattern}'")
@@ -66,7 +66,7 @@ def _paint(part: Part, size: int) -> np.ndarray:
         return base
     x0, y0, s = part.frame
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
-    u, v = (grid[None, :] - x0) / s, (grid[:, None] - y0) / s
+    u, v = (grid[None, box[1]] - x0) / s, (grid[box[0], None] - y0) / s
     amount = _amount(part.pattern, u, v, 1.2 / (size * s))  # one pixel of blend at the borders
     return base + amount[..., None] * (np.array(WHITE, np.float32) - base)
 
@@ -108,11 +108,13 @@ def _draw(parts: list[Part], ground: tuple[int, int, int] | np.ndarray, size: in
     for part in parts:
         cover = np.zeros((size, size), np.uint8)
         _fill(cover, part.points, 255, smooth=True)
-        alpha = cover[..., None].astype(np.float32) / 255
-        image += alpha * (_paint(part, size) - image)
-        inside = cover > 127
-        labels[inside] = LABELS.index(part.label)
-        owners[inside] = part.owner
+        x, y, w, h = cv2.boundingRect(cover)  # nothing changes outside
+        box = (slice(y, y + h), slice(x, x + w))
+        alpha = cover[box][..., None].astype(np.float32) / 255
+        image[box] += alpha * (_paint(part, size, box) - image[box])
+        inside = cover[box] > 127
+        labels[box][inside] = LABELS.index(part.label)
+        owners[box][inside] = part.owner
     return Picture(np.round(image).astype(np.uint8), labels, owners)
 
 
