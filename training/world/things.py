@@ -55,10 +55,11 @@ class Look:
     hand: float = 0.055
     arm: float = 0.055
     shoe: float = 0.062
+    leather: tuple[int, int, int] = SHOE
     mouth: bool = False
 
 
-LOOKS: dict[int, Look] = {1: Look(), 2: Look(eye=0.026, hand=0.066, arm=0.058, shoe=0.072, mouth=True)}
+LOOKS: dict[int, Look] = {1: Look(), 2: Look(eye=0.026, hand=0.066, arm=0.058, shoe=0.072, leather=TRUNK, mouth=True)}
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ def doll_parts(doll: Thing, owner: int) -> list[Part]:
         start = (x + sign * 0.07 * s, j["hip"][1])
         colour, label = (below, "bottom") if bottom == "trousers" else (skin, "leg")
         width = 0.068 if bottom == "trousers" else 0.045
-        add("shoe", SHOE, circle(fx + sign * 0.02 * s, fy + 0.02 * s, look.shoe * s, 20, 0.75))
+        add("shoe", look.leather, circle(fx + sign * 0.02 * s, fy + 0.02 * s, look.shoe * s, 20, 0.75))
         add(label, colour, capsule(*start, fx, fy - 0.03 * s, width * s))
         if bottom == "shorts":
             knee = (start[0] + 0.42 * (fx - start[0]), start[1] + 0.42 * (fy - start[1]))
@@ -259,9 +260,9 @@ def doll_parts(doll: Thing, owner: int) -> list[Part]:
     if doll.cut == "dress":
         add("shirt", shirt, sides((0.15, 0.275), (0.135, 0.5), (0.27, 0.8)), doll.pattern)
     elif doll.cut == "coat":
-        add("shirt", shirt, sides((0.15, 0.275), (0.15, 0.5), (0.19, 0.76)), doll.pattern)
+        add("shirt", shirt, sides((0.15, 0.275), (0.15, 0.5), (0.18, 0.7)), doll.pattern)
         add("shirt", WHITE, sides((0.085, 0.275), (0.0, 0.4)))
-        add("shirt", SHOE, sides((0.014, 0.4), (0.014, 0.76)))
+        add("shirt", SHOE, sides((0.014, 0.4), (0.014, 0.7)))
     else:
         add("shirt", shirt, [[x - w0, y0], [x + w0, y0], [x + w1, y1], [x - w1, y1]], doll.pattern)
     if doll.print:
