@@ -36,7 +36,7 @@ BONES = ((0, 1), (1, 2), (2, 3), (1, 4), (4, 5), (1, 6), (6, 7), (6, 8))
 LEVELS = ("one object", "two objects", "one doll", "a doll and an object", "two dolls")
 
 # The second world: the same things, with more to wear, larger parts, and textures under them.
-CUTS: dict[str, float] = {"shirt": 0.82, "tee": 0.4, "vest": 0.0, "dress": 0.4, "coat": 0.82}  # part of the arm covered
+CUTS: dict[str, float] = {"shirt": 0.66, "tee": 0.4, "vest": 0.0, "dress": 0.4, "coat": 0.66}  # part of the arm covered
 MORE_PATTERNS = (*PATTERNS, "checked")
 MORE_BOTTOMS = (*BOTTOMS, "shorts")
 MORE_HAIRSTYLES = (*HAIRSTYLES, "tied")
@@ -57,9 +57,13 @@ class Look:
     shoe: float = 0.062
     leather: tuple[int, int, int] = SHOE
     mouth: bool = False
+    arms_in_front: bool = False  # of the garment
 
 
-LOOKS: dict[int, Look] = {1: Look(), 2: Look(eye=0.026, hand=0.066, arm=0.058, shoe=0.072, leather=TRUNK, mouth=True)}
+LOOKS: dict[int, Look] = {
+    1: Look(),
+    2: Look(eye=0.026, hand=0.066, arm=0.058, shoe=0.072, leather=TRUNK, mouth=True, arms_in_front=True),
+}
 
 
 @dataclass(frozen=True)
@@ -247,27 +251,29 @@ def doll_parts(doll: Thing, owner: int) -> list[Part]:
     elif bottom:
         y0, y1 = top + 0.53 * s, top + 0.65 * s
         add("bottom", below, [[x - 0.138 * s, y0], [x + 0.138 * s, y0], [x + 0.138 * s, y1], [x - 0.138 * s, y1]])
-    covered = CUTS[doll.cut]
+    y0, y1, w0, w1 = top + 0.275 * s, top + 0.57 * s, 0.15 * s, 0.145 * s
+    trunk = [[x - w0, y0], [x + w0, y0], [x + w1, y1], [x - w1, y1]]
+    trunk = {"dress": sides((0.15, 0.275), (0.135, 0.5), (0.27, 0.8)),
+             "coat": sides((0.15, 0.275), (0.15, 0.5), (0.18, 0.7))}.get(doll.cut, trunk)  # fmt: skip
+    sleeves_in_front = look.arms_in_front and doll.cut != "vest"
+    if sleeves_in_front:
+        add("shirt", shirt, trunk, doll.pattern)
+    covered = CUTS[doll.cut] if look.arms_in_front else 0.82
     for side in ("l", "r"):
         (sx, sy), (hx, hy) = j[f"{side}_shoulder"], j[f"{side}_hand"]
         add("hand", skin, circle(hx, hy, look.hand * s, 20))
-        if covered < 0.8:
+        if covered < 0.5:
             add("hand", skin, capsule(sx, sy, hx, hy, 0.046 * s))
         if covered:
             end = (sx + covered * (hx - sx), sy + covered * (hy - sy))
             add("shirt", shirt, capsule(sx, sy, *end, look.arm * s), doll.pattern)
-    y0, y1, w0, w1 = top + 0.275 * s, top + 0.57 * s, 0.15 * s, 0.145 * s
-    if doll.cut == "dress":
-        add("shirt", shirt, sides((0.15, 0.275), (0.135, 0.5), (0.27, 0.8)), doll.pattern)
-    elif doll.cut == "coat":
-        add("shirt", shirt, sides((0.15, 0.275), (0.15, 0.5), (0.18, 0.7)), doll.pattern)
+    if not sleeves_in_front:
+        add("shirt", shirt, trunk, doll.pattern)
+    if doll.cut == "coat":
         add("shirt", WHITE, sides((0.085, 0.275), (0.0, 0.4)))
         add("shirt", SHOE, sides((0.014, 0.4), (0.014, 0.7)))
-    else:
-        add("shirt", shirt, [[x - w0, y0], [x + w0, y0], [x + w1, y1], [x - w1, y1]], doll.pattern)
-    if doll.print:
-        for points in print_outline(doll.print):
-            add("shirt", WHITE, points * PRINT_SIZE * s + np.array([x, top + PRINT_AT * s]))
+    for points in print_outline(doll.print) if doll.print else ():
+        add("shirt", WHITE, points * PRINT_SIZE * s + np.array([x, top + PRINT_AT * s]))
     hx, hy = j["head"]
     add("head", skin, circle(hx, hy, 0.135 * s))
     cap = np.linspace(np.pi * 1.02, np.pi * 1.98, 24)
