@@ -116,14 +116,11 @@ def limbs_of(image: np.ndarray, doll: Thing) -> dict[str, int]:
     eyes = sum(_share(image, dark, x + sign * 0.05 * s, y + 0.02 * s, 0.022 * s) > 0.4 for sign in (-1, 1))
     skin = np.abs(values - np.array(SKINS[doll.skin], np.float32)).max(-1) < 60
     hands = sum(_share(image, skin, *joints[f"{side}_hand"], 0.05 * s) > 0.35 for side in ("l", "r"))
-    shoe = np.abs(values - np.array(TRUNK, np.float32)).max(-1) < 50
-    feet = sum(
-        _share(
-            image, shoe, joints[f"{side}_foot"][0] + sign * 0.02 * s, joints[f"{side}_foot"][1] + 0.035 * s, 0.04 * s
-        )
-        > 0.35
-        for side, sign in (("l", -1), ("r", 1))
-    )
+    shoe = np.abs(values - np.array(TRUNK, np.float32)).max(-1) < 38
+    grid = (np.arange(image.shape[0]) + 0.5) / image.shape[0]
+    low = (grid > doll.y + 0.36 * s)[:, None] & (np.abs(grid - doll.x) < 0.3 * s)[None] & shoe
+    enough = 0.0022 * (s * image.shape[0]) ** 2  # under trousers a shoe shows twice that
+    feet = sum((low & side[None]).sum() > enough for side in (grid < doll.x, grid > doll.x))
     return {"eyes": eyes, "hands": hands, "feet": feet}
 
 
@@ -137,7 +134,6 @@ def _palette(image: np.ndarray) -> np.ndarray:
     return ((values**2).sum(1) - 2 * flat @ values.T).argmin(1).reshape(image.shape[:2])
 
 
-_COLOURS = [first._NAMES.index(name) for name in COLOURS]
 _HAIRS = [first._NAMES.index(f"hair {name}") for name in HAIR]
 _SKINS = [len(first._NAMES) + k for k in range(len(SKINS))]
 
@@ -148,9 +144,11 @@ def _vote(palette: np.ndarray, mask: np.ndarray, among: list[int]) -> int | None
     return int(votes.argmax()) if votes.any() else None
 
 
-def colour_of(palette: np.ndarray, mask: np.ndarray) -> str:
-    found = _vote(palette, mask, _COLOURS)
-    return "" if found is None else list(COLOURS)[found]
+def colour_of(palette: np.ndarray, mask: np.ndarray, but: str = "") -> str:
+    """The most frequent colour of things under `mask`, "" when there is none. `but`: it is not this one."""
+    names = [name for name in COLOURS if name != but]
+    found = _vote(palette, mask, [first._NAMES.index(name) for name in names])
+    return "" if found is None else names[found]
 
 
 _STEPS = (14.0, 50.0, 88.0, 120.0, 152.0)
@@ -260,7 +258,7 @@ def _votes(palette: np.ndarray, doll: Thing) -> Thing:
         doll,
         hair=doll.hair if hair is None else list(HAIR)[hair],
         skin=_vote(palette, region("head"), _SKINS) or 0,
-        bottom_colour=colour_of(palette, region("bottom")) or doll.bottom_colour,
+        bottom_colour=colour_of(palette, region("bottom"), but=doll.colour) or doll.bottom_colour,
     )
 
 
