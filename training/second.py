@@ -32,7 +32,7 @@ from .vae import Autoencoder, load_vae, train_vae
 
 EDITION = 2
 SHARES = (0.16, 0.22, 0.24, 0.26, 0.12)  # of a batch and of the pool, by difficulty
-EVERY = 200  # steps between checkpoints
+EVERY = 50  # steps between checkpoints
 START = Recipe(pixels=128, pool=60_000, base_steps=1_500)
 
 
@@ -227,7 +227,7 @@ def train_second_guided(recipe: SecondRecipe, workers: int) -> None:
             wanted = empty + strength_of(guidance)[:, None, None, None] * (told - empty)
         return F.mse_loss(model(x, t, words, guidance).float(), wanted)
 
-    run_stage(checkpoints.work(recipe) / "guided.pt", gentle, recipe.guided_steps, student, loss_of, every=EVERY // 2)
+    run_stage(checkpoints.work(recipe) / "guided.pt", gentle, recipe.guided_steps, student, loss_of, every=EVERY)
     export_second(recipe, "guided")
 
 
