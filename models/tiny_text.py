@@ -58,13 +58,13 @@ _FILLER = "a an the with and of on in at to is its his her wearing this that the
 FILLER = frozenset(_FILLER.split())  # "plain" is what a shirt is unless it is striped or spotted
 
 # Words with an id that no caption of the world uses yet: their embeddings are untrained, so they count as unknown.
-RESERVED = frozenset(VOCABULARY[VOCABULARY.index("two") :]) | {"centre"}
+ROWS = VOCABULARY.index("tee")  # of the first edition's word table
+RESERVED = frozenset(VOCABULARY[VOCABULARY.index("two") : ROWS]) | {"centre"}
 
-TRAINED = frozenset(VOCABULARY[1:]) - RESERVED - FILLER
+TRAINED = frozenset(VOCABULARY[1:ROWS]) - RESERVED - FILLER
 _IDS = {word: i for i, word in enumerate(VOCABULARY)}
 _WORD = re.compile(r"[a-z]+")
 _LETTER = re.compile(r"\bletter ([xth])\b")
-ROWS = VOCABULARY.index("tee")  # of the first edition's word table
 
 
 class Edition(NamedTuple):

@@ -86,7 +86,11 @@ def tips_of(mask: np.ndarray) -> int:
     for k in range(72):
         near = smooth[np.arange(k - 5, k + 6) % 72]
         valley = smooth[np.arange(k - 8, k + 9) % 72].min()
-        peaks += smooth[k] == near.max() and smooth[k] > 1.25 * valley and (near[:5] < smooth[k]).all()
+        peaks += (
+            smooth[k] == near.max()
+            and smooth[k] > max(1.25 * valley, 0.72 * smooth.max())
+            and (near[:5] < smooth[k]).all()
+        )
     return peaks
 
 
@@ -99,12 +103,17 @@ def _share(image: np.ndarray, wanted: np.ndarray, x: float, y: float, radius: fl
 
 
 def fish_has_eye(image: np.ndarray, mask: np.ndarray) -> bool:
-    """A dark spot in a white one, inside the fish."""
-    solid = first._filled(mask).astype(bool)
+    """A dark spot in a white one, in the fish's front. Its mask may be open there: the white can be the ground's."""
+    wide = round(0.45 * np.sqrt(mask.sum())) | 1
+    solid = cv2.morphologyEx(
+        first._filled(mask), cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (wide, wide))
+    ).astype(bool)
+    columns = np.flatnonzero(mask.any(0))
+    solid[:, round(columns[0] + 0.55 * (columns[-1] - columns[0])) :] = False
     values = image.astype(int)
-    dark, white = (values.max(-1) < 110) & solid, (values.min(-1) > 190) & solid
+    dark, white = (values.max(-1) < 110) & solid, (values.min(-1) > 150) & solid
     area = solid.sum()
-    return bool(dark.sum() > 0.006 * area and white.sum() > 0.012 * area)
+    return bool(dark.sum() > 0.006 * area and white.sum() > 0.008 * area)
 
 
 def limbs_of(image: np.ndarray, doll: Thing) -> dict[str, int]:

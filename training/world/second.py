@@ -92,7 +92,10 @@ _NARROW = ("down", "up", "waving")  # these leave room for something beside the 
 
 
 def sample_scene(rng: np.random.Generator, level: int) -> Scene:
-    """A random scene of one difficulty, an index of `things.LEVELS`."""
+    """A random scene of one difficulty: an index of `things.LEVELS`, or 5, an object in front of another one.
+
+    The last is for the depth adapter. Its caption does not say which is nearer, and its scenes are not scored.
+    """
     ground = pick(rng, GROUNDS)
     texture = pick(rng, ("", "", *TEXTURES))
     if level == 0:
@@ -141,7 +144,16 @@ def sample_scene(rng: np.random.Generator, level: int) -> Scene:
         while b.colour == a.colour:
             b = wear(rng, b)
         return Scene(ground, (a, b), "left", texture=texture)
-    raise ValueError(f"level must be 0 to 4, got {level}")
+    if level == 5:
+        (k1, k2), (c1, c2) = two(rng, OBJECTS), two(rng, COLOURS)
+        turn, apart = float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(0.13, 0.19))
+        made = tuple(
+            Thing(k, 0.5 + s * apart * np.cos(turn), 0.5 + s * apart * np.sin(turn), float(rng.uniform(0.42, 0.52)), c,
+                  edition=2)
+            for k, c, s in ((k1, c1, -1), (k2, c2, 1))
+        )  # fmt: skip
+        return Scene(ground, made, "", texture=texture)
+    raise ValueError(f"level must be 0 to 5, got {level}")
 
 
 def _object(rng: np.random.Generator, x: float, y: float, size: float, worn: tuple[str, ...] = ()) -> Thing:
