@@ -89,6 +89,18 @@ def test_the_pool_knows_how_hard_a_caption_is():
         assert set(levels_of(torch.tensor(ids, dtype=torch.uint8)).tolist()) == {level}
 
 
+def test_depth_is_lighter_the_nearer():
+    """An object in front of another one: three greys, and the front one whole."""
+    scene = second.sample_scene(np.random.default_rng(3), 5)
+    behind, front = scene.things
+    depth = world.depth_map(world.render(scene, SIZE))[..., 0]
+    assert sorted(np.unique(depth)) == [30, 135, 240]
+    alone = world.render(replace(scene, things=(front,)), SIZE).owners > 0
+    assert ((depth == 240) == alone).all()
+    hidden = (world.render(replace(scene, things=(behind,)), SIZE).owners > 0) & alone
+    assert hidden.sum() > 20
+
+
 # The scorer
 
 

@@ -170,6 +170,13 @@ def pose_map(scene: Scene, size: int) -> np.ndarray:
     return canvas
 
 
+def depth_map(picture: Picture, far: int = 30, near: int = 240) -> np.ndarray:
+    """Depth of a picture as grey, `[H, W, 3]`: the ground is `far`, what is nearest is `near`, the others between."""
+    things = int(picture.owners.max())
+    greys = np.linspace(far, near, things + 1) if things else np.array([far])
+    return np.repeat(np.round(greys).astype(np.uint8)[picture.owners][..., None], 3, 2)
+
+
 def cut_out(scene: Scene, index: int, size: int, ground: tuple[int, int, int] = WHITE) -> np.ndarray:
     """One subject alone, large and centred, arms as in the scene, on plain ground, `[H, W, 3]`."""
     thing = scene.things[index]
