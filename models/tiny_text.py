@@ -10,6 +10,7 @@ Shapes: ids `[B, T]`; context `[B, T, D]`, pooled `[B, P]`; T = `SLOTS`.
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ VOCABULARY: tuple[str, ...] = (
     # kept for later worlds, so that ids never move
     "two", "large", "small", "dress", "hat", "dog", "cat", "car", "flower", "cloud", "sun", "face", "running",
     "sitting", "standing", "dotted", "checked", "sks",
+    # of the second edition; the first one's word table ends here
+    "tee", "vest", "coat", "shorts", "tied", "pointing", "printed", "letterx", "lettert", "letterh",
 )  # fmt: skip
 
 SYNONYMS: dict[str, str] = {
@@ -55,21 +58,51 @@ _FILLER = "a an the with and of on in at to is its his her wearing this that the
 FILLER = frozenset(_FILLER.split())  # "plain" is what a shirt is unless it is striped or spotted
 
 # Words with an id that no caption of the world uses yet: their embeddings are untrained, so they count as unknown.
-RESERVED = frozenset(VOCABULARY[VOCABULARY.index("two") :]) | {"centre"}
+ROWS = VOCABULARY.index("tee")  # of the first edition's word table
+RESERVED = frozenset(VOCABULARY[VOCABULARY.index("two") : ROWS]) | {"centre"}
 
-TRAINED = frozenset(VOCABULARY[1:]) - RESERVED - FILLER
+TRAINED = frozenset(VOCABULARY[1:ROWS]) - RESERVED - FILLER
 _IDS = {word: i for i, word in enumerate(VOCABULARY)}
 _WORD = re.compile(r"[a-z]+")
+_LETTER = re.compile(r"\bletter ([xth])\b")
 
 
-def word_ids(text: str) -> tuple[list[int], list[str]]:
+class Edition(NamedTuple):
+    """What a text encoder was trained on. `rows`: of its word table."""
+
+    rows: int
+    trained: frozenset[str]
+    synonyms: dict[str, str]
+
+
+_SECOND = frozenset(VOCABULARY[ROWS:]) | {"small", "dress", "checked"}
+EDITIONS: dict[int, Edition] = {
+    1: Edition(ROWS, TRAINED, SYNONYMS),
+    2: Edition(
+        len(VOCABULARY),
+        TRAINED | _SECOND,
+        {
+            **SYNONYMS, "jacket": "coat", "overcoat": "coat", "tshirt": "tee", "gown": "dress", "frock": "dress",
+            "waistcoat": "vest", "sleeveless": "vest", "singlet": "vest", "chequered": "checked", "plaid": "checked",
+            "tartan": "checked", "squares": "checked", "bun": "tied", "ponytail": "tied", "knot": "tied",
+            "little": "small", "tiny": "small", "print": "printed", "points": "pointing",
+        },
+    ),
+}  # fmt: skip
+
+
+def word_ids(text: str, edition: int = 1) -> tuple[list[int], list[str]]:
     """Ids of the known words of `text` in order, and the unknown words. Not padded, not cut."""
     ids, unknown = [], []
-    for word in _WORD.findall(text.lower()):
+    _, trained, synonyms = EDITIONS[edition]
+    text = text.lower()
+    if edition > 1:  # a letter on a shirt is one word, and not the end of another one
+        text = _LETTER.sub(r"letter\1", text.replace("t-shirt", "tee"))
+    for word in _WORD.findall(text):
         if word in FILLER:
             continue
         single = word.removesuffix("s")
-        meant = next((w for w in (word, SYNONYMS.get(word), single, SYNONYMS.get(single)) if w in TRAINED), None)
+        meant = next((w for w in (word, synonyms.get(word), single, synonyms.get(single)) if w in trained), None)
         if meant is None:
             unknown.append(word)
         else:
@@ -78,13 +111,28 @@ def word_ids(text: str) -> tuple[list[int], list[str]]:
 
 
 class TinyTextEncoder(nn.Module):
-    """Word ids to context and pooled vector. `operations`: ComfyUI's layer classes, or `torch.nn`."""
+    """Word ids to context and pooled vector.
 
-    def __init__(self, dim: int = 128, pooled_dim: int = 64, heads: int = 4, *, operations, device=None, dtype=None):
+    Args:
+        rows: of the word table, an edition's.
+        operations: ComfyUI's layer classes, or `torch.nn`.
+    """
+
+    def __init__(
+        self,
+        dim: int = 128,
+        pooled_dim: int = 64,
+        heads: int = 4,
+        rows: int = ROWS,
+        *,
+        operations,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         where = {"device": device, "dtype": dtype}
         self.heads = heads
-        self.words = operations.Embedding(len(VOCABULARY), dim, **where)
+        self.words = operations.Embedding(rows, dim, **where)
         self.places = operations.Embedding(SLOTS, dim, **where)
         self.norm1 = operations.LayerNorm(dim, **where)
         self.qkv = operations.Linear(dim, 3 * dim, **where)

@@ -5,8 +5,9 @@ Stages, in order: `vae` (components, then the decoder), `base` (transformer and 
 In-Context LoRA by ComfyUI's own nodes; `sd3_vae` and `sd3`, the second base, in SD3.5's
 layout, and `dit4sr`, a patch for it; `video_vae`, `cogvideox` and `dynamictrl`, a video model in CogVideoX's layout and
 its poses. From the try-on on they train on the weights in `weights/`. `all` runs every
-one but `try_on_8_steps`. A stage that was stopped goes on where it was, and one that is done is only exported again;
-`--fresh` starts it over and leaves what the others made. (`in_context` always starts over. The components of the
+one but `try_on_8_steps`, and the stages of the second edition, which is in the making: `start`, `second_vae`,
+`second_base`, `second_guided`. A stage that was stopped goes on where it was, and one that is done is only exported
+again; `--fresh` starts it over and leaves what the others made. (`in_context` always starts over. The components of the
 autoencoder are what all latents are made of: only `all --fresh` fits them again.)
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from . import checkpoints
 from .base import train_base
 from .checkpoints import Recipe, work
 from .dit4sr import RestoreRecipe, train_dit4sr
@@ -27,6 +29,7 @@ from .easycontrol import KINDS, AdapterRecipe, train_adapter
 from .in_context import InContextRecipe, train_in_context
 from .sd3 import VAE as SD3_VAE
 from .sd3 import SD3Recipe, train_sd3
+from .second import SecondRecipe, train_second_base, train_second_guided, train_second_vae, train_start
 from .try_on import TryOnRecipe, train_try_on
 from .try_on_8_steps import FastRecipe, train_fast
 from .vae import train_vae
@@ -45,15 +48,22 @@ OWN = {  # what each stage keeps in the folder of its recipe
     "video_vae": ("encoder.*", "decoder.*"),
     "cogvideox": ("clips-*", "cogvideox-*"),
     "dynamictrl": ("dynamictrl-*",),
+    "start": ("start.*",),
+    "second_vae": ("vae.*",),
+    "second_base": ("second-pool.*", "second.*"),
+    "second_guided": ("guided.*",),
 }
 SD3 = ("sd3_vae", "sd3", "dit4sr")
+SECOND = ("start", "second_vae", "second_base", "second_guided")
 VIDEO = ("video_vae", "cogvideox", "dynamictrl")
 
 
-def recipe_of(stage: str, options: dict) -> Recipe | SD3Recipe | VideoVAERecipe:
+def recipe_of(stage: str, options: dict) -> Recipe | SD3Recipe | VideoVAERecipe | SecondRecipe:
     """The recipe whose folder a stage works in. `options` change that of the first base only."""
     if stage in VIDEO:
         return VideoVAERecipe()
+    if stage in SECOND:
+        return SecondRecipe()
     return SD3Recipe() if stage in SD3 else Recipe(**options)
 
 
@@ -71,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=[*OWN, "all"])
     parser.add_argument("--fresh", action="store_true", help="forget the stage's checkpoints and start it over")
+    parser.add_argument("--work", type=Path, default=checkpoints.WORK, help="where checkpoints are kept")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="processes that render the pool")
     for field in ("vae_steps", "base_steps", "pool", "pixels", "batch"):
@@ -78,6 +89,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     stage, threads, workers = (options.pop(name) for name in ("stage", "threads", "workers"))
     torch.set_num_threads(threads)
+    checkpoints.WORK = options.pop("work")
     fresh = options.pop("fresh")
     recipe, started = Recipe(**options), time.time()
     if fresh:
@@ -110,6 +122,14 @@ def main() -> None:
         train_cogvideox(VideoRecipe(), VideoVAERecipe(), workers)
     if stage in ("dynamictrl", "all"):
         train_dynamictrl(VideoRecipe(), VideoVAERecipe(), workers)
+    if stage == "start":
+        train_start(SecondRecipe(), workers)
+    if stage == "second_vae":
+        train_second_vae(SecondRecipe())
+    if stage == "second_base":
+        train_second_base(SecondRecipe(), workers)
+    if stage == "second_guided":
+        train_second_guided(SecondRecipe(), workers)
     print(f"{stage}: {time.time() - started:.0f} s")
 
 

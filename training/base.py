@@ -30,22 +30,26 @@ def size_of(recipe: Recipe) -> Size:
     return Size(live=recipe.live)
 
 
-_NOUNS = frozenset(VOCABULARY.index(word) for word in ("hair", "shirt", "trousers", "skirt", "ground"))
+def _ids(words) -> frozenset[int]:
+    return frozenset(VOCABULARY.index(word) for word in words)
 
 
-_ADJECTIVES = frozenset(
-    VOCABULARY.index(word) for word in (*world.COLOURS, *world.HAIR, *world.GROUNDS, *world.PATTERNS, *world.HAIRSTYLES)
-)
+_NOUNS = _ids(("hair", "ground", *world.MORE_BOTTOMS, *world.CUTS))
+_ADJECTIVES = _ids((*world.COLOURS, *world.HAIR, *world.GROUNDS, *world.MORE_PATTERNS, *world.MORE_HAIRSTYLES))
+_PRINTED = VOCABULARY.index("printed")
 
 
 def brief(ids: list[int], rng: np.random.Generator) -> list[int]:
     """The caption without some of what it says of hair, garments and ground. What is shown stays named."""
     said: list[int] = []
-    for word in ids:
+    unsaid = False  # whether the last noun was left out: what is printed on it goes too
+    for before, word in zip([PAD, *ids], ids, strict=False):
         if word in _NOUNS and rng.random() < 0.45:
+            unsaid = True
             while said and said[-1] in _ADJECTIVES:
                 said.pop()
-        elif word != PAD:
+        elif word != PAD and not (unsaid and _PRINTED in (before, word)):
+            unsaid = unsaid and word == _PRINTED
             said.append(word)
     return said + [PAD] * (len(ids) - len(said))
 
@@ -63,10 +67,10 @@ def groups_of(ids: Tensor) -> list[np.ndarray]:
     return [torch.nonzero(rows)[:, 0].numpy() for rows in (~doll, doll & toy, doll & ~toy)]
 
 
-def batch_of(recipe: Recipe, latents: Tensor, ids: Tensor, groups: list[np.ndarray], step: int, device) -> tuple:
-    """The same step gives the same batch, whenever it runs."""
+def batch_of(recipe, latents: Tensor, ids: Tensor, groups: list[np.ndarray], step: int, device, shares=SHARES) -> tuple:
+    """The same step gives the same batch, whenever it runs. `shares`: how often each group of the pool comes."""
     rng = np.random.default_rng((recipe.seed, 11, step))
-    index = torch.from_numpy(np.array([rng.choice(groups[k]) for k in rng.choice(3, recipe.batch, p=SHARES)]))
+    index = torch.from_numpy(np.array([rng.choice(groups[k]) for k in rng.choice(len(shares), recipe.batch, p=shares)]))
     x0, words = latents[index].float(), ids[index].long()
     for row in np.flatnonzero(rng.random(recipe.batch) < recipe.brief):
         words[row] = torch.tensor(brief(words[row].tolist(), rng))
@@ -86,7 +90,7 @@ def run_stage(path: Path, recipe, steps: int, model: Model, loss_of, every: int 
     """
     device = loop.device_of()
     model.to(device)
-    quick = torch.compile(model)  # minutes to compile, then twice as fast
+    quick = loop.compiled(model)
     average = copy.deepcopy(model).requires_grad_(False)
     optims = optimisers(model, recipe.lr, recipe.muon_lr)
     start, losses = 0, []
@@ -134,19 +138,28 @@ def pool_of(recipe: Recipe, workers: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def train_base(recipe: Recipe, workers: int) -> None:
+def learned(recipe: Recipe, size: Size, path: Path, workers: int) -> Base:
+    """A base of `size`, trained on the first world as `recipe` says; its checkpoint is `path`."""
     device = loop.device_of()
     latents, ids = pool_of(recipe, workers)
     groups = groups_of(ids)
     torch.manual_seed(recipe.seed)
 
     def loss_of(model: Base, step: int) -> Tensor:
-        x0, noise, t, words, guidance = batch_of(recipe, latents, ids, groups, step, device)
-        x = torch.lerp(x0, noise, t[:, None, None, None])
-        return F.mse_loss(model(x, t, words, guidance).float(), noise - x0)
+        return velocity_loss(model, batch_of(recipe, latents, ids, groups, step, device))
 
+    return run_stage(path, recipe, recipe.base_steps, Base(size), loss_of)
+
+
+def velocity_loss(model: Base, batch: tuple) -> Tensor:
+    x0, noise, t, words, guidance = batch
+    x = torch.lerp(x0, noise, t[:, None, None, None])
+    return F.mse_loss(model(x, t, words, guidance).float(), noise - x0)
+
+
+def train_base(recipe: Recipe, workers: int) -> None:
     path = checkpoints.work(recipe) / "base.pt"
-    export_base(run_stage(path, recipe, recipe.base_steps, Base(size_of(recipe)), loss_of), recipe, "base")
+    export_base(learned(recipe, size_of(recipe), path, workers), recipe, "base")
 
 
 def load_base(recipe: Recipe, stage: str) -> Base:

@@ -19,19 +19,19 @@ CHUNK = 500
 LEVELS = (1.0, 1.2, 2.2, 1.6)  # how often each difficulty of the world comes
 
 
-def padded_ids(text: str) -> list[int]:
-    ids = word_ids(text)[0][:SLOTS]
+def padded_ids(text: str, edition: int = 1) -> list[int]:
+    ids = word_ids(text, edition)[0][:SLOTS]
     return ids + [PAD] * (SLOTS - len(ids))
 
 
-def _render_chunk(job: tuple[int, int, tuple[float, ...]]) -> tuple[np.ndarray, np.ndarray]:
-    seed, size, levels = job
-    stream = world.scenes(seed, levels)
+def _render_chunk(job: tuple[int, int, tuple[float, ...], int]) -> tuple[np.ndarray, np.ndarray]:
+    seed, size, levels, edition = job
+    stream = world.scenes(seed, levels) if edition == 1 else world.second.scenes(seed, levels)
     images, ids = [], []
     for _ in range(CHUNK):
         scene = next(stream)
         images.append(world.render(scene, size).image)
-        ids.append(padded_ids(world.caption(scene)))
+        ids.append(padded_ids(world.caption(scene), edition))
     return np.stack(images), np.array(ids, np.uint8)
 
 
@@ -42,15 +42,25 @@ def encode(vae: TinyVAE, images: np.ndarray) -> torch.Tensor:
 
 
 def latent_pool(
-    path: Path, vae: TinyVAE, count: int, size: int, levels: tuple[float, ...], seed: int, workers: int
+    path: Path,
+    vae: TinyVAE,
+    count: int,
+    size: int,
+    levels: tuple[float, ...],
+    seed: int,
+    workers: int,
+    edition: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` latents (float16) and word ids of training scenes, from `path` if it was made before."""
+    """`count` latents (float16) and word ids of training scenes, from `path` if it was made before.
+
+    `edition`: of the world.
+    """
     if path.exists():
         kept = torch.load(path, weights_only=True)
         if kept["latents"].shape[0] >= count:
             return kept["latents"][:count], kept["ids"][:count]
     latents, ids = [], []
-    jobs = [(seed * 1_000_003 + k, size, levels) for k in range((count + CHUNK - 1) // CHUNK)]
+    jobs = [(seed * 1_000_003 + k, size, levels, edition) for k in range((count + CHUNK - 1) // CHUNK)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         for images, words in tqdm(pool.imap(_render_chunk, jobs), total=len(jobs), desc="rendering the pool"):
             latents.append(encode(vae, images).half())

@@ -152,7 +152,7 @@ def train_adapter(kind: str, base: Recipe, recipe: AdapterRecipe, stage: str = "
     size = model.flux.size
     lora = ConditionLora(size.hidden, size.double, size.single, recipe.rank, operations=nn).to(device)
     lora.init_for_training(torch.Generator().manual_seed(base.seed))
-    quick = torch.compile(Controlled(kind, model, lora))
+    quick = loop.compiled(Controlled(kind, model, lora))
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng((base.seed, KINDS.index(kind), step))

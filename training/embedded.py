@@ -24,7 +24,7 @@ class Base(nn.Module):
     def __init__(self, size: Size):
         super().__init__()
         self.flux = Flux(size)
-        self.text = TinyTextEncoder(size.text_dim, size.pooled_dim, operations=nn)
+        self.text = TinyTextEncoder(size.text_dim, size.pooled_dim, rows=size.words, operations=nn)
         for name in ("words", "places"):
             nn.init.normal_(getattr(self.text, name).weight, std=0.3)
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dit_toolkit.models.tiny_text import ROWS
+
 CHANNELS = 16
 THETA = 10000
 AXES = (16, 56, 56)
@@ -29,6 +31,7 @@ class Size:
     single: int = 6
     text_dim: int = 128
     pooled_dim: int = 64
+    words: int = ROWS  # of the text encoder's table
 
     asdict = asdict
 

@@ -88,7 +88,7 @@ def train_try_on(base: Recipe, recipe: TryOnRecipe) -> None:
     stock = pool(base, recipe, vae)
     model.to(device)
     loras = new_branches(model.flux.size, recipe.rank, recipe.seed).to(device)
-    quick = torch.compile(Dressed(model, loras))
+    quick = loop.compiled(Dressed(model, loras))
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng((recipe.seed, 31, step))

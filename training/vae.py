@@ -24,6 +24,10 @@ from .optim import schedule
 from .pictures import to_unit, training_picture
 
 
+def _components(patches: torch.Tensor, recipe: Any) -> dict[str, torch.Tensor]:
+    return fit_components(patches, recipe.live)
+
+
 @dataclass(frozen=True)
 class Autoencoder:
     """What sets one autoencoder apart from the other.
@@ -31,12 +35,16 @@ class Autoencoder:
     file: in `weights/`.
     base: whose latents it makes.
     pictures: `(recipe, seed, count)` to what it is trained on, uint8 `[count, H, W, 3]`.
+    fit: patches `[N, 3, 8, 8]` and the recipe to the components.
+    edges: weight of the loss on differences between neighbours.
     """
 
     file: str
     base: str
     pictures: Callable[[Any, int, int], np.ndarray]
     widths: tuple[int, int, int] = WIDTHS
+    fit: Callable[[torch.Tensor, Any], dict[str, torch.Tensor]] = _components
+    edges: float = 0.0
 
 
 def _pictures(recipe: Recipe, seed: int, count: int) -> np.ndarray:
@@ -51,16 +59,25 @@ def stock_of(kind: Autoencoder, recipe: Any, seed: int, count: int) -> np.ndarra
     return kind.pictures(recipe, seed, count)
 
 
+def patches_of(x: torch.Tensor) -> torch.Tensor:
+    """Pictures `[B, 3, H, W]` -> their patches `[N, 3, 8, 8]`."""
+    cut = x.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)
+    return cut.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, PATCH, PATCH)
+
+
+def edge_loss(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Mean absolute error of the differences between neighbours, which a soft edge has wrong."""
+    across = ((out[..., 1:] - out[..., :-1]) - (x[..., 1:] - x[..., :-1])).abs().mean()
+    return across + ((out[..., 1:, :] - out[..., :-1, :]) - (x[..., 1:, :] - x[..., :-1, :])).abs().mean()
+
+
 def load_vae(recipe, kind: Autoencoder = FLUX1) -> TinyVAE:
     """The autoencoder with its components; they are fitted on the first call (seconds) and then fixed."""
     vae = TinyVAE(recipe.live, kind.widths, kind.base, operations=nn)
     path = checkpoints.work(recipe) / "components.pt"
     if not path.exists():
         x = torch.from_numpy(to_unit(stock_of(kind, recipe, recipe.seed, 3_000)))
-        patches = (
-            x.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, PATCH, PATCH)
-        )
-        checkpoints.save(path, fit_components(patches, recipe.live))
+        checkpoints.save(path, kind.fit(patches_of(x), recipe))
     parts = torch.load(path, weights_only=True)
     vae.load_state_dict({k: v for k, v in parts.items() if k.startswith("patch_")}, strict=False)
     decoder = checkpoints.work(recipe) / "vae.pt"
@@ -99,6 +116,8 @@ def train_vae(recipe, kind: Autoencoder = FLUX1) -> None:
         z = z + noise * torch.from_numpy(rng.standard_normal(tuple(z.shape), np.float32)).to(device)
         out = vae.decode_live(z)
         loss = F.mse_loss(out, x) + 0.1 * F.l1_loss(out, x)
+        if kind.edges:
+            loss = loss + kind.edges * edge_loss(out, x)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)

@@ -42,7 +42,12 @@ KEPT = {
     "video_vae": {"encoder.pt", "decoder.pt", "decoder.png"},
     "cogvideox": {"clips-1.pt", "cogvideox-1.pt", "cogvideox-1.png"},
     "dynamictrl": {"dynamictrl-1.pt", "dynamictrl-1.png"},
+    "start": {"start.pt", "start.png"},
+    "second_vae": {"vae.pt", "vae.png"},
+    "second_base": {"second-pool.pt", "second.pt", "second.png"},
+    "second_guided": {"guided.pt", "guided.png"},
 }
+LATER = {"try_on_8_steps", *stages.SECOND}  # not in "all"
 EVERY = {"components.pt"}.union(*KEPT.values())
 
 
@@ -71,13 +76,15 @@ def ran(monkeypatch, tmp_path) -> list[str]:
     noted: list[str] = []
     names = {"train_base": "base", "train_try_on": "try_on", "train_fast": "try_on_8_steps", "train_sd3": "sd3",
              "train_in_context": "in_context", "train_dit4sr": "dit4sr", "train_video_vae": "video_vae",
-             "train_cogvideox": "cogvideox", "train_dynamictrl": "dynamictrl"}  # fmt: skip
+             "train_cogvideox": "cogvideox", "train_dynamictrl": "dynamictrl", "train_start": "start",
+             "train_second_vae": "second_vae", "train_second_base": "second_base",
+             "train_second_guided": "second_guided"}  # fmt: skip
     for function, stage in names.items():
         monkeypatch.setattr(stages, function, lambda *_, stage=stage: noted.append(stage))
     monkeypatch.setattr(stages, "train_vae", lambda _, *kind: noted.append("sd3_vae" if kind else "vae"))
     monkeypatch.setattr(stages, "train_adapter", lambda kind, *_: noted.append(kind))
     monkeypatch.setattr(checkpoints, "WORK", tmp_path)
-    for folder in (folder_of("base"), folder_of("sd3"), folder_of("cogvideox")):
+    for folder in (folder_of("base"), folder_of("sd3"), folder_of("cogvideox"), folder_of("start")):
         folder.mkdir()
         for name in EVERY:
             (folder / name).touch()
@@ -87,7 +94,7 @@ def ran(monkeypatch, tmp_path) -> list[str]:
 def test_all_runs_every_stage_but_the_8_steps_in_the_order_of_what_they_need(ran, monkeypatch):
     command(monkeypatch, "all")
     assert ran == ALL
-    assert set(stages.OWN) == {*ALL, "try_on_8_steps"}
+    assert set(stages.OWN) == {*ALL, *LATER}
 
 
 @pytest.mark.parametrize("stage", stages.OWN)

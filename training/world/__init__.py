@@ -8,12 +8,14 @@ seed gives the same scene on every machine.
     rendering   scenes as pictures and maps
     captions    scenes and sets in words
     sampling    random scenes and sets
+    second      random scenes of the second world, which has more to wear, larger parts and textures
     skeleton    body points of a doll, as OpenPose names them
 
 Coordinates: the canvas is the unit square, x to the right, y down. Angles: degrees, 0 is straight down, positive away
 from the body. Pictures: uint8 RGB `[H, W, 3]`; maps: uint8 `[H, W]`.
 """
 
+from . import second
 from .captions import caption, set_caption
 from .motion import moving
 from .rendering import (
@@ -21,6 +23,7 @@ from .rendering import (
     canny,
     clip,
     cut_out,
+    depth_map,
     edge_map,
     garment_flat,
     garment_mask,
@@ -35,6 +38,7 @@ from .things import (
     BONES,
     BOTTOMS,
     COLOURS,
+    CUTS,
     EYE,
     GROUNDS,
     HAIR,
@@ -42,10 +46,16 @@ from .things import (
     JOINTS,
     LABELS,
     LEVELS,
+    MORE_ARMS,
+    MORE_BOTTOMS,
+    MORE_HAIRSTYLES,
+    MORE_PATTERNS,
     OBJECTS,
     PATTERNS,
+    PRINTS,
     SHOE,
     SKINS,
+    TEXTURES,
     TRUNK,
     WHITE,
     Part,
@@ -64,6 +74,7 @@ __all__ = [
     "BONES",
     "BOTTOMS",
     "COLOURS",
+    "CUTS",
     "EYE",
     "GROUNDS",
     "HAIR",
@@ -71,10 +82,16 @@ __all__ = [
     "JOINTS",
     "LABELS",
     "LEVELS",
+    "MORE_ARMS",
+    "MORE_BOTTOMS",
+    "MORE_HAIRSTYLES",
+    "MORE_PATTERNS",
     "OBJECTS",
     "PATTERNS",
+    "PRINTS",
     "SHOE",
     "SKINS",
+    "TEXTURES",
     "TRUNK",
     "VERSION",
     "WHITE",
@@ -86,6 +103,7 @@ __all__ = [
     "caption",
     "clip",
     "cut_out",
+    "depth_map",
     "doll_joints",
     "doll_parts",
     "edge_map",
@@ -103,6 +121,7 @@ __all__ = [
     "sample_scene",
     "sample_set",
     "scenes",
+    "second",
     "set_caption",
     "sets",
 ]

@@ -2,44 +2,59 @@
 
 from __future__ import annotations
 
-from .things import Scene, Thing
+from .things import OBJECTS, SMALL, Scene, Thing
 
 
 def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _object_words(thing: Thing) -> str:
-    return f"{_article(thing.colour)} {thing.colour} {thing.kind}"
+def object_words(thing: Thing) -> str:
+    small = "small " if thing.edition == 2 and thing.size < SMALL else ""
+    return f"{_article(small + thing.colour)} {small}{thing.colour} {thing.kind}"
+
+
+def garment_words(doll: Thing) -> str:
+    """What a doll wears above, or all over: "a red striped dress"."""
+    pattern = "" if doll.pattern == "plain" else f"{doll.pattern} "
+    shown = "" if not doll.print else f" printed with {'a' if doll.print in OBJECTS else 'the letter'} {doll.print}"
+    return f"{_article(doll.colour)} {doll.colour} {pattern}{doll.cut}{shown}"
+
+
+def plain_shirt(doll: Thing) -> str:
+    """All that the first world says of a doll beside another one."""
+    return f"{_article(doll.colour)} {doll.colour} shirt"
+
+
+def pose_words(pose: str) -> str:
+    """With the comma before it; "" for a caption that is silent on the pose."""
+    return "" if not pose else (f", {pose}" if pose in ("waving", "pointing") else f", arms {pose}")
 
 
 def doll_words(doll: Thing, pose: str) -> str:
-    pattern = "" if doll.pattern == "plain" else f"{doll.pattern} "
     bottom = doll.bottom_colour + " " + doll.bottom
-    bottom = bottom if doll.bottom == "trousers" else f"{_article(bottom)} {bottom}"
-    arms = "" if not pose else (", waving" if pose == "waving" else f", arms {pose}")
-    return (
-        f"a doll with {doll.hairstyle} {doll.hair} hair, {_article(doll.colour)} {doll.colour} {pattern}shirt "
-        f"and {bottom}{arms}"
-    )
+    bottom = bottom if doll.bottom in ("trousers", "shorts") else f"{_article(bottom)} {bottom}"
+    below = "" if doll.cut == "dress" else f" and {bottom}"
+    return f"a doll with {doll.hairstyle} {doll.hair} hair, {garment_words(doll)}{below}{pose_words(pose)}"
 
 
 def caption(scene: Scene) -> str:
     """The scene in plain English. Says nothing that the picture does not show; silent on an empty relation or pose."""
-    ground = f"on a {scene.ground} ground"
+    texture = f"{scene.texture} " if scene.texture else ""
+    ground = f"on a {texture}{scene.ground} ground"
     side = f" on the {scene.relation}" if scene.relation else ""
     first, *rest = scene.things
     if first.kind == "doll" and not rest:
         return f"{doll_words(first, scene.pose)}, {ground}"
     if first.kind == "doll" and rest[0].kind != "doll":
-        return f"{doll_words(first, scene.pose)}, {_object_words(rest[0])}{side}, {ground}"
+        return f"{doll_words(first, scene.pose)}, {object_words(rest[0])}{side}, {ground}"
     if first.kind == "doll":
-        short = [f"a doll in {_article(d.colour)} {d.colour} shirt" for d in (first, rest[0])]
+        short = [f"a doll in {garment_words(d) if d.edition == 2 else plain_shirt(d)}" for d in (first, rest[0])]
         return f"{short[0]} left of {short[1]}, {ground}"
     if not rest:
-        return f"{_object_words(first)}{side}, {ground}"
+        return f"{object_words(first)}{side}, {ground}"
     link = {"left": "left of", "right": "right of", "": "and"}.get(scene.relation, scene.relation)
-    return f"{_object_words(first)} {link} {_object_words(rest[0])}, {ground}"
+    return f"{object_words(first)} {link} {object_words(rest[0])}, {ground}"
 
 
 def set_caption(scenes: tuple[Scene, Scene], named: bool) -> str:

@@ -12,7 +12,8 @@ from .things import (
     GROUNDS,
     JOINTS,
     LABELS,
-    PATTERNS,
+    MORE_PATTERNS,
+    TEXTURES,
     WHITE,
     Part,
     Scene,
@@ -40,47 +41,87 @@ def _fill(canvas: np.ndarray, points: np.ndarray, value: int, smooth: bool) -> N
     cv2.fillPoly(canvas, [fixed], value, cv2.LINE_AA if smooth else cv2.LINE_8, 4)
 
 
-def _paint(part: Part, size: int) -> np.ndarray:
-    """Colour of a part at every pixel, `[H, W, 3]` float32 or `[3]` when plain. Patterns move with their owner."""
+def _amount(pattern: str, u: np.ndarray, v: np.ndarray, soft: float) -> np.ndarray:
+    """How much of the second colour a pattern shows at `u`, `v`, in the doll's terms; `soft`: blend at the borders."""
+
+    def lines(along: np.ndarray, period: float, half: float) -> np.ndarray:
+        return np.clip((half - np.abs((along / period) % 1.0 - 0.5) * period) / soft + 0.5, 0, 1)
+
+    if pattern == "striped":
+        return lines(v, 0.13, 0.03) + 0 * u
+    if pattern == "checked":
+        return np.maximum(lines(v, 0.13, 0.02), lines(u + 0.06, 0.12, 0.02))
+    row = np.floor(v / 0.105)
+    du = (u / 0.12 + 0.5 * (row % 2)) % 1.0 - 0.5
+    dv = (v / 0.105) % 1.0 - 0.5
+    return np.clip((0.033 - np.hypot(du * 0.12, dv * 0.105)) / soft + 0.5, 0, 1)
+
+
+def _paint(part: Part, size: int, box: tuple[slice, slice]) -> np.ndarray:
+    """Colour of a part at every pixel of `box`, `[h, w, 3]` float32 or `[3]` when plain. Patterns move with it."""
     base = np.array(part.colour, np.float32)
-    if part.pattern not in PATTERNS:
-        raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, got '{part.pattern}'")
+    if part.pattern not in MORE_PATTERNS:
+        raise ValueError(f"pattern must be one of {', '.join(MORE_PATTERNS)}, got '{part.pattern}'")
     if part.pattern == "plain":
         return base
     x0, y0, s = part.frame
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
-    u, v = (grid[None, :] - x0) / s, (grid[:, None] - y0) / s
-    soft = 1.2 / (size * s)  # one pixel of blend at the borders
-    if part.pattern == "striped":
-        phase = np.abs((v / 0.13) % 1.0 - 0.5) * 0.13  # 0 in the middle of a white band
-        amount = np.clip((0.03 - phase) / soft + 0.5, 0, 1) + 0 * u
-    else:
-        row = np.floor(v / 0.105)
-        du = (u / 0.12 + 0.5 * (row % 2)) % 1.0 - 0.5
-        dv = (v / 0.105) % 1.0 - 0.5
-        amount = np.clip((0.033 - np.hypot(du * 0.12, dv * 0.105)) / soft + 0.5, 0, 1)
+    u, v = (grid[None, box[1]] - x0) / s, (grid[box[0], None] - y0) / s
+    amount = _amount(part.pattern, u, v, 1.2 / (size * s))  # one pixel of blend at the borders
     return base + amount[..., None] * (np.array(WHITE, np.float32) - base)
 
 
-def _draw(parts: list[Part], ground: tuple[int, int, int], size: int) -> Picture:
+TILE, TONE = 1 / 8, 22  # how often a texture repeats, as a part of the canvas; how much its second tone differs
+
+
+def texture_amount(texture: str, size: int) -> np.ndarray:
+    """Where a ground's texture shows its second tone, `[H, W]` in 0..1."""
+    grid = ((np.arange(size, dtype=np.float32) + 0.5) / size / TILE) % 1.0 - 0.5
+    u, v = np.abs(grid)[None, :], np.abs(grid)[:, None]
+    soft = 1.2 / (size * TILE)
+    if texture == "striped":
+        return np.clip((0.2 - v) / soft + 0.5, 0, 1) + 0 * u
+    if texture == "checked":
+        return np.clip((0.13 - np.minimum(u, v)) / soft + 0.5, 0, 1)
+    if texture == "spotted":
+        return np.clip((0.27 - np.hypot(u, v)) / soft + 0.5, 0, 1)
+    raise ValueError(f"texture must be one of {', '.join(TEXTURES)}, got '{texture}'")
+
+
+def ground_tones(ground: str) -> tuple[np.ndarray, np.ndarray]:
+    """Colour of a ground, and of its texture: darker, or lighter on the dark one. `[3]` float32 each."""
+    first = np.array(GROUNDS[ground], np.float32)
+    return first, first + (TONE if first.mean() < 80 else -TONE)
+
+
+def _ground(scene: Scene, size: int) -> np.ndarray:
+    first, second = ground_tones(scene.ground)
+    if not scene.texture:
+        return first
+    return first + texture_amount(scene.texture, size)[..., None] * (second - first)
+
+
+def _draw(parts: list[Part], ground: tuple[int, int, int] | np.ndarray, size: int) -> Picture:
     image = np.empty((size, size, 3), np.float32)
     image[:] = ground
     labels, owners = np.zeros((size, size), np.uint8), np.zeros((size, size), np.uint8)
     for part in parts:
         cover = np.zeros((size, size), np.uint8)
         _fill(cover, part.points, 255, smooth=True)
-        alpha = cover[..., None].astype(np.float32) / 255
-        image += alpha * (_paint(part, size) - image)
-        inside = cover > 127
-        labels[inside] = LABELS.index(part.label)
-        owners[inside] = part.owner
+        x, y, w, h = cv2.boundingRect(cover)  # nothing changes outside
+        box = (slice(y, y + h), slice(x, x + w))
+        alpha = cover[box][..., None].astype(np.float32) / 255
+        image[box] += alpha * (_paint(part, size, box) - image[box])
+        inside = cover[box] > 127
+        labels[box][inside] = LABELS.index(part.label)
+        owners[box][inside] = part.owner
     return Picture(np.round(image).astype(np.uint8), labels, owners)
 
 
 def render(scene: Scene, size: int) -> Picture:
     """Draw a scene, `size` pixels a side. Owner k is `scene.things[k - 1]`; a higher owner is nearer (depth order)."""
     parts = [part for i, thing in enumerate(scene.things) for part in parts_of(thing, i + 1)]
-    return _draw(parts, GROUNDS[scene.ground], size)
+    return _draw(parts, _ground(scene, size), size)
 
 
 def edge_map(picture: Picture, thickness: int = 1, parts: bool = True) -> np.ndarray:
@@ -129,6 +170,13 @@ def pose_map(scene: Scene, size: int) -> np.ndarray:
     return canvas
 
 
+def depth_map(picture: Picture, far: int = 30, near: int = 240) -> np.ndarray:
+    """Depth of a picture as grey, `[H, W, 3]`: the ground is `far`, what is nearest is `near`, the others between."""
+    things = int(picture.owners.max())
+    greys = np.linspace(far, near, things + 1) if things else np.array([far])
+    return np.repeat(np.round(greys).astype(np.uint8)[picture.owners][..., None], 3, 2)
+
+
 def cut_out(scene: Scene, index: int, size: int, ground: tuple[int, int, int] = WHITE) -> np.ndarray:
     """One subject alone, large and centred, arms as in the scene, on plain ground, `[H, W, 3]`."""
     thing = scene.things[index]
@@ -137,13 +185,14 @@ def cut_out(scene: Scene, index: int, size: int, ground: tuple[int, int, int] = 
 
 
 def garment_flat(doll: Thing, size: int) -> np.ndarray:
-    """The shirt alone, laid flat with the arms out, on white, `[H, W, 3]`."""
-    flat = replace(doll, kind="doll", x=0.5, y=0.61, size=1.5, arms=(58.0, 58.0))
+    """The garment alone, laid flat with the arms out, on white, `[H, W, 3]`."""
+    y, scale = (0.61, 1.5) if doll.edition == 1 else (0.55, 1.25)  # dresses and coats are longer
+    flat = replace(doll, kind="doll", x=0.5, y=y, size=scale, arms=(58.0, 58.0))
     return _draw([part for part in doll_parts(flat, 1) if part.label == "shirt"], WHITE, size).image
 
 
 def garment_mask(picture: Picture, owner: int) -> np.ndarray:
-    """Where the shirt of `owner` shows, uint8 0 or 255, `[H, W]`."""
+    """Where the garment of `owner` shows, uint8 0 or 255, `[H, W]`."""
     return ((picture.labels == LABELS.index("shirt")) & (picture.owners == owner)).astype(np.uint8) * 255
 
 

@@ -30,42 +30,42 @@ def held_out(scene: Scene) -> bool:
     return hashlib.sha256(caption(scene).encode()).digest()[0] < 16
 
 
-def _pick(rng: np.random.Generator, options) -> str:
+def pick(rng: np.random.Generator, options) -> str:
     return list(options)[rng.integers(len(options))]
 
 
-def _two(rng: np.random.Generator, options) -> tuple[str, str]:
+def two(rng: np.random.Generator, options) -> tuple[str, str]:
     a, b = rng.permutation(len(options))[:2]
     return list(options)[a], list(options)[b]
 
 
 def _doll(rng: np.random.Generator, x: float, size: float, ground: str) -> tuple[Thing, str]:
-    pose = _pick(rng, ARMS)
+    pose = pick(rng, ARMS)
     base = ARMS[pose] if pose != "waving" or rng.random() < 0.5 else ARMS[pose][::-1]
     arms = tuple(float(np.clip(a + rng.normal(0, 7), 6, 165)) for a in base)
     legs = tuple(float(a) for a in rng.uniform(2, 20, 2))
-    shirt, below = _two(rng, COLOURS)
-    hair = _pick(rng, [h for h in HAIR if not (ground == "dark" and h == "black")])
+    shirt, below = two(rng, COLOURS)
+    hair = pick(rng, [h for h in HAIR if not (ground == "dark" and h == "black")])
     doll = Thing(
-        "doll", x, 0.5 + float(rng.normal(0, 0.012)), size, shirt, _pick(rng, PATTERNS), _pick(rng, BOTTOMS), below,
-        hair, _pick(rng, HAIRSTYLES), arms, legs, int(rng.integers(len(SKINS))),
+        "doll", x, 0.5 + float(rng.normal(0, 0.012)), size, shirt, pick(rng, PATTERNS), pick(rng, BOTTOMS), below,
+        hair, pick(rng, HAIRSTYLES), arms, legs, int(rng.integers(len(SKINS))),
     )  # fmt: skip
     return doll, pose
 
 
 def sample_scene(rng: np.random.Generator, level: int) -> Scene:
     """A random scene of one difficulty, an index of `LEVELS`."""
-    ground = _pick(rng, GROUNDS)
+    ground = pick(rng, GROUNDS)
     if level == 0:
         size = float(rng.uniform(0.5, 0.74))
-        side = _pick(rng, ("", "", "left", "right", "top", "bottom"))
+        side = pick(rng, ("", "", "left", "right", "top", "bottom"))
         off = {"": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}[side]
         size = size if not side else min(size, 0.56)
         x, y = (0.5 + 0.2 * o + float(rng.uniform(-0.03, 0.03)) for o in off)
-        return Scene(ground, (Thing(_pick(rng, OBJECTS), x, y, size, _pick(rng, COLOURS)),), side)
+        return Scene(ground, (Thing(pick(rng, OBJECTS), x, y, size, pick(rng, COLOURS)),), side)
     if level == 1:
-        (k1, k2), (c1, c2) = _two(rng, OBJECTS), _two(rng, COLOURS)
-        relation = _pick(rng, ("left", "right", "above", "below"))
+        (k1, k2), (c1, c2) = two(rng, OBJECTS), two(rng, COLOURS)
+        relation = pick(rng, ("left", "right", "above", "below"))
         sizes = rng.uniform(0.38, 0.46, 2)
         sign = -1 if relation in ("left", "above") else 1
         jitter = rng.uniform(-0.05, 0.05, 2)
@@ -81,21 +81,21 @@ def sample_scene(rng: np.random.Generator, level: int) -> Scene:
         doll, pose = _doll(rng, 0.5 + float(rng.uniform(-0.06, 0.06)), float(rng.uniform(0.86, 0.94)), ground)
         return Scene(ground, (doll,), "", pose if rng.random() < 0.8 else "")
     if level == 3:
-        side = _pick(rng, ("left", "right"))
+        side = pick(rng, ("left", "right"))
         sign = -1 if side == "left" else 1
         doll, pose = _doll(rng, 0.5 - sign * 0.2, float(rng.uniform(0.84, 0.92)), ground)
         while "out" in pose:  # arms held out would cover the object
             doll, pose = _doll(rng, 0.5 - sign * 0.2, float(rng.uniform(0.84, 0.92)), ground)
-        colour = _pick(rng, [c for c in COLOURS if c not in (doll.colour, doll.bottom_colour)])
+        colour = pick(rng, [c for c in COLOURS if c not in (doll.colour, doll.bottom_colour)])
         toy = Thing(
-            _pick(rng, OBJECTS), 0.5 + sign * 0.3, float(rng.uniform(0.6, 0.76)), float(rng.uniform(0.3, 0.36)), colour
+            pick(rng, OBJECTS), 0.5 + sign * 0.3, float(rng.uniform(0.6, 0.76)), float(rng.uniform(0.3, 0.36)), colour
         )
         return Scene(ground, (doll, toy), side, pose if rng.random() < 0.8 else "")
     if level == 4:
         (a, _), (b, _) = (_doll(rng, 0.5 + s * 0.24, float(rng.uniform(0.8, 0.88)), ground) for s in (-1, 1))
         a, b = (replace(d, arms=tuple(min(arm, 30.0) for arm in d.arms)) for d in (a, b))
         if a.colour == b.colour:
-            b = replace(b, colour=_pick(rng, [c for c in COLOURS if c != a.colour]))
+            b = replace(b, colour=pick(rng, [c for c in COLOURS if c != a.colour]))
         return Scene(ground, (a, b), "left")
     raise ValueError(f"level must be 0 to {len(LEVELS) - 1}, got {level}")
 

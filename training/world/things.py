@@ -35,6 +35,36 @@ JOINTS = ("head", "neck", "l_shoulder", "l_hand", "r_shoulder", "r_hand", "hip",
 BONES = ((0, 1), (1, 2), (2, 3), (1, 4), (4, 5), (1, 6), (6, 7), (6, 8))
 LEVELS = ("one object", "two objects", "one doll", "a doll and an object", "two dolls")
 
+# The second world: the same things, with more to wear, larger parts, and textures under them.
+CUTS: dict[str, float] = {"shirt": 0.66, "tee": 0.4, "vest": 0.0, "dress": 0.4, "coat": 0.66}  # part of the arm covered
+MORE_PATTERNS = (*PATTERNS, "checked")
+MORE_BOTTOMS = (*BOTTOMS, "shorts")
+MORE_HAIRSTYLES = (*HAIRSTYLES, "tied")
+MORE_ARMS: dict[str, tuple[float, float]] = {**ARMS, "pointing": (14, 88)}
+PRINTS = ("star", "heart", "x", "t", "h")
+TEXTURES = ("striped", "spotted", "checked")
+MOUTH = (168, 44, 52)
+SMALL = 0.29  # objects below this size are called small
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a doll is drawn, as parts of its size."""
+
+    eye: float = 0.016
+    hand: float = 0.055
+    arm: float = 0.055
+    shoe: float = 0.062
+    leather: tuple[int, int, int] = SHOE
+    mouth: bool = False
+    arms_in_front: bool = False  # of the garment
+
+
+LOOKS: dict[int, Look] = {
+    1: Look(),
+    2: Look(eye=0.026, hand=0.066, arm=0.058, shoe=0.072, leather=TRUNK, mouth=True, arms_in_front=True),
+}
+
 
 @dataclass(frozen=True)
 class Thing:
@@ -53,6 +83,9 @@ class Thing:
     arms: tuple[float, float] = (14.0, 14.0)  # left and right on the picture, degrees
     legs: tuple[float, float] = (8.0, 8.0)
     skin: int = 0
+    cut: str = "shirt"  # of the garment, a key of CUTS; the first world knows shirts only
+    print: str = ""  # on a plain garment, one of PRINTS
+    edition: int = 1  # of the world, a key of LOOKS
 
 
 @dataclass(frozen=True)
@@ -63,6 +96,7 @@ class Scene:
     things: tuple[Thing, ...]
     relation: str = ""  # "left", "right", "above", "below": of the first thing to the second, or of one on the canvas
     pose: str = ""  # of the first doll, a key of ARMS; "" when the caption is silent
+    texture: str = ""  # of the ground, one of TEXTURES
 
 
 @dataclass(frozen=True)
@@ -97,8 +131,19 @@ def capsule(x0: float, y0: float, x1: float, y1: float, r: float) -> np.ndarray:
     )
 
 
-def object_outline(kind: str) -> list[tuple[str, np.ndarray]]:
-    """Polygons of an object in the box -0.5..0.5: `("body" | "white" | "trunk" | "eye", points)`, back to front."""
+_LARGER: dict[str, list[tuple[str, np.ndarray]]] = {  # in place of the first world's "white" and "eye"
+    "house": [("white", np.array([[-0.13, 0.12], [0.13, 0.12], [0.13, 0.48], [-0.13, 0.48]]))],
+    "fish": [("white", circle(-0.27, -0.07, 0.115, 24)), ("eye", circle(-0.28, -0.07, 0.065, 20))],
+}
+
+
+def object_outline(kind: str, edition: int = 1) -> list[tuple[str, np.ndarray]]:
+    """Polygons of an object in the box -0.5..0.5: `("body" | "white" | "trunk" | "eye", points)`, back to front.
+
+    The second world has the same silhouettes, and larger doors and eyes.
+    """
+    if edition == 2 and kind in _LARGER:
+        return [part for part in object_outline(kind) if part[0] not in ("white", "eye")] + _LARGER[kind]
     if kind == "ball":
         return [("body", circle(0, 0, 0.5))]
     if kind == "box":
@@ -152,10 +197,27 @@ def doll_joints(doll: Thing) -> dict[str, tuple[float, float]]:
     return joints
 
 
+def print_outline(name: str) -> list[np.ndarray]:
+    """Polygons of a print in the box -0.5..0.5."""
+    if name in OBJECTS:
+        return [points for _, points in object_outline(name)]
+    bars = {
+        "x": [(-0.4, -0.5, 0.4, 0.5), (0.4, -0.5, -0.4, 0.5)],
+        "t": [(-0.42, -0.4, 0.42, -0.4), (0, -0.4, 0, 0.45)],
+        "h": [(-0.34, -0.45, -0.34, 0.45), (0.34, -0.45, 0.34, 0.45), (-0.34, 0, 0.34, 0)],
+    }
+    if name not in bars:
+        raise ValueError(f"a print must be one of {', '.join(PRINTS)}, got {name!r}")
+    return [capsule(*bar, 0.13) for bar in bars[name]]
+
+
+PRINT_AT, PRINT_SIZE = 0.42, 0.2  # middle, from the top, and size of a print, as parts of the doll's
+
+
 def doll_parts(doll: Thing, owner: int) -> list[Part]:
     """Polygons of a doll, back to front."""
     s, x, top = doll.size, doll.x, doll.y - doll.size / 2
-    j = doll_joints(doll)
+    j, look = doll_joints(doll), LOOKS[doll.edition]
     skin, shirt, hair = SKINS[doll.skin], COLOURS[doll.colour], HAIR[doll.hair]
     below = COLOURS[doll.bottom_colour]
     frame = (x, top + 0.28 * s, s)
@@ -164,27 +226,54 @@ def doll_parts(doll: Thing, owner: int) -> list[Part]:
     def add(label: str, colour: tuple[int, int, int], points: np.ndarray, pattern: str = "plain") -> None:
         parts.append(Part(label, colour, np.asarray(points), owner, pattern, frame))
 
+    def sides(*half: tuple[float, float]) -> list[list[float]]:
+        """A shape that is the same left and right, from half widths at heights, top to bottom."""
+        return [[x + w * s, top + h * s] for w, h in half] + [[x - w * s, top + h * s] for w, h in reversed(half)]
+
     if doll.hairstyle == "long":
         add("hair", hair, capsule(x, top + 0.15 * s, x, top + 0.3 * s, 0.175 * s))
+    if doll.hairstyle == "tied":
+        add("hair", hair, circle(x, top + 0.015 * s, 0.085 * s, 24))
+    bottom = "" if doll.cut == "dress" else doll.bottom
     for side, sign in (("l", -1), ("r", 1)):
         fx, fy = j[f"{side}_foot"]
         start = (x + sign * 0.07 * s, j["hip"][1])
-        colour, label = (below, "bottom") if doll.bottom == "trousers" else (skin, "leg")
-        width = 0.068 if doll.bottom == "trousers" else 0.045
-        add("shoe", SHOE, circle(fx + sign * 0.02 * s, fy + 0.02 * s, 0.062 * s, 20, 0.75))
+        colour, label = (below, "bottom") if bottom == "trousers" else (skin, "leg")
+        width = 0.068 if bottom == "trousers" else 0.045
+        add("shoe", look.leather, circle(fx + sign * 0.02 * s, fy + 0.02 * s, look.shoe * s, 20, 0.75))
         add(label, colour, capsule(*start, fx, fy - 0.03 * s, width * s))
-    if doll.bottom == "skirt":
+        if bottom == "shorts":
+            knee = (start[0] + 0.42 * (fx - start[0]), start[1] + 0.42 * (fy - start[1]))
+            add("bottom", below, capsule(*start, *knee, 0.078 * s))
+    if bottom == "skirt":
         y0, y1 = top + 0.53 * s, top + 0.78 * s
         add("bottom", below, [[x - 0.13 * s, y0], [x + 0.13 * s, y0], [x + 0.25 * s, y1], [x - 0.25 * s, y1]])
-    else:
+    elif bottom:
         y0, y1 = top + 0.53 * s, top + 0.65 * s
         add("bottom", below, [[x - 0.138 * s, y0], [x + 0.138 * s, y0], [x + 0.138 * s, y1], [x - 0.138 * s, y1]])
+    y0, y1, w0, w1 = top + 0.275 * s, top + 0.57 * s, 0.15 * s, 0.145 * s
+    trunk = [[x - w0, y0], [x + w0, y0], [x + w1, y1], [x - w1, y1]]
+    trunk = {"dress": sides((0.15, 0.275), (0.135, 0.5), (0.27, 0.8)),
+             "coat": sides((0.15, 0.275), (0.15, 0.5), (0.18, 0.7))}.get(doll.cut, trunk)  # fmt: skip
+    sleeves_in_front = look.arms_in_front and doll.cut != "vest"
+    if sleeves_in_front:
+        add("shirt", shirt, trunk, doll.pattern)
+    covered = CUTS[doll.cut] if look.arms_in_front else 0.82
     for side in ("l", "r"):
         (sx, sy), (hx, hy) = j[f"{side}_shoulder"], j[f"{side}_hand"]
-        add("hand", skin, circle(hx, hy, 0.055 * s, 20))
-        add("shirt", shirt, capsule(sx, sy, sx + 0.82 * (hx - sx), sy + 0.82 * (hy - sy), 0.055 * s), doll.pattern)
-    y0, y1, w0, w1 = top + 0.275 * s, top + 0.57 * s, 0.15 * s, 0.145 * s
-    add("shirt", shirt, [[x - w0, y0], [x + w0, y0], [x + w1, y1], [x - w1, y1]], doll.pattern)
+        add("hand", skin, circle(hx, hy, look.hand * s, 20))
+        if covered < 0.5:
+            add("hand", skin, capsule(sx, sy, hx, hy, 0.046 * s))
+        if covered:
+            end = (sx + covered * (hx - sx), sy + covered * (hy - sy))
+            add("shirt", shirt, capsule(sx, sy, *end, look.arm * s), doll.pattern)
+    if not sleeves_in_front:
+        add("shirt", shirt, trunk, doll.pattern)
+    if doll.cut == "coat":
+        add("shirt", WHITE, sides((0.085, 0.275), (0.0, 0.4)))
+        add("shirt", SHOE, sides((0.014, 0.4), (0.014, 0.7)))
+    for points in print_outline(doll.print) if doll.print else ():
+        add("shirt", WHITE, points * PRINT_SIZE * s + np.array([x, top + PRINT_AT * s]))
     hx, hy = j["head"]
     add("head", skin, circle(hx, hy, 0.135 * s))
     cap = np.linspace(np.pi * 1.02, np.pi * 1.98, 24)
@@ -192,7 +281,10 @@ def doll_parts(doll: Thing, owner: int) -> list[Part]:
     crown = np.stack([hx + 0.152 * s * np.cos(cap), hy + 0.152 * s * np.sin(cap)], 1)
     add("hair", hair, np.concatenate([crown, brow, [[hx - 0.15 * s, hy - 0.01 * s]]]))
     for sign in (-1, 1):
-        add("detail", EYE, circle(hx + sign * 0.05 * s, hy + 0.02 * s, 0.016 * s, 12))
+        add("detail", EYE, circle(hx + sign * 0.05 * s, hy + 0.02 * s, look.eye * s, 12))
+    if look.mouth:
+        smile = np.linspace(0, np.pi, 12)
+        add("detail", MOUTH, np.stack([hx + 0.05 * s * np.cos(smile), hy + 0.066 * s + 0.036 * s * np.sin(smile)], 1))
     return parts
 
 
@@ -203,4 +295,6 @@ def parts_of(thing: Thing, owner: int = 1) -> list[Part]:
     fill = {"body": COLOURS[thing.colour], "white": WHITE, "trunk": TRUNK, "eye": EYE}
     label = {"body": "object", "white": "detail", "trunk": "object", "eye": "detail"}
     where = np.array([thing.x, thing.y])
-    return [Part(label[n], fill[n], where + thing.size * p, owner) for n, p in object_outline(thing.kind)]
+    return [
+        Part(label[n], fill[n], where + thing.size * p, owner) for n, p in object_outline(thing.kind, thing.edition)
+    ]
