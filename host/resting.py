@@ -132,7 +132,7 @@ class Ahead:
 class RestingKeys(Mapping):
     """Keys and values by block that rest in main memory; a block that asks finds them on the device."""
 
-    def __init__(self, keys: Mapping[Hashable, tuple[Kept, Kept]], device: torch.device):
+    def __init__(self, keys: Mapping[Any, tuple[Any, Any]], device: torch.device):
         self.keys_by_block = keys
         self.ahead = Ahead(list(keys), keys.__getitem__, device)
 

@@ -283,7 +283,7 @@ class Run:
                 call(completed)
         finally:
             self._closing.clear()
-            self.noise = self._level = None
+            self.noise = self._level = self.cut = None  # who cuts knows this run: the two would keep the MODEL alive
             with self._lock:
                 self._lanes.clear()
                 self._once.clear()

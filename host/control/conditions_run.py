@@ -167,11 +167,13 @@ class Encoder:
         if self.settings.latent.shape[0] == source.rows == 1:
             condition = replace(condition, window=None)  # every window needs the same keys
         lane = self.run.lane(self, condition, Lane)
-        same = source.same_as(lane.source)
+        earlier = lane.source
+        if earlier is not None and source.same_as(earlier):
+            source = earlier  # its text and guidance are on the device already
         if self.settings.cache == "off":
-            lane.source = lane.source if same else source
-            return self.encode(call, lane.source, condition.tile)
-        if not same:
+            lane.source = source
+            return self.encode(call, source, condition.tile)
+        if source is not earlier:
             lane.source, lane.keys = None, {}  # free the old ones before making new ones
             lane.keys = self.encode(call, source, condition.tile)
             lane.source = source  # only now: an interrupt may come from inside any layer
