@@ -8,15 +8,17 @@ is.
 
 The patch applies RoPE because the extra keys are rotated already, to positions that the model's `pe` does not know. It
 then returns `pe=None`. If an earlier patch returned `pe=None`, its queries and keys are rotated already.
+
+It runs in every block, so nothing in it may wait for a GPU: no value is read, no list of numbers becomes a tensor, and
+masks are made once for each call of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-import comfy.model_management
 import torch
 from comfy.ldm.flux.math import apply_rope, apply_rope1
 from torch import Tensor
@@ -30,7 +32,8 @@ from .transformer import Block
 EXTRA_KEYS = "dit_toolkit.extra_keys"  # in transformer_options: a tuple of ExtraKeys
 TEXT_SCALES = "dit_toolkit.text_scales"  # in transformer_options: a tuple of TextScale
 RECORDER = "dit_toolkit.recorder"  # in transformer_options: the Recorder that listens
-OURS = (EXTRA_KEYS, TEXT_SCALES, RECORDER)  # all that features hand to one call of the model
+MASKS = "dit_toolkit.masks"  # there too: the masks that the call has made, for the blocks that need the same
+OURS = (EXTRA_KEYS, TEXT_SCALES, RECORDER, MASKS)  # all that features hand to one call of the model
 
 KeysByBlock = Mapping[Block, KeysValues]  # each [1 or rows, H, T, d]
 
@@ -40,7 +43,7 @@ class ExtraKeys:
     """Keys and values that text and picture attend to beside their own, in one call of the model.
 
     conditions: one entry per condition of the chunk, in its order, all with the same blocks and equally many keys. K
-        and V may lie on another device, and may be made only when a block asks for them.
+        and V may be made, or fetched, only when a block asks for them.
     log_weight: added to the logits of these keys. 0 is neutral and costs no mask.
     blind: conditions, by number, that do not see these keys. They cost a mask.
     feature: the feature that hands them over, as people call it.
@@ -87,7 +90,7 @@ def with_keys(options: dict, keys: ExtraKeys) -> dict:
     """transformer_options of one model call, with `keys` beside those already handed over."""
     if keys.feature:
         options = offer(options, Offer(keys.feature, "attention patch", frozenset(keys.conditions[0])))
-    return {**options, EXTRA_KEYS: (*options.get(EXTRA_KEYS, ()), keys)}
+    return {**options, EXTRA_KEYS: (*options.get(EXTRA_KEYS, ()), keys), MASKS: {}}
 
 
 def with_text_scale(options: dict, scale: TextScale) -> dict:
@@ -119,13 +122,13 @@ def append_extra_keys(q: Tensor, k: Tensor, v: Tensor, pe=None, attn_mask=None, 
 
     if pe is not None:
         q, k = apply_rope(q, k, pe)
+    added = [[part[block] for part in keys.conditions] for keys in extras]
+    weights = [(parts[0][0].shape[2], _log_weights(keys)) for parts, keys in zip(added, extras, strict=True)]
+    mask = _mask_of_call(options.get(MASKS), attn_mask, q, k.shape[2], weights)
+    v = joined(v, [[own_v for _, own_v in parts] for parts in added])
+    k = joined(k, [[own_k for own_k, _ in parts] for parts in added])
     if any(factor != 1 for factor in factors):
-        k = scale_text(k, length_of_text(options), factors)
-    added = [_rows(keys, block, k) for keys in extras]
-    counts = [(part.shape[2], _log_weights(keys, k)) for (part, _), keys in zip(added, extras, strict=True)]
-    mask = widen_mask(attn_mask, q, k.shape[2], counts)
-    k = torch.cat([k, *[part for part, _ in added]], dim=2)
-    v = torch.cat([v, *[part for _, part in added]], dim=2)
+        scale_text(k, length_of_text(options), factors)
     return {"q": q, "k": k, "v": v, "pe": None, "attn_mask": mask}
 
 
@@ -140,58 +143,78 @@ def length_of_text(options: dict) -> int:
     return options["img_slice"][0]
 
 
-def scale_text(k: Tensor, text: int, factors: Sequence[float]) -> Tensor:
-    """K `[B, H, L, d]` with its first `text` keys multiplied, by one factor per condition of the batch."""
-    scale = k.new_tensor(factors).repeat_interleave(k.shape[0] // len(factors))[:, None, None, None]
-    return torch.cat([k[:, :, :text] * scale, k[:, :, text:]], dim=2)
+def scale_text(k: Tensor, text: int, factors: Sequence[float]) -> None:
+    """Multiply the first `text` keys of K `[B, H, L, d]`, in place, by one factor per condition of the batch."""
+    for part, factor in zip(k.chunk(len(factors)), factors, strict=True):
+        rounded = float(torch.tensor(factor, dtype=k.dtype))  # as a tensor of factors would hold it
+        part[:, :, :text].mul_(rounded)
 
 
-def _log_weights(keys: ExtraKeys, like: Tensor) -> float | Tensor:
-    """The weight to add to the logits of these keys: a number for all, or one for each row of the batch `[B]`."""
+def joined(own: Tensor, extras: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Keys or values with the extra ones behind them, in one copy: `[B, H, L + added, d]`.
+
+    Args:
+        own: the block's, `[B, H, L, d]`.
+        extras: of each feature one for each condition of the batch, `[1 or rows, H, T, d]`.
+    """
+    length, counts = own.shape[2], [parts[0].shape[2] for parts in extras]
+    out = own.new_empty((*own.shape[:2], length + sum(counts), own.shape[3]))
+    out[:, :, :length] = own
+    for parts, behind in zip(extras, out[:, :, length:].split(counts, dim=2), strict=True):
+        for part, rows in zip(parts, behind.chunk(len(parts)), strict=True):
+            rows.copy_(part)  # one row is for all pictures of its condition
+    return out
+
+
+Weight = float | tuple[float, ...]  # added to logits: for all rows of a batch, or for each condition in it
+
+
+def _log_weights(keys: ExtraKeys) -> Weight:
+    """The weight to add to the logits of these keys."""
     if not keys.blind:
         return keys.log_weight
-    each = [float("-inf") if i in keys.blind else keys.log_weight for i in range(len(keys.conditions))]
-    return like.new_tensor(each).repeat_interleave(like.shape[0] // len(each))
+    return tuple(float("-inf") if i in keys.blind else keys.log_weight for i in range(len(keys.conditions)))
 
 
-def _rows(keys: ExtraKeys, block: Block, like: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V for every row of the batch: conditions one after the other, one row broadcast over its pictures."""
-    rows = like.shape[0] // len(keys.conditions)
-    eager = comfy.model_management.device_supports_non_blocking(like.device)
-    moved = [[x.to(like, non_blocking=eager).expand(rows, -1, -1, -1) for x in part[block]] for part in keys.conditions]
-    if len(moved) == 1:
-        return moved[0][0], moved[0][1]
-    return torch.cat([k for k, _ in moved]), torch.cat([v for _, v in moved])
+def _mask_of_call(
+    made: dict[Hashable, Any] | None, mask: Tensor | None, q: Tensor, own: int, added: Sequence[tuple[int, Weight]]
+) -> Tensor | None:
+    """`widen_mask`, once for all blocks of a call that need the same. `made`: what the call has made so far."""
+    if made is None:
+        return widen_mask(mask, q, own, added)
+    key = (id(mask), q.shape[0], q.shape[2], q.dtype, own, *added)
+    if key not in made:
+        made[key] = mask, widen_mask(mask, q, own, added)  # with the mask, so that its id stays its own
+    return made[key][1]
 
 
-def widen_mask(mask: Tensor | None, q: Tensor, own: int, added: Sequence[tuple[int, float | Tensor]]) -> Tensor | None:
+def widen_mask(mask: Tensor | None, q: Tensor, own: int, added: Sequence[tuple[int, Weight]]) -> Tensor | None:
     """The attention mask over `own` keys and the `added` ones behind them.
 
     Args:
         mask: the model's own, `[..., Lq, own]`: additive, bool (True is seen), or None.
-        added: (count, log weight) each. A weight is a number, or one for each row of the batch, `[B]`.
+        added: (count, log weight) each.
 
     Returns:
         None if there is nothing to mask, else `[..., Lq, own + added]`. Every query sees the added keys.
     """
-    count = sum(n for n, _ in added)
-    if all(not isinstance(weight, Tensor) and weight == 0 for _, weight in added):
-        return None if mask is None else F.pad(mask, (0, count), value=True if mask.dtype == torch.bool else 0.0)
+    counts = [n for n, _ in added]
+    if all(weight == 0 for _, weight in added):
+        return None if mask is None else F.pad(mask, (0, sum(counts)), value=True if mask.dtype == torch.bool else 0.0)
 
-    by_row = any(isinstance(weight, Tensor) for _, weight in added)
-    shape = (q.shape[0], 1, 1) if by_row else ()
-    parts = [q.new_zeros((*shape, own))]
-    for n, weight in added:
-        part = weight.to(q)[:, None, None, None] if isinstance(weight, Tensor) else q.new_tensor(weight)
-        parts.append(part.expand((*shape, n)))
-    weights = torch.cat(parts, dim=-1)  # [own + added], or [B, 1, 1, own + added]
+    by_row = any(isinstance(weight, tuple) for _, weight in added)
+    weights = q.new_zeros((q.shape[0], 1, 1, own + sum(counts)) if by_row else (own + sum(counts),))
+    for (_, weight), behind in zip(added, weights[..., own:].split(counts, dim=-1), strict=True):
+        each = weight if isinstance(weight, tuple) else (weight,)
+        for value, rows in zip(each, behind.chunk(len(each)) if by_row else (behind,), strict=True):
+            rows.fill_(value)
     if mask is None:
         return weights.expand((*weights.shape[:-2], q.shape[2], -1))
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
     if by_row and mask.ndim == 3:
         mask = mask[:, None]  # [B, 1, Lq, own]
-    return F.pad(mask, (0, count)) + weights.to(mask)
+    return F.pad(mask, (0, sum(counts))) + weights.to(mask)
 
 
 def makes_sparse(description: object) -> bool:

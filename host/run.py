@@ -22,7 +22,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +32,7 @@ from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from .offers import Offers
+from .part_of_run import WHOLE_RUN, PartOfRun
 from .tiles import TILES, Tile, tiles_of
 
 logger = logging.getLogger(__name__)
@@ -125,6 +128,9 @@ class Run:
     noise: the starting noise, in the shape of the latent, `[B, C, (frames,) h, w]`; None when the run is over.
     x: the sampler's input in the current evaluation, in the same shape; None between two.
     names: the guider's name for each prompt, by uuid.
+
+    Reading a value from a GPU stops the program until the GPU has done all that is queued. So the noise level is read
+    for all features together (`sigma`), and what stays the same in a run is made once (`once`, `seen`).
     """
 
     def __init__(
@@ -139,6 +145,8 @@ class Run:
         self.names = dict(names or {})
         self.noise = noise
         self.x: torch.Tensor | None = None
+        self._level: torch.Tensor | float | None = None  # of the current evaluation, as a tensor until it is read
+        self._once: dict[Hashable, Any] = {}
         self.areas: dict[Hashable, tuple[int, int]] = {}  # prompts for an area of the picture, by uuid: its corner
         self.cut: Callable[..., torch.Tensor] | None = None  # APPLY_MODEL of a feature that makes several calls of one
         self.sigmas = tuple(sigmas)
@@ -149,7 +157,7 @@ class Run:
         self._closing: list[Callable[[bool], None]] = []
         self._lanes: dict[tuple[int, Condition], Any] = {}
         self._seen: Counter[Hashable] = Counter()
-        self._lock = threading.Lock()  # with several GPUs, conditions run in threads
+        self._lock = threading.RLock()  # with several GPUs, conditions run in threads
 
     def lane(self, owner: object, condition: Condition, make: Callable[[], State]) -> State:
         """The state of `owner` for `condition` in this run; the first use calls `make`."""
@@ -159,11 +167,56 @@ class Run:
                 self._lanes[key] = make()
             return self._lanes[key]
 
-    def begin_evaluation(self, x: torch.Tensor | None = None) -> None:
+    def begin_evaluation(self, x: torch.Tensor | None = None, timestep: torch.Tensor | None = None) -> None:
+        """`timestep`: the noise level of every picture, `[B]`, all the same."""
         with self._lock:
             self.evaluation += 1
-            self.x = x
+            self.x, self._level = x, timestep
             self._seen.clear()
+
+    @property
+    def sigma(self) -> float:
+        """The noise level of this evaluation. Who asks first waits for the GPU; features that need none do not ask."""
+        with self._lock:
+            if isinstance(self._level, torch.Tensor):
+                self._level = float(self._level.flatten()[0])
+            if self._level is None:
+                raise RuntimeError("ComfyUI called the model outside of an evaluation by the sampler.")
+            return self._level
+
+    def in_part(self, part: PartOfRun, model_sampling: Any) -> bool:
+        """Whether this evaluation lies in a part of the run."""
+        return part == WHOLE_RUN or part.includes(self.sigma, self.levels(model_sampling))
+
+    def levels(self, model_sampling: Any) -> Any:
+        """The noise levels of a model's sampling by percent. Some models look them up in a table on the GPU: once."""
+
+        def make() -> SimpleNamespace:
+            return SimpleNamespace(percent_to_sigma=cache(model_sampling.percent_to_sigma))  # keeps model_sampling
+
+        return self.once(("levels", id(model_sampling)), make)
+
+    def once(self, key: Hashable, make: Callable[[], State]) -> State:
+        """What stays the same in this run, made when somebody first asks. It goes with the run."""
+        with self._lock:
+            if key not in self._once:
+                self._once[key] = make()
+            return self._once[key]
+
+    def seen(self, x: torch.Tensor, options: dict, device: torch.device, axes: Sequence[int] = (0,)) -> torch.Tensor:
+        """The part of a tensor of the settings that a call sees, on the call's device: moved once in this run.
+
+        Args:
+            x: of the whole run. The run keeps it, as it is known by its identity.
+            options: transformer_options of the call, which may be for a context window.
+            axes: of `x`, along which context windows cut. They cut what is as long as their whole.
+        """
+        window = options.get("context_window")
+        if window is None or window.dim not in axes or x.shape[window.dim] != window.total_frames:
+            return self.once(("seen", id(x), device), lambda: (x, x.to(device)))[1]
+        anchor = getattr(window, "causal_anchor_index", None)
+        key = ("seen", id(x), device, window.dim, tuple(window.index_list), anchor)
+        return self.once(key, lambda: (x, window.get_tensor(x, device, dim=window.dim)))[1]
 
     def name_of(self, uuid: Hashable, index: int) -> str:
         """The guider's name for a prompt. Without a uuid, or without a "positive", list 0 counts as positive."""
@@ -230,9 +283,10 @@ class Run:
                 call(completed)
         finally:
             self._closing.clear()
-            self.noise = None
+            self.noise = self._level = self.cut = None  # who cuts knows this run: the two would keep the MODEL alive
             with self._lock:
                 self._lanes.clear()
+                self._once.clear()
 
 
 def attach(model: ModelPatcher, description: Any, bind: Bind) -> ModelPatcher:
@@ -269,7 +323,8 @@ def sampler_run(executor, *args, **kwargs):
     guider.model_options = options = create_model_options_clone(before)
 
     def count(executor, *args, **kwargs):
-        run.begin_evaluation(args[0] if args else kwargs.get("x"))
+        x, timestep = (args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(("x", "timestep")))
+        run.begin_evaluation(x, timestep)
         try:
             return executor(*args, **kwargs)
         finally:

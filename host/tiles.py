@@ -51,6 +51,7 @@ def tiles_of(x: Tensor, picture: Tensor | None, conditions: int, row: int, rows:
     each = conditions * rows
     if x.shape[0] % each:
         return [Tile(-1, -1, whole)]
+    x, picture = x.to(picture.dtype).cpu(), picture.cpu()  # on a GPU, every comparison would be waited for
     return [find(tile[0], picture[row]) for tile in x.split(each)]
 
 

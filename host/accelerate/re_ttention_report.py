@@ -52,7 +52,7 @@ class ReTtentionRunReport:
             lines.append(f"evaluations: {self.evaluations}  (# full, R full and remembered, . sparse)")
             lines.append(f"attention: {self.pairs / self.pairs_in_full:.0%} of full attention's pairs computed")
             lines += [f"kept pairs: {count} calls by {name}" for name, count in self.backends.items()]
-            lines += [f"FlexAttention failed for {part}: {why}" for part, why in self.failed.items()]
+            lines += [f"FlexAttention does not compile here for {part}: {why}" for part, why in self.failed.items()]
             device, host = (size / 2**20 for size in self.planned)
             more = f", and {host:.1f} MiB of host memory" if host else ""
             lines.append(f"memory held: {device:.1f} MiB{more} at most")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -46,15 +46,15 @@ from .. import token_grid
 from ..blocks import number_blocks
 from ..compiled import untraced
 from ..offers import Offer, ask, offer
+from ..resting import Ahead, Kept, Shelf
 from ..run import KEY, Chunk, Condition, Run, chunk_of
 from .own_attention import OVERRIDE, OwnAttention, own_attention
 from .re_ttention_settings import ReTtention
-from .sparse_backends import Backend, has_flex
+from .sparse_backends import REFRESHES, UNABLE, Backend, by_flex, has_flex
 
 logger = logging.getLogger(__name__)
 
 UNUSED = 2  # evaluations that a condition may stay away, as in a step cache
-SIGMA = "dit_toolkit.re_ttention.sigma"  # in transformer_options: the noise level of the call, a float
 WEIGHTS = "dit_toolkit.re_ttention.weights"  # in transformer_options: scheduled LoRAs and their strength in the call
 
 
@@ -109,10 +109,6 @@ class Call(NamedTuple):
     full: Callable[[], Tensor]  # attention without us, `[B, H, L, d]`
 
     @property
-    def sigma(self) -> float:
-        return self.own.options[SIGMA]
-
-    @property
     def pairs(self) -> int:
         return self.own.q.shape[0] * self.own.q.shape[2] * self.own.k.shape[2]
 
@@ -128,13 +124,15 @@ class ReTtentionRun:
         self.settings = settings
         self.report = settings.report.start()
         self.run = run
-        self.backend = Backend()
+        self.backend = Backend(run)
         self.planned: dict[tuple[Condition, Hashable], tuple[int, int]] = {}  # bytes, by condition and layer
         self.allowed = -1  # bytes that we know to fit
         self.alone = True  # no other node changes attention
-        self.dense_failed = ""  # why FlexAttention no longer computes full attention
+        self.shelf = Shelf()
+        self.aheads: dict[torch.device, tuple[Chunk, Ahead]] = {}  # of the call that runs there
         self.lock = threading.Lock()  # with several GPUs, conditions run in threads
         self.evaluation = -1  # the run's last one that reached the model
+        self.sigma = 0.0  # of the current one
         self.passes = -1  # evaluations that reached the model: a step cache's forecasts make no condition older
 
     def install(self, model_options: dict) -> None:
@@ -166,11 +164,12 @@ class ReTtentionRun:
     def apply_model(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds
     ):
-        """APPLY_MODEL: read the call's noise level from the device once for all layers, and note its conditions."""
+        """APPLY_MODEL: note the call's conditions."""
         hooks = getattr(getattr(executor.class_obj.current_patcher, "current_hooks", None), "hooks", ())
         weights = tuple((hook.hook_ref, hook.strength) for hook in hooks)
-        options = {**(transformer_options or {}), SIGMA: float(t.flatten()[0]), WEIGHTS: weights}
+        options = {**(transformer_options or {}), WEIGHTS: weights}
         options = offer(options, Offer("Apply Re-ttention", "attention override"))
+        self.sigma = self.run.sigma  # read now, not in a block
         self.visit(chunk_of(options), weights)
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
@@ -245,7 +244,7 @@ class ReTtentionRun:
         kinds: set[Kind] = set()
         for layer in call.layers:
             layer.forget_unless(shape, device)
-            kinds.add(self.settings.schedule.kind(layer.computed, layer.refreshed, call.sigma, layer.sigma))
+            kinds.add(self.settings.schedule.kind(layer.computed, layer.refreshed, self.sigma, layer.sigma))
         return kinds.pop() if len(kinds) == 1 else "refresh"
 
     def _full(self, call: Call) -> Tensor:
@@ -262,8 +261,8 @@ class ReTtentionRun:
         rest = residual(full, sparse, rho)
         for i, layer in enumerate(call.layers):
             part = call.chunk.part(i)
-            layer.refreshed, layer.sigma = layer.computed, call.sigma
-            layer.rho, layer.rest = rho[part], store(rest[part], self.settings.storage)
+            layer.refreshed, layer.sigma = layer.computed, self.sigma
+            layer.rho, layer.rest = rho[part], store(rest[part], self.settings.storage, self.shelf.put)
         self.report.pairs += call.pairs + call.kept_pairs
         return full
 
@@ -281,22 +280,14 @@ class ReTtentionRun:
 
     def _flex(self, own: OwnAttention) -> tuple[Tensor, Tensor] | None:
         """Both by FlexAttention, or None. A failure here leaves the sparse evaluations' FlexAttention on."""
-        if self.dense_failed:
-            return None
-        try:
-            return flex_dense(own.q, own.k, own.v, scale=own.scale)
-        except comfy.model_management.OOM_EXCEPTION:
-            raise
-        except Exception as error:  # compilers fail in many ways; other ways give the same result
-            self.dense_failed = f"{type(error).__name__}: {error}".splitlines()[0]
-            logger.warning("FlexAttention failed (%s). Re-ttention refreshes without it, slower.", self.dense_failed)
-            return None
+        instead = "Re-ttention refreshes without it, slower."
+        return by_flex(REFRESHES, instead, lambda: flex_dense(own.q, own.k, own.v, scale=own.scale))
 
     def _sparse(self, call: Call) -> Tensor:
         """Attention over the kept keys, scaled by their share of the full softmax, plus the stored rest."""
         sparse = self.backend.attend(call.own, call.pattern).out
         rho = _joined([layer.rho for layer in call.layers])
-        rest = _joined([restore(layer.rest, sparse) for layer in call.layers])
+        rest = _joined([restore(rest, sparse) for rest in self._rests(call)])
         if rho is None:
             raise RuntimeError("a sparse evaluation came before a full one")
         out = reshaped(sparse, rho, rest)
@@ -305,6 +296,26 @@ class ReTtentionRun:
                 layer.rho = drifted(layer.rho, self.settings.drift, clamp=self.settings.clamp)
         self.report.pairs += call.kept_pairs
         return out
+
+    def _rests(self, call: Call) -> Sequence[Stored | None]:
+        """R of each condition, on the device."""
+        if self.settings.storage != "cpu":
+            return [layer.rest for layer in call.layers]
+        return [Stored(x) for x in self._ahead(call).take(call.own.layer)]
+
+    def _ahead(self, call: Call) -> Ahead:
+        """Brings R of the conditions of a call from main memory, layer by layer."""
+        device = call.own.q.device
+        with self.lock:
+            if self.aheads.get(device, (None,))[0] is not call.chunk:
+                layers = [self._lane(each).layers for each in call.chunk.conditions]
+
+                def kept(name: Hashable) -> list[Kept]:
+                    rests = (each[name].rest for each in layers if name in each)
+                    return [rest.values for rest in rests if rest is not None]
+
+                self.aheads[device] = call.chunk, Ahead(list(layers[0]), kept, device)
+            return self.aheads[device][1]
 
     def _plan(self, call: Call, kind: Kind) -> None:
         """Add up the memory to keep. Refuse too much once all is known: in the second evaluation, or a refresh."""
@@ -337,11 +348,11 @@ class ReTtentionRun:
 
     def close(self, completed: bool) -> None:
         """At the end of the run: complete the report, and write one line to the log."""
+        self.aheads.clear()
+        self.shelf.close()
         self.report.held = sum(lane.bytes for lane in self.run.lanes_of(self))
         self.report.backends = self.backend.used
-        failed = {"refreshes": self.dense_failed, "kept pairs": self.backend.failed}
-        self.report.failed = {part: why for part, why in failed.items() if why}
-        self.backend.plans.drop_large()
+        self.report.failed = dict(UNABLE)
         logger.info("%s", self.report.summary)
 
 

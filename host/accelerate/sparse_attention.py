@@ -24,7 +24,7 @@ from ..run import KEY, Run, attached
 from ..run import attach as attach_description
 from ..transformer import Block, transformer_of
 from .own_attention import OwnAttention, take_over
-from .sparse_backends import Backend
+from .sparse_backends import KEPT_PAIRS, UNABLE, Backend
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +67,9 @@ class SparseAttention:
 class Sparse:
     """A pattern during one run."""
 
-    def __init__(self, settings: SparseAttention):
-        self.settings = settings
-        self.backend = Backend()
+    def __init__(self, settings: SparseAttention, run: Run):
+        self.settings, self.run = settings, run
+        self.backend = Backend(run)
         self.dense: Counter[str] = Counter()  # calls that stayed dense, by reason
         self.seen: dict[Grid, float] = {}  # kept share of the pairs
         self.active = f"dit_toolkit.sparse.{id(self)}"
@@ -80,13 +80,12 @@ class Sparse:
             return executor(*args, **kwargs)
         finally:
             logger.info("%s: %s", self.settings.name, self.summary())
-            self.backend.plans.drop_large()
 
     def apply_model(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds
     ):
         """APPLY_MODEL: whether the pattern acts in this call."""
-        acts = self.settings.part.includes(float(t.flatten()[0]), executor.class_obj.model_sampling)
+        acts = self.run.in_part(self.settings.part, executor.class_obj.model_sampling)
         options = {**(transformer_options or {}), self.active: acts}
         if acts:
             options = offer(options, Offer(self.settings.name, "attention override"))
@@ -108,6 +107,8 @@ class Sparse:
         if grid not in self.seen:
             self.seen[grid] = kept_ratio(settings.pattern, grid)
         weight = settings.cells.get(block)  # type: ignore[arg-type]
+        if weight is not None:
+            weight = self.run.seen(weight, {}, call.q.device)
         return self.backend.attend(call, settings.pattern, scale=scale, weight=weight).out
 
     def passed_on(self, reason: str) -> None:
@@ -121,13 +122,13 @@ class Sparse:
             for grid, share in self.seen.items()
         ]
         parts += [f"{count} calls by {name}" for name, count in self.backend.used.items()]
-        parts += [f"FlexAttention failed: {self.backend.failed}"] if self.backend.failed else []
+        parts += [f"FlexAttention does not compile here: {UNABLE[KEPT_PAIRS]}"] if KEPT_PAIRS in UNABLE else []
         parts += [f"{count} calls stayed dense: {reason}" for reason, count in self.dense.items()]
         return "; ".join(parts) or "no attention of the picture's tokens was seen"
 
 
 def bind(settings: SparseAttention, run: Run, model_options: dict) -> None:
-    sparse = Sparse(settings)
+    sparse = Sparse(settings, run)
     take_over(model_options, sparse.attend, sparse.passed_on)
     for kind, wrapper in (
         (WrappersMP.APPLY_MODEL, sparse.apply_model),

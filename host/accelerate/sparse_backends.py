@@ -1,69 +1,73 @@
 """Backends that compute a sparse pattern: FlexAttention, tiles, or dense attention under a mask.
 
-State: `Plans`, the tilings and block masks they reuse, by pattern, grid and device. Plans are plain values, so they may
-outlive the run: the four used last stay, large ones only until the run ends.
+State: the tilings and block masks of a run, by pattern, grid and device; they go with the run. What FlexAttention
+cannot do on this machine (`UNABLE`) is known for as long as ComfyUI runs: compiling in vain takes a minute.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-import comfy.model_management
+import comfy.model_management as management
 import torch
 from torch import Tensor
 
 from ...models.accelerate.sparse_attention import Attended, Pattern, masked
-from ...models.accelerate.sparse_attention_flex import FlexPlan, flex, flex_plan
+from ...models.accelerate.sparse_attention_flex import flex, flex_plan
 from ...models.accelerate.sparse_attention_tiles import Tiling, tile, tiled
+from ..run import Run
 from .own_attention import OwnAttention
 
 logger = logging.getLogger(__name__)
 
-KEPT_PLANS, KEPT_BYTES = 4, 64 << 20
 MASKED_AT_MOST = 4608 * 4608  # most pairs for one whole mask, if tiles save nothing
 TILES_WORTH = 0.55  # of the pairs: with more, tiles are slower than dense attention (measured on a CPU)
 
 
-class Plans:
-    """The tilings and block masks used last."""
+KEPT_PAIRS, REFRESHES = "kept pairs", "refreshes"  # tasks of FlexAttention
+COMPILERS = ("torch._dynamo", "torch._inductor", "triton")  # the packages whose errors say that compiling failed
+UNABLE: dict[str, str] = {}  # the tasks that FlexAttention does not compile for here, and why
 
-    def __init__(self, count: int = KEPT_PLANS, size: int = KEPT_BYTES):
-        self.count, self.size = count, size
-        self._plans: OrderedDict[Hashable, Any] = OrderedDict()
-        self._lock = threading.Lock()  # with several GPUs, conditions run in threads
-
-    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        with self._lock:
-            plan = self._plans.pop(key, None) or make()
-            self._plans[key] = plan
-            while len(self._plans) > self.count:
-                self._plans.popitem(last=False)
-            return plan
-
-    def drop_large(self) -> None:
-        """Drop the plans that are too large to hold between runs."""
-        with self._lock:
-            for key in [key for key, plan in self._plans.items() if plan.size > self.size]:
-                del self._plans[key]
-
-    def __len__(self) -> int:
-        return len(self._plans)
+Result = TypeVar("Result")
 
 
-PLANS = Plans()
+def by_flex(task: str, instead: str, compute: Callable[[], Result]) -> Result | None:
+    """What FlexAttention computes, or None if it does not compile here: then nobody asks it again in this process.
+
+    Args:
+        task: what it is for. A failure of one leaves the others on.
+        instead: what happens without it, a sentence for the log.
+    """
+    if task in UNABLE:
+        return None
+    try:
+        return compute()
+    except Exception as error:
+        if not of_compiling(error):
+            raise
+        UNABLE[task] = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("FlexAttention does not compile here (%s). %s", UNABLE[task], instead)
+        logger.debug("FlexAttention, for %s:", task, exc_info=True)
+        return None
+
+
+def of_compiling(error: Exception) -> bool:
+    """Whether an error comes from compiling: also from a torch without FlexAttention, or without its compiler."""
+    return isinstance(error, ImportError) or any(
+        kind.__module__.startswith(COMPILERS) and not issubclass(kind, management.OOM_EXCEPTION)
+        for kind in type(error).__mro__
+    )
 
 
 @dataclass
 class Backend:
     """Computes patterns during one run: by FlexAttention if it works, else in tiles."""
 
-    plans: Plans = field(default_factory=lambda: PLANS)
-    failed: str = ""  # why FlexAttention is off
+    run: Run
     used: Counter[str] = field(default_factory=Counter)
 
     def attend(
@@ -88,21 +92,19 @@ class Backend:
             "with_lse": with_lse,
         }
         device, grid = call.q.device, call.grid
-        if has_flex(device) and not self.failed:
-            try:
-                key = (pattern, grid, device, call.extra)
-                plan: FlexPlan = self.plans.get(key, lambda: flex_plan(pattern, grid, call.extra, device))
-                result = flex(call.q, call.k, call.v, plan, **settings)
-            except comfy.model_management.OOM_EXCEPTION:
-                raise
-            except Exception as error:  # compilers fail in many ways; the tiles give the same result
-                self.failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                logger.warning("FlexAttention failed (%s). Sparse attention goes on in tiles, slower.", self.failed)
-            else:
+        if has_flex(device):
+
+            def compute() -> Attended:
+                key = ("block mask", pattern, grid, call.extra, device)
+                plan = self.run.once(key, lambda: flex_plan(pattern, grid, call.extra, device))
+                return flex(call.q, call.k, call.v, plan, **settings)
+
+            result = by_flex(KEPT_PAIRS, "Sparse attention goes on in tiles, slower.", compute)
+            if result is not None:
                 self.used["FlexAttention"] += 1
                 return result
 
-        tiling: Tiling = self.plans.get((pattern, grid, device), lambda: tile(pattern, grid, device))
+        tiling = self.run.once(("tiling", pattern, grid, device), lambda: tile(pattern, grid, device))
         if not worth_tiles(tiling, call.extra) and grid.length * call.k.shape[2] <= MASKED_AT_MOST:
             self.used["dense with a mask"] += 1
             return masked(call.q, call.k, call.v, pattern, grid, **settings)

@@ -32,6 +32,7 @@ from ...models.accelerate.policies import COMPUTE, FORECAST, PROBE, Choice, Mome
 from ...models.accelerate.taylorseer import Forecaster, Point, weighted_sum
 from ..offers import Offer, offer
 from ..part_of_run import begun
+from ..resting import Ahead, Kept, Shelf
 from ..run import KEY, VISIT, Chunk, Run, chunk_of
 from .step_cache_report import Entry, StepCacheRunReport
 from .step_cache_settings import StepCache
@@ -50,9 +51,9 @@ class History:
     def __init__(self, forecaster: Forecaster):
         self.forecaster = forecaster
         self.points: list[Point] = []
-        self.values: list[Tensors] = []
+        self.values: list[tuple[Kept, ...]] = []
 
-    def add(self, point: Point, values: Tensors) -> None:
+    def add(self, point: Point, values: tuple[Kept, ...]) -> None:
         """Add the newest point. It replaces its predecessor if the two are too near for a difference.
 
         Points of other shapes go: Flux KV Cache takes the reference tokens out after the first evaluation.
@@ -64,10 +65,15 @@ class History:
         order = self.forecaster.order
         self.points, self.values = [point, *self.points[:order]], [values, *self.values[:order]]
 
-    def forecast(self, at: Point, device: torch.device) -> Tensors:
-        weights = self.forecaster.weights(self.points, at)
-        moved = [[x.to(device) for x in values] for values in self.values]
-        return tuple(weighted_sum(streams, weights) for streams in zip(*moved, strict=True))
+    @property
+    def kept(self) -> list[Kept]:
+        """All tensors, point by point."""
+        return [x for values in self.values for x in values]
+
+    def forecast(self, at: Point, kept: Sequence[Tensor]) -> Tensors:
+        """`kept`: as above, on the device."""
+        weights, streams = self.forecaster.weights(self.points, at), len(self.values[0])
+        return tuple(weighted_sum(kept[i::streams], weights) for i in range(streams))
 
     @property
     def bytes(self) -> int:
@@ -116,18 +122,33 @@ class Visit:
 
     def forecast(self, name: str) -> Tensors:
         """The forecast for the whole batch of the chunk."""
-        parts = [lane.histories[name].forecast(self.point, self.device) for lane in self.lanes]
+        kept, parts = self.ahead.take(name), []
+        for history in (lane.histories[name] for lane in self.lanes):
+            parts.append(history.forecast(self.point, kept[: len(history.kept)]))
+            kept = kept[len(history.kept) :]
         return parts[0] if len(parts) == 1 else tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
+
+    def first_block(self) -> Tensor | None:
+        """The forecast of block 0 for the first condition, before it is known whether a forecast is wanted."""
+        history = self.lanes[0].histories.get(FIRST_BLOCK)
+        if history is None:
+            return None
+        return history.forecast(self.point, Ahead((), lambda name: history.kept, self.device).take(FIRST_BLOCK))[0]
+
+    @cached_property
+    def ahead(self) -> Ahead:
+        """What the forecasts of this call need, part by part."""
+        lanes = self.lanes
+        return Ahead(self.parts, lambda name: [x for lane in lanes for x in lane.histories[name].kept], self.device)
 
     def record(self) -> None:
         """Keep the captured values once the call is over: an interrupt may come inside any layer."""
-        offload = self.cache.settings.offload
+        keep = self.cache.shelf.put if self.cache.settings.offload else lambda x: x
         for name, tensors in self.captured.items():
             for i, lane in enumerate(self.lanes):
                 rows = self.chunk.part(i)
-                kept = tuple(x[rows].to("cpu") if offload else x[rows] for x in tensors)
                 history = lane.histories.setdefault(name, History(self.cache.forecaster_of(name)))
-                history.add(self.point, kept)
+                history.add(self.point, tuple(keep(x[rows]) for x in tensors))
         for lane in self.lanes:
             lane.full += 1
             for name in lane.histories.keys() - self.captured.keys():  # of another span
@@ -155,6 +176,7 @@ class StepCacheRun:
         self.steps = steps_of(run.sigmas)
         self.total = evaluations_of(self.steps, run.sampler, ends=bool(run.sigmas) and run.sigmas[-1] == 0)
         self.report: StepCacheRunReport = settings.report.start(self.total)
+        self.shelf = Shelf()
         self.lock = threading.Condition()  # with several GPUs, chunks of one evaluation run in threads
         self.index = -1  # evaluations since the start or the last reset
         self.last_full: int | None = None
@@ -188,18 +210,20 @@ class StepCacheRun:
         return self.settings.forecaster
 
     @cached_property
-    def model_sampling(self) -> Any:
-        return self.run.model.get_model_object("model_sampling") if self.run.model is not None else None
+    def levels(self) -> Any:
+        """The noise levels of the MODEL's sampling, by percent."""
+        model = self.run.model
+        return None if model is None else self.run.levels(model.get_model_object("model_sampling"))
 
     def behind(self, percent: float) -> bool:
         """Whether this evaluation lies at or behind `percent`, 0 to 1, of the run."""
-        return begun(percent, self.sigma, self.model_sampling)
+        return begun(percent, self.sigma, self.levels)
 
     # evaluations
 
     def predict_noise(self, executor, x: Tensor, timestep: Tensor, *args, **kwargs) -> Tensor:
         """PREDICT_NOISE: one evaluation by the sampler."""
-        self.begin(float(timestep.flatten()[0]))  # waits for the GPU, so the clock always reads at the same point
+        self.begin(self.run.sigma)  # waits for the GPU, so the clock always reads at the same point
         self.tick()
         try:
             result = executor(x, timestep, *args, **kwargs)
@@ -216,9 +240,10 @@ class StepCacheRun:
         self.began = now
 
     def close(self, completed: bool) -> None:
-        if completed and torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if completed:
+            comfy.model_management.synchronize()  # what is queued belongs to the last evaluation
         self.tick()
+        self.shelf.close()
         self.settings.report.end(self.report, completed)
 
     def begin(self, sigma: float) -> None:
@@ -247,7 +272,7 @@ class StepCacheRun:
         moment = Moment(self.index, since, self.left(), self.total)
         if self.short:
             return COMPUTE, "short"
-        if not self.settings.part.includes(self.sigma, self.model_sampling):
+        if not self.settings.part.includes(self.sigma, self.levels):
             return COMPUTE, "range"
         guarded = self.settings.guard.reason(moment)
         if guarded:
@@ -353,9 +378,11 @@ class StepCacheRun:
         parts = self.settings.tap.parts(self)
         visit = Visit(self, chunk, lanes, point, self.choice, x.device, parts, base.diffusion_model)
         if isinstance(self.settings.policy, InputChange):
-            grown = [lane.change.grown(thinned(x[chunk.part(i)])) for i, lane in enumerate(lanes)]
+            for i, lane in enumerate(lanes):
+                lane.change.moved(thinned(x[chunk.part(i)]))
             if visit.choice is PROBE:
-                visit.settle(inf if grown[0] is None else grown[0])
+                total = lanes[0].change.total()  # waits for the GPU, once in an evaluation
+                visit.settle(inf if total is None else total)
         if visit.choice is PROBE and not visit.holds_enough(lanes[0]):
             visit.settle(inf)
         if visit.choice is FORECAST and not visit.ready():

@@ -60,7 +60,7 @@ class PredictionTap:
 
     def denoise(self, visit: Visit, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:
         skip, scale = input_and_output_weight(base.model_sampling, sigma, x)
-        usable = bool((scale.abs() > 1e-4).all())
+        usable = has_output(base.model_sampling, visit.point.sigma)
         if visit.choice is FORECAST and usable:
             (raw,) = visit.forecast("prediction")
             return skip * x - scale * raw
@@ -69,6 +69,12 @@ class PredictionTap:
         if usable:
             visit.captured["prediction"] = (((skip * x - denoised) / scale).float(),)
         return denoised
+
+
+def has_output(sampling: Any, sigma: float) -> bool:
+    """Whether B does not vanish at this noise level, computed in main memory, so that nobody waits for the GPU."""
+    _, scale = input_and_output_weight(sampling, torch.tensor([sigma]), torch.empty(1, 1))
+    return abs(float(scale)) > 1e-4
 
 
 def input_and_output_weight(sampling: Any, sigma: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,11 +181,8 @@ class BlockTap(ABC):
 
     def error(self, visit: Visit, gate: FirstBlockGate, value: Tensor) -> float:
         """The error of block 0's forecast, for the first condition of the call: see `StepCacheRun.settle`."""
-        history = visit.lanes[0].histories.get(FIRST_BLOCK)
-        if history is None:
-            return inf
-        (guess,), actual = history.forecast(visit.point, visit.device), value[visit.chunk.part(0)]
-        return gate_error(guess, actual, gate.reduce) if guess.shape == actual.shape else inf
+        guess, actual = visit.first_block(), value[visit.chunk.part(0)]
+        return inf if guess is None or guess.shape != actual.shape else gate_error(guess, actual, gate.reduce)
 
     @torch.compiler.disable()
     def inject(self, visit: Visit, position: int, args: dict) -> dict:

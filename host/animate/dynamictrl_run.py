@@ -115,7 +115,7 @@ class Animator:
         transformer = transformer_of(base)
         self.check(transformer, x, c_concat, options)
         poses = conds.pop(POSES, Poses())
-        streams = self.streams(poses, base, x, float(t.flatten()[0]), options) if poses else []
+        streams = self.streams(poses, base, x, options) if poses else []
         if not streams:
             return executor(x, t, c_concat, c_crossattn, control, options, **conds)
         assert c_crossattn is not None
@@ -153,11 +153,11 @@ class Animator:
         if c_concat is not None and c_concat.shape[2:] != x.shape[2:]:
             raise ValueError(other_size("the reference", c_concat.shape, x.shape))
 
-    def streams(self, poses: Poses, base: Any, x: Tensor, sigma: float, options: Mapping[str, Any]) -> list[Stream]:
+    def streams(self, poses: Poses, base: Any, x: Tensor, options: dict) -> list[Stream]:
         """The streams of a call, in the order of their first condition; none where no pose acts."""
         groups: list[tuple[Pose, list[tuple[int, float]]]] = []
         for number, pose in enumerate(poses):
-            if not pose.strength or not pose.part.includes(sigma, base.model_sampling):
+            if not pose.strength or not self.run.in_part(pose.part, base.model_sampling):
                 continue
             same = (group for first, group in groups if self.shared and first.shares(pose))
             group = next(same, None)
@@ -167,11 +167,9 @@ class Animator:
         rows = x.shape[0] // len(poses)
         return [Stream(self.latent(pose, x, rows, options), members) for pose, members in groups]
 
-    def latent(self, pose: Pose, x: Tensor, rows: int, options: Mapping[str, Any]) -> Tensor:
+    def latent(self, pose: Pose, x: Tensor, rows: int, options: dict) -> Tensor:
         """The part of a pose's latent that a call for `x` sees: the same window and area."""
-        latent, window = pose.latent, options.get("context_window")
-        if window is not None and window.dim in (0, 2) and latent.shape[window.dim] == window.total_frames:
-            latent = window.get_tensor(latent, latent.device, dim=window.dim)
+        latent = self.run.seen(pose.latent, options, x.device, axes=(0, 2))
         if all(size >= end for size, end in zip(latent.shape[2:], ends(pose.area), strict=False)):
             latent = cogvideox.narrowed(latent, pose.area)
         if latent.shape[1:] != x.shape[1:]:
@@ -181,7 +179,7 @@ class Animator:
                 f"{NODE}: there are {latent.shape[0]} pose videos for a batch of {rows} videos. Give it one, or as "
                 "many as the batch has."
             )
-        return latent.to(x.device)
+        return latent
 
 
 def norms_of(patcher: ModelPatcher) -> Any:

@@ -25,6 +25,7 @@ from .. import adapters
 from ..attention import ExtraKeys, KeysByBlock, with_keys
 from ..families import flux
 from ..progress import one_by_one
+from ..resting import Kept, RestingKeys, Shelf
 from ..run import Chunk, Run, attached, chunk_of
 from ..tiles import Tile
 from .conditions_settings import ConditionImage
@@ -43,6 +44,7 @@ class Call:
     chunk: Chunk
     options: dict  # transformer_options
     x: Tensor  # [conditions * rows, C, h, w]
+    latent: Tensor  # of the condition, on the device: one for all pictures, or one each
     channels: int  # of the transformer's input, concatenated ones included
     conds: dict  # from the conditioning: "y", "guidance"
 
@@ -56,6 +58,12 @@ class Call:
         return flux.grid_size(self.transformer, *self.x.shape[-2:])
 
     @cached_property
+    def given(self) -> tuple[Tensor | None, Tensor | None]:
+        """Pooled text and guidance of the whole batch, in main memory. With --gpu-only they have to come over."""
+        pooled, guidance = (self.conds.get(name) for name in ("y", "guidance"))
+        return None if pooled is None else pooled.cpu(), None if guidance is None else guidance.cpu()
+
+    @cached_property
     def like(self) -> Tensor:
         """An empty tensor with the dtype and device the transformer computes in."""
         return torch.empty(0, dtype=self.base.get_dtype_inference(), device=self.x.device)
@@ -63,9 +71,12 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """All that a condition's keys and values depend on, apart from the settings."""
+    """All that a condition's keys and values depend on, apart from the settings.
 
-    latent: Tensor  # [N, C, h, w]
+    Text and guidance are compared, once for each call. So they are in main memory, where core has them anyway.
+    """
+
+    latent: Tensor  # [N, C, h, w], one object for all calls that see the same
     pooled: Tensor | None  # [1 or rows, P]
     guidance: Tensor | None  # [1 or rows]
     rest: tuple  # picture grid, RoPE options, channels, dtype, weight patches
@@ -77,6 +88,17 @@ class Source:
     @property
     def rows(self) -> int:
         return max(x.shape[0] for x in self.tensors if x is not None)
+
+    @cached_property
+    def moved(self) -> dict[torch.device, tuple[Tensor | None, ...]]:
+        """Text and guidance by the device that they were moved to."""
+        return {}
+
+    def on(self, like: Tensor) -> tuple[Tensor | None, ...]:
+        """Text and guidance on the device and in the dtype of `like`."""
+        if like.device not in self.moved:
+            self.moved[like.device] = tuple(None if x is None else x.to(like) for x in (self.pooled, self.guidance))
+        return self.moved[like.device]
 
     def same_as(self, other: Source | None) -> bool:
         if other is None or self.rest != other.rest:
@@ -99,6 +121,8 @@ class Encoder:
         self.settings = settings
         self.run = run
         self.logged = False
+        self.shelf = Shelf()
+        run.on_close(lambda completed: self.shelf.close())
 
     def reserve(self, executor, model: ModelPatcher, noise_shape, conds, *args, **kwargs):
         """PREPARE_SAMPLING: make room for the keys, by asking for the memory of a larger latent."""
@@ -117,9 +141,11 @@ class Encoder:
         base, options = executor.class_obj, transformer_options or {}
         # A guider with two models may lack this image on its negative model.
         given = any(each is self.settings for each in attached(base.current_patcher))
-        if given and self.settings.part.includes(float(t.flatten()[0]), base.model_sampling):
+        if given and self.run.in_part(self.settings.part, base.model_sampling):
             channels = x.shape[1] + (0 if c_concat is None else c_concat.shape[1])
-            call = Call(base, self.lora(base.current_patcher), chunk_of(options), options, x, channels, conds)
+            lora, chunk = self.lora(base.current_patcher), chunk_of(options)
+            latent = self.latent(chunk, options, x.device)
+            call = Call(base, lora, chunk, options, x, latent, channels, conds)
             keys = [self.keys(call, i) for i in range(len(call.chunk.conditions))]
             options = with_keys(options, ExtraKeys(keys, math.log(self.settings.influence), feature=self.settings.node))
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
@@ -138,12 +164,16 @@ class Encoder:
     def keys(self, call: Call, i: int) -> KeysByBlock:
         """Keys and values for condition `i` of the call, from its lane if its source is the same."""
         source, condition = self.source(call, call.chunk.part(i)), call.chunk.conditions[i]
-        if self.settings.cache == "off":
-            return self.encode(call, source, condition.tile)
         if self.settings.latent.shape[0] == source.rows == 1:
             condition = replace(condition, window=None)  # every window needs the same keys
         lane = self.run.lane(self, condition, Lane)
-        if not source.same_as(lane.source):
+        earlier = lane.source
+        if earlier is not None and source.same_as(earlier):
+            source = earlier  # its text and guidance are on the device already
+        if self.settings.cache == "off":
+            lane.source = source
+            return self.encode(call, source, condition.tile)
+        if source is not earlier:
             lane.source, lane.keys = None, {}  # free the old ones before making new ones
             lane.keys = self.encode(call, source, condition.tile)
             lane.source = source  # only now: an interrupt may come from inside any layer
@@ -151,29 +181,25 @@ class Encoder:
 
     def source(self, call: Call, part: slice) -> Source:
         """The source of the keys of these batch rows; one row if all rows agree."""
-        given = (call.conds.get("y"), call.conds.get("guidance"))
-        pooled, guidance = (None if x is None else x[part].to(call.like) for x in given)
+        pooled, guidance = (None if x is None else x[part] for x in call.given)
         if not call.transformer.params.guidance_embed:
             guidance = None
-        if all(x is None or bool((x == x[:1]).all()) for x in (pooled, guidance)):
+        if all(x is None or torch.equal(x, x[:1].expand_as(x)) for x in (pooled, guidance)):
             pooled, guidance = (None if x is None else x[:1] for x in (pooled, guidance))
         patcher = call.base.current_patcher
         hooks = getattr(patcher.current_hooks, "hooks", ())
         weights = (patcher.patches_uuid, *((hook.hook_ref, hook.strength) for hook in hooks))
         rope = tuple(sorted((call.options.get("rope_options") or {}).items()))
         rest = (call.picture, rope, call.channels, call.like.dtype, weights)
-        return Source(self.latent(call), pooled, guidance, rest)
+        return Source(call.latent, pooled, guidance, rest)
 
-    def latent(self, call: Call) -> Tensor:
-        """The condition latents of this call's pictures: one for all, or one each."""
-        latent, rows = self.settings.latent, call.chunk.rows
-        window = call.options.get("context_window")
-        if window is not None and window.dim == 0 and latent.shape[0] == window.total_frames:
-            latent = window.get_tensor(latent, latent.device)  # a window of pictures, not of video frames
-        if latent.shape[0] not in (1, rows):
+    def latent(self, chunk: Chunk, options: dict, device: torch.device) -> Tensor:
+        """The condition latents of a call's pictures, on its device: one for all, or one each."""
+        latent = self.run.seen(self.settings.latent, options, device)
+        if latent.shape[0] not in (1, chunk.rows):
             raise ValueError(
-                f"{self.settings.node} got {latent.shape[0]} {self.settings.images} for a batch of {rows} pictures. "
-                "Give one image for all, or as many as the batch has."
+                f"{self.settings.node} got {latent.shape[0]} {self.settings.images} for a batch of {chunk.rows} "
+                "pictures. Give one image for all, or as many as the batch has."
             )
         return latent
 
@@ -181,23 +207,25 @@ class Encoder:
         """Run the condition through the model's image branch. Nothing else does."""
         settings, transformer = self.settings, call.transformer
         self.refuse_if_too_large(call, source)
-        latent = source.latent.to(call.x.device)
+        latent = source.latent
+        pooled, guidance = source.on(call.like)
         grid = flux.grid_size(transformer, *latent.shape[-2:])
         ids, inside = self.laid_out(call, grid, tile, latent.device)
         keys = encode_condition(
             transformer,
             call.lora,
             flux.latent_tokens(call.base, latent, call.channels),
-            flux.modulation_vector(transformer, 0.0, source.guidance, source.pooled, call.like),
+            flux.modulation_vector(transformer, 0.0, guidance, pooled, call.like),
             flux.rotations(transformer, ids, call.options),
             attention=flux.attention,
             apply_rope=flux.apply_rope,
             strength=settings.strength,
-            store=partial(_stored, inside=inside, offload=settings.offloaded),
+            store=partial(_stored, inside=inside, shelf=self.shelf if settings.offloaded else None),
             each=self.blocks,
         )
         self.log_once(call, source, grid)
-        return flux.by_block(transformer, keys)
+        keys = flux.by_block(transformer, keys)
+        return RestingKeys(keys, latent.device) if settings.offloaded else keys
 
     def blocks(self, blocks: Iterator[T], count: int) -> Iterator[T]:
         """The blocks of the image branch, on the sampler's progress bar; without a cache they come in every step."""
@@ -227,8 +255,10 @@ class Encoder:
             )
         whole = flux.grid_size(call.transformer, *tile.whole)
         corner = (tile.top / call.transformer.patch_size, tile.left / call.transformer.patch_size)
-        ids = position_ids(grid, whole, device) - torch.tensor([0.0, *corner], device=device)
-        return ids, tokens_in_tile(grid, whole, corner, call.picture).to(device)
+        time, row, column = position_ids(grid, whole, device).unbind(-1)
+        ids = torch.stack((time, row - corner[0], column - corner[1]), -1)
+        of_tile = (grid, whole, corner, call.picture)
+        return ids, self.run.once(("tokens in tile", *of_tile, device), lambda: tokens_in_tile(*of_tile).to(device))
 
     def refuse_if_too_large(self, call: Call, source: Source) -> None:
         """Before computing anything, refuse keys that do not fit into free memory."""
@@ -277,11 +307,8 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
-def _stored(x: Tensor, inside: Tensor | None, offload: bool) -> Tensor:
-    """Keys or values `[N, H, T, d]` in their stored form: of the tokens `inside` only, in host memory if offloaded."""
+def _stored(x: Tensor, inside: Tensor | None, shelf: Shelf | None) -> Kept:
+    """Keys or values `[N, H, T, d]` in their stored form: of the tokens `inside` only, on a shelf if there is one."""
     if inside is not None:
         x = x.index_select(2, inside)
-    if not offload:
-        return x
-    moved = x.to("cpu")
-    return moved.pin_memory() if x.device.type == "cuda" else moved  # pinned, so that the way back does not wait
+    return x if shelf is None else shelf.put(x)

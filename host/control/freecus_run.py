@@ -115,8 +115,9 @@ class ReferencePass:
         settings, chunk = self.run.settings, chunk_of(self.options)
         level = self.run.level(self.sigma, self.base.model_sampling)
         noise = self.run.noise_of(chunk.rows, self.options, self.x.device)
-        x = reference_latent(self.run.latent.to(self.x), noise.to(self.x), level).repeat(len(self.which), 1, 1, 1)
-        recording = Recording(settings.blocks, self.run.tokens, settings.key_scale)
+        latent, tokens = (self.run.run.seen(x, {}, self.x.device) for x in (self.run.latent, self.run.tokens))
+        x = reference_latent(latent.to(self.x), noise.to(self.x), level).repeat(len(self.which), 1, 1, 1)
+        recording = Recording(settings.blocks, tokens, settings.key_scale)
 
         conds = {name: self._rows(value) for name, value in self.conds.items() if name != "ref_latents"}
         text = self._rows(self.text)
@@ -179,21 +180,19 @@ class ReferenceRun:
 
     def level(self, sigma: float, model_sampling: Any) -> float:
         """Noise level of the reference at this noise level of the picture."""
-        half = float(model_sampling.percent_to_sigma(0.5))  # e^mu / (e^mu + 1), for all flow schedules
+        half = float(self.run.levels(model_sampling).percent_to_sigma(0.5))  # e^mu / (e^mu + 1), for all flow schedules
         shift = math.log(half / (1 - half))
         return reference_sigma(sigma, shift, self.settings.shift_mode, self.settings.reference_shift)
 
     def noise_of(self, rows: int, options: dict, device: torch.device) -> Tensor:
         """The noise of the pictures of this call."""
-        noise, window = self.noise, options.get("context_window")
-        if window is not None and window.dim == 0 and noise.shape[0] == window.total_frames:
-            noise = window.get_tensor(noise, noise.device)  # a window of pictures, not of video frames
+        noise = self.run.seen(self.noise, options, device)
         if noise.shape[0] != rows:
             raise ValueError(
                 f"Apply FreeCus started with {noise.shape[0]} pictures and met a call with {rows}. "
                 "Another node splits the batch; sample the pictures one by one."
             )
-        return noise.to(device)
+        return noise
 
     def reserve(self, executor, model: ModelPatcher, noise_shape, conds, *args, **kwargs):
         """PREPARE_SAMPLING: make room for the reference pass, by asking for the memory of a larger latent.
@@ -212,11 +211,11 @@ class ReferenceRun:
     ):
         """APPLY_MODEL: hand over the subject's keys, made on demand, and scale those of the text."""
         base, options = executor.class_obj, transformer_options or {}
-        sigma, chunk = float(t.flatten()[0]), chunk_of(options)
+        chunk = chunk_of(options)
         every = self.settings.prompts != "positive only"
         which = tuple(i for i, condition in enumerate(chunk.conditions) if every or condition.positive)
         ours = flux.is_flux1(base)  # some guiders have two models
-        acts = self.settings.part.includes(sigma, base.model_sampling)
+        acts = self.run.in_part(self.settings.part, base.model_sampling)
         if which and ours and acts and any(chunk.conditions[i].tile is not None for i in which):
             raise ValueError(
                 "Apply FreeCus works on whole pictures, and another node cuts this one into tiles. Draw the subject at "
@@ -225,6 +224,7 @@ class ReferenceRun:
         if which and ours and acts and x.shape[-2:] == self.size:
             if c_concat is not None:
                 raise ValueError(NO_CONCAT)
+            sigma = self.run.sigma  # now, not in a block
             reference = ReferencePass(self, executor.original, base, sigma, which, x, t, c_crossattn, options, conds)
             options = self.promise(options, reference)
             self.log_once(base, chunk.rows)

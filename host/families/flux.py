@@ -114,9 +114,10 @@ def modulation_vector(
 def rotations(transformer: Flux, ids: Tensor, options: dict) -> Tensor:
     """RoPE matrices of position ids `[T, 3]`, under the same scale and shift as the picture's own."""
     rope = options.get("rope_options") or {}
-    scale = ids.new_tensor([1.0, rope.get("scale_y", 1.0), rope.get("scale_x", 1.0)])
-    shift = ids.new_tensor([rope.get(f"shift_{axis}", 0.0) for axis in "tyx"])
-    return transformer.pe_embedder((ids * scale + shift)[None])  # [1, 1, T, d/2, 2, 2]
+    scales = (1.0, rope.get("scale_y", 1.0), rope.get("scale_x", 1.0))
+    shifts = (rope.get(f"shift_{axis}", 0.0) for axis in "tyx")
+    axes = [at * scale + shift for at, scale, shift in zip(ids.unbind(-1), scales, shifts, strict=True)]
+    return transformer.pe_embedder(torch.stack(axes, -1)[None])  # [1, 1, T, d/2, 2, 2]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

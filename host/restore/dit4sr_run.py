@@ -18,7 +18,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...models.restore.dit4sr import joint_block
-from ...models.restore.dit4sr_tiles import Blend, Window, windows
+from ...models.restore.dit4sr_tiles import Blend, Window, weights, windows
 from .. import adapters
 from ..blocks import RunBlock
 from ..compiled import untraced
@@ -99,6 +99,11 @@ class Restorer:
             height, width = self.windows[0].height, self.windows[0].width
         return executor(model, [batch, *channels, height, 2 * width], conds, *args, **kwargs)
 
+    def weight(self, window: Window, device: torch.device) -> Tensor:
+        """The weight of the cells of a window, all of which have one size."""
+        side = window.height, window.width
+        return self.run.once(("weights of a window", *side, device), lambda: weights(*side).to(device))
+
     def given(self, base: Any) -> bool:
         """Not to the negative model of a guider with two models."""
         return any(each is self.settings for each in attached(base.current_patcher))
@@ -110,7 +115,7 @@ class Restorer:
     ):
         """APPLY_MODEL: hand the stream to the blocks of this call."""
         base, options = executor.class_obj, transformer_options or {}
-        if self.given(base) and self.settings.part.includes(float(t.flatten()[0]), base.model_sampling):
+        if self.given(base) and self.run.in_part(self.settings.part, base.model_sampling):
             if c_concat is not None:
                 raise ValueError(f"{NODE} does not work with a model that takes more than a picture and a prompt.")
             latent = self.latent(chunk_of(options), x, options)
@@ -131,10 +136,7 @@ class Restorer:
 
     def latent(self, chunk: Chunk, x: Tensor, options: dict) -> Tensor:
         """The low-resolution latent of every row of the call's batch, `[B, C, h, w]`."""
-        latent = self.settings.latent
-        window = options.get("context_window")
-        if window is not None and window.dim == 0 and latent.shape[0] == window.total_frames:
-            latent = window.get_tensor(latent, latent.device)  # a window of pictures
+        latent = self.run.seen(self.settings.latent, options, x.device)
         if latent.shape[0] not in (1, chunk.rows):
             raise ValueError(
                 f"{NODE} got {latent.shape[0]} images for a batch of {chunk.rows} pictures. Connect its 'latent' to "
@@ -143,7 +145,7 @@ class Restorer:
         whole = self.settings.size
         corners = (each.tile or Tile(*self.run.areas.get(each.uuid, (0, 0)), whole) for each in chunk.conditions)
         parts = [self.part(latent, corner, x) for corner in corners]
-        return torch.cat([part.expand(chunk.rows, -1, -1, -1) for part in parts]).to(x.device)
+        return torch.cat([part.expand(chunk.rows, -1, -1, -1) for part in parts])
 
     def part(self, latent: Tensor, corner: Tile, x: Tensor) -> Tensor:
         """The part of `latent` that a call for `x` at this corner sees.
@@ -180,7 +182,8 @@ class Restorer:
             return executor(x, t, c_concat, c_crossattn, control, options, **conds)
         transformer = executor.class_obj.diffusion_model
         corners = self.run.corners(x, options)
-        blend, progress, rest = Blend(size), self.progress.of_call(float(t.flatten()[0]), len(found)), iter(found)
+        blend = Blend(size, self.weight(found[0], x.device))
+        progress, rest = self.progress.of_call(len(found)), iter(found)
         while some := tuple(islice(rest, settings.tile_batch)):
             comfy.model_management.throw_exception_if_processing_interrupted()
             several = partial(parts_of, parts=some, like=x)
@@ -229,7 +232,7 @@ class Progress:
         self.evaluation, self.call = -1, 0
         self.calls = 1  # of the model for each evaluation, as the last one had them
 
-    def of_call(self, sigma: float, tiles: int):
+    def of_call(self, tiles: int):
         """A call of the model with so many windows begins. Returns what to call when some of them are done."""
         if self.evaluation != self.run.evaluation:
             self.calls = max(self.calls, self.call)
@@ -237,7 +240,9 @@ class Progress:
         self.call += 1
         steps = self.run.sigmas[:-1]
         each = max(self.calls, self.call) * tiles  # windows of a step
-        done = sum(step > sigma * (1 + 1e-5) for step in steps) * each + (self.call - 1) * tiles
+        # Read once in an evaluation, and only for a bar that has steps.
+        begun = sum(step > self.run.sigma * (1 + 1e-5) for step in steps)
+        done = begun * each + (self.call - 1) * tiles
 
         def advance(count: int) -> None:
             nonlocal done

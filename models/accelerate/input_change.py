@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .policies import COMPUTE, PROBE, Choice, Moment
@@ -44,28 +45,52 @@ class InputChange:
 
 @dataclass
 class Change:
-    """The sum above, over one run. Tensors may have any shape, the same at each evaluation."""
+    """The sum above, over one run. Tensors may have any shape, the same at each evaluation.
 
-    total: float = 0.0
-    ratio: float | None = None
-    norm: float = 0.0
+    Reading a number from a GPU stops the program until the GPU has caught up. So means stay tensors without axes, and
+    `total` reads all that it needs in one go, for evaluations that nobody asked about too.
+    """
+
     before: Tensor | None = field(default=None, repr=False)  # x at the previous evaluation
     full: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # x and v at the last computed one
+    ratio: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # numerator and denominator of k
+    norm: Tensor | None = field(default=None, repr=False)  # mean |v| at the last computed evaluation
+    steps: list[Tensor] = field(default_factory=list, repr=False)  # mean |x - x_previous| of each evaluation since then
+    comparable: bool = False  # this evaluation's input has a previous one of its shape
 
-    def grown(self, x: Tensor) -> float | None:
-        """The sum with this evaluation's input, or None while the ratio is unknown."""
+    def moved(self, x: Tensor) -> None:
+        """Take an evaluation's input."""
         before, self.before = self.before, x.clone()
-        if before is None or self.ratio is None or self.norm == 0 or before.shape != x.shape:
+        self.comparable = before is not None and before.shape == x.shape
+        if before is not None and self.comparable and self.ratio is not None:
+            self.steps.append(distance(x, before))
+
+    def total(self) -> float | None:
+        """The sum with the last input taken, or None while the ratio is unknown."""
+        if not self.comparable or self.ratio is None or self.norm is None:
             return None
-        self.total += self.ratio * float((x - before).abs().mean()) / self.norm
-        return self.total
+        change, moved, norm, *steps = torch.stack([x.float() for x in (*self.ratio, self.norm, *self.steps)]).tolist()
+        if moved == 0 or norm == 0:
+            return None
+        total = 0.0
+        for step in steps:
+            total += change / moved * step / norm
+        return total
 
     def computed(self, x: Tensor, v: Tensor) -> None:
         """Take input and output of a computed evaluation: renew the ratio, set the sum to 0."""
         if self.full is not None and self.full[0].shape == x.shape:
-            moved = float((x - self.full[0]).abs().mean())
-            if moved > 0:
-                self.ratio = float((v - self.full[1]).abs().mean()) / moved
-        self.norm = float(v.abs().mean())
+            moved, change = distance(x, self.full[0]), distance(v, self.full[1])
+            if self.ratio is None:
+                self.ratio = change, moved
+            else:  # the ratio of before holds where the input stands still
+                renewed = moved > 0
+                self.ratio = torch.where(renewed, change, self.ratio[0]), torch.where(renewed, moved, self.ratio[1])
+        self.norm = v.abs().mean()
         self.full = (x.clone(), v.clone())
-        self.total = 0.0
+        self.steps = []
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """mean |a - b|, without axes."""
+    return (a - b).abs().mean()

@@ -24,9 +24,10 @@ Their code computes all scores and masks them. Here any backend may compute atte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -159,7 +160,7 @@ class Schedule:
 class Stored:
     """R between evaluations: its values, and with fp8 the factor of each row, `[B, H, L, 1]`."""
 
-    values: Tensor
+    values: Any  # a tensor, or what `store` was told to keep it as
     scale: Tensor | None = None
 
     @property
@@ -167,19 +168,20 @@ class Stored:
         return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
 
-def store(rest: Tensor, storage: Storage) -> Stored | None:
+def store(rest: Tensor, storage: Storage, put_away: Callable[[Tensor], Any] = lambda x: x.to("cpu")) -> Stored | None:
     """Keep R, `[B, H, L, d]`.
 
     Args:
         storage: "full": unchanged. "bf16". "fp8": with one factor for each row of each head, off by up to 2^-4 of each
             value. "cpu": unchanged, in host memory. "none": not at all.
+        put_away: brings a tensor to host memory, into anything that knows its bytes.
     """
     if storage == "none":
         return None
     if storage == "bf16":
         return Stored(rest.to(torch.bfloat16))
     if storage == "cpu":
-        return Stored(rest.to("cpu"))
+        return Stored(put_away(rest))
     if storage == "fp8":
         largest = rest.abs().amax(-1, keepdim=True).float()
         scale = torch.where(largest > 0, largest / FP8_LARGEST, 1.0)

@@ -47,7 +47,7 @@ def encode_condition(
     attention: Attention,
     apply_rope: ApplyRope,
     strength: float = 1.0,
-    store: Callable[[Tensor], Tensor] | None = None,
+    store: Callable[[Tensor], Any] | None = None,
     each: Callable[[Iterator[KeysValues], int], Iterator[KeysValues]] = lambda blocks, count: blocks,
 ) -> list[KeysValues]:
     """Run one condition through the image branch of a FLUX.1 model and return its keys and values.
@@ -64,7 +64,7 @@ def encode_condition(
         attention: `(q, k, v)`, each `[B, H, T, d]`, to `[B, T, H*d]`.
         apply_rope: `(x, pe)` to `x` rotated.
         strength: factor on the whole LoRA; 0 leaves plain tokens, it does not remove the condition.
-        store: called on each K and V as soon as it is known, for example to move it to another device.
+        store: called on each K and V as soon as it is known. What it returns stands for the tensor in the result.
         each: walks over the blocks, whose number it gets.
 
     Returns:

@@ -107,10 +107,10 @@ def subject_keys(k: Tensor, v: Tensor, tokens: Tensor, text: int, scale: float) 
 
     Args:
         k, v: of one layer of the reference pass, after QK norm and RoPE, `[B, H, L, d]`.
-        tokens: of the subject, counted without the text.
+        tokens: of the subject, counted without the text; on the device of K.
         text: number of text tokens in front.
     """
-    where = tokens.to(k.device) + text
+    where = tokens + text
     return k.index_select(2, where) * scale, v.index_select(2, where)
 
 

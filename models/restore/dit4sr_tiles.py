@@ -75,14 +75,15 @@ class Blend:
     Neutral case: windows of one picture that agree where they overlap give that picture, up to rounding.
     """
 
-    def __init__(self, size: tuple[int, int]):
-        self.size = size
+    def __init__(self, size: tuple[int, int], of_window: Tensor):
+        """`of_window`: the weight of each cell of a window, `[h, w]`, on the device of the results: `weights`."""
+        self.size, self.of_window = size, of_window
         self.sum: Tensor | None = None
         self.weight: Tensor | None = None
 
     def add(self, window: Window, result: Tensor) -> None:
         """`result`: `[B, C, h, w]` of the window."""
-        weight = weights(window.height, window.width).to(result.device)
+        weight = self.of_window
         if self.sum is None or self.weight is None:
             self.sum = torch.zeros((*result.shape[:2], *self.size), device=result.device, dtype=torch.float32)
             self.weight = torch.zeros(self.size, device=result.device, dtype=torch.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import comfy.ldm.modules.attention as core
-import comfy.model_management
 import pytest
 import torch
 
@@ -13,7 +12,6 @@ from dit_toolkit.host.attention import (
     TextScale,
     append_extra_keys,
     install,
-    scale_text,
     widen_mask,
     with_keys,
     with_recorder,
@@ -161,20 +159,6 @@ def test_extra_keys_come_from_another_device_and_dtype_as_they_are_needed():
     assert {out[name].dtype for name in ("q", "k", "v")} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("supported", [True, False])
-def test_transfers_only_run_ahead_where_core_allows_it(monkeypatch, supported):
-    """On some devices a tensor that is copied without waiting is read before it is there."""
-    seen, to = [], torch.Tensor.to
-    monkeypatch.setattr(comfy.model_management, "device_supports_non_blocking", lambda device: supported)
-    monkeypatch.setattr(
-        torch.Tensor,
-        "to",
-        lambda self, *args, **kwargs: seen.append(kwargs["non_blocking"]) or to(self, *args, **kwargs),
-    )
-    append_extra_keys(*queries(), extra_options=options(ExtraKeys([extra(10)])))
-    assert seen == [supported] * 2
-
-
 def test_the_patch_is_installed_once_behind_all_others():
     def earlier(*args, **kwargs):
         return {}
@@ -216,19 +200,24 @@ def test_conditions_that_are_blind_do_not_see_the_keys(log_weight, masked):
     torch.testing.assert_close(found[2:], attention_by_definition(q[2:], *both, wider))
 
 
+def text_scaled(k, factors):
+    expected = k.clone()
+    for i, factor in enumerate(factors):
+        expected[i, :, :2] *= factor
+    return expected
+
+
 def test_the_keys_of_the_text_are_scaled():
     q, k, v = queries(rows=2)
     scale = TextScale(frozenset({BLOCK}), [1.0, 1.3])
     given = {**with_text_scale(options(), scale), "img_slice": [2, LENGTH]}
     out = append_extra_keys(q, k, v, extra_options=given)
-    expected = k.clone()
-    expected[1, :, :2] *= 1.3
-    torch.testing.assert_close(out["k"], expected)
+    torch.testing.assert_close(out["k"], text_scaled(k, [1.0, 1.3]))
     assert torch.equal(out["v"], v)
     assert torch.equal(out["q"], q)
     assert append_extra_keys(q, k, v, extra_options={**given, "block_index": 4}) == {}
     larger = with_text_scale(given, TextScale(frozenset({BLOCK}), [1.1, 1.1]))
-    torch.testing.assert_close(append_extra_keys(q, k, v, extra_options=larger)["k"], scale_text(k, 2, [1.1, 1.3]))
+    torch.testing.assert_close(append_extra_keys(q, k, v, extra_options=larger)["k"], text_scaled(k, [1.1, 1.3]))
 
 
 def test_a_text_scale_of_1_changes_nothing():

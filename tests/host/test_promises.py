@@ -182,6 +182,23 @@ def test_a_run_that_is_interrupted_leaves_nothing(feature, monkeypatch, runs):
     assert state_of(family.load()) == state
 
 
+@every_feature
+def test_a_model_goes_when_nobody_holds_it_any_more(feature, runs):
+    """And not only when Python looks for circles: until then ComfyUI takes its memory for lost, and looks each time."""
+    family = home(feature)
+    gc.collect()
+    gc.disable()
+    try:
+        model = feature.put(family.load())
+        sample(family, model)
+        gone = weakref.ref(model)
+        del model
+        assert gone() is None
+        assert not any(run() for run in runs)
+    finally:
+        gc.enable()
+
+
 # second run, batch
 
 

@@ -10,6 +10,7 @@ import torch
 
 from dit_toolkit.host.accelerate.step_cache_taps import PredictionTap, input_and_output_weight
 from dit_toolkit.models.accelerate.policies import COMPUTE, FORECAST, PROBE
+from dit_toolkit.models.accelerate.taylorseer import Point
 from dit_toolkit.tests.host.tiny import close
 
 pytestmark = pytest.mark.comfy
@@ -59,7 +60,7 @@ def test_the_weights_of_input_and_output_are_those_of_the_definition(prediction)
 def test_what_is_stored_is_what_the_model_put_out(prediction, choice):
     sampling = sampling_of(prediction)
     denoised = sampling.calculate_denoised(SIGMA, RAW, X)
-    visit = Visit(choice=choice, captured={})
+    visit = Visit(point=Point(0, 0.3), choice=choice, captured={})
     out = PredictionTap().denoise(visit, lambda: denoised, SimpleNamespace(model_sampling=sampling), X, SIGMA)
     assert out is denoised
     assert visit.choice is COMPUTE
@@ -69,7 +70,7 @@ def test_what_is_stored_is_what_the_model_put_out(prediction, choice):
 @every_prediction
 def test_a_forecast_output_becomes_the_denoised_latent_that_core_makes_of_it(prediction):
     sampling = sampling_of(prediction)
-    visit = Visit(choice=FORECAST, captured={}, stored=RAW)
+    visit = Visit(point=Point(0, 0.3), choice=FORECAST, captured={}, stored=RAW)
     out = PredictionTap().denoise(
         visit, lambda: pytest.fail("called"), SimpleNamespace(model_sampling=sampling), X, SIGMA
     )
@@ -79,9 +80,9 @@ def test_a_forecast_output_becomes_the_denoised_latent_that_core_makes_of_it(pre
 
 
 def test_where_the_output_has_no_weight_nothing_is_stored_or_forecast():
-    """At sigma 0 of any picture of the batch the output cannot be read off the result."""
-    sampling, sigma = sampling_of("EPS"), torch.tensor([0.3, 0.0])
-    visit = Visit(choice=FORECAST, captured={}, stored=RAW)
+    """At sigma 0 the output cannot be read off the result."""
+    sampling, sigma = sampling_of("EPS"), torch.zeros(2)
+    visit = Visit(point=Point(0, 0.0), choice=FORECAST, captured={}, stored=RAW)
     out = PredictionTap().denoise(visit, lambda: X, SimpleNamespace(model_sampling=sampling), X, sigma)
     assert out is X
     assert visit.choice is COMPUTE

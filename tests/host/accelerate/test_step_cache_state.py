@@ -17,6 +17,7 @@ from dit_toolkit.host.accelerate import step_cache_run
 from dit_toolkit.host.accelerate.report import NodeReport
 from dit_toolkit.host.accelerate.step_cache_run import History, Lane, StepCacheRun
 from dit_toolkit.host.accelerate.step_cache_taps import ModuleTap, SpanTap, block_hooks
+from dit_toolkit.host.resting import Shelf
 from dit_toolkit.host.run import Run
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
 from dit_toolkit.models.accelerate.delta_dit import Stages
@@ -310,7 +311,7 @@ def test_a_forecast_is_a_tensor_of_its_own():
         history = History(Forecaster(order))
         for index in range(order + 1):
             history.add(Point(index, 1.0 - index / 10), (torch.full((2, 3), float(index)),))
-        (out,) = history.forecast(Point(4, 0.5), torch.device("cpu"))
+        (out,) = history.forecast(Point(4, 0.5), history.kept)
         before = [x.clone() for values in history.values for x in values]
         out.add_(100)
         assert all(torch.equal(a, b) for values, b in zip(history.values, before, strict=True) for a in values)
@@ -324,7 +325,7 @@ def test_a_history_keeps_the_newest_points_and_one_at_each_place():
         assert len({point.sigma for point in history.points}) == len(history.points)
     assert [point.index for point in history.points] == [5, 4]
     assert [float(values[0]) for values in history.values] == [5.0, 4.0]
-    weighted = history.forecast(Point(6, 0.0), torch.device("cpu"))[0]
+    weighted = history.forecast(Point(6, 0.0), history.kept)[0]
     assert float(weighted) == pytest.approx(6.0)  # index is straight in sigma between the two
 
 
@@ -437,14 +438,7 @@ def test_ten_runs_of_changing_sizes_leave_nothing(tiny_flux, monkeypatch):
 def test_offloaded_tensors_make_the_same_picture(tiny_flux, monkeypatch):
     """On the CPU there is nowhere to go; that they are asked to is all that shows."""
     asked = []
-    to = torch.Tensor.to
-
-    def watched(self, *args, **kwargs):
-        if args == ("cpu",):
-            asked.append(self.shape)
-        return to(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "to", watched)
+    monkeypatch.setattr(Shelf, "put", lambda self, x: asked.append(x.shape) or x)
     model = accelerated(tiny_flux, "last block", offload=True)
     out = sample(model, 6)
     assert asked

@@ -287,7 +287,7 @@ def test_half_precision_runs_and_keeps_its_cache_exact(tiny_flux, file, encoding
     model = tiny_flux.clone()
     model.set_model_compute_dtype(precision)
     kept = sample(controlled(model, file=file), 2)
-    assert {source.pooled.dtype for source in encodings} == {precision}
+    assert {x.dtype for source in encodings for moved in source.moved.values() for x in moved} == {precision}
     assert torch.isfinite(kept).all()
     assert torch.equal(kept, sample(controlled(model, file=file, cache="off"), 2))
     exact = sample(controlled(tiny_flux, file=file), 2)

@@ -73,7 +73,7 @@ def test_the_blend_is_the_weighted_mean_of_every_cell():
     size, tile, overlap = (14, 20), 8, 4
     generator = torch.Generator().manual_seed(0)
     parts = [(w, torch.randn(2, 3, w.height, w.width, generator=generator)) for w in windows(size, tile, overlap)]
-    blend = Blend(size)
+    blend = Blend(size, weights(tile, tile))
     for window, part in parts:
         blend.add(window, part)
     expected = torch.zeros(2, 3, *size, dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_the_blend_is_the_weighted_mean_of_every_cell():
 def test_windows_of_one_picture_give_the_picture():
     """At its corners too, where one window alone counts, with a weight of 1e-11."""
     picture = torch.randn(1, 16, 128, 96, generator=torch.Generator().manual_seed(1))
-    blend = Blend((128, 96))
+    blend = Blend((128, 96), weights(64, 64))
     for window in windows((128, 96), 64, 24):
         blend.add(window, window.of(picture))
     torch.testing.assert_close(blend.result(), picture, rtol=2e-6, atol=1e-6)
@@ -104,7 +104,7 @@ def test_windows_that_differ_by_a_constant_leave_no_step():
 
     The share of two Gaussians 40 cells apart is a logistic curve of slope 40 / (64^2 * 0.01) = 0.98 a cell.
     """
-    row = Blend((64, 104))
+    row = Blend((64, 104), weights(64, 64))
     for number, window in enumerate(windows((64, 104), 64, 24)):
         row.add(window, torch.full((1, 1, 64, 64), float(number)))
     profile = row.result()[0, 0, 32]
@@ -122,4 +122,4 @@ def test_an_overlap_that_leaves_no_way_forward_is_refused(tile, overlap):
 
 def test_nothing_to_blend_is_an_error():
     with pytest.raises(ValueError, match="no window was added"):
-        Blend((8, 8)).result()
+        Blend((8, 8), weights(8, 8)).result()
