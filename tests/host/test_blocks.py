@@ -314,7 +314,7 @@ class Residuals(ControlBase):
 
     def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
         tokens = x_noisy.shape[-1] * x_noisy.shape[-2] // 4 * (x_noisy.shape[2] if x_noisy.ndim == 5 else 1)
-        width = {"flux": 256, "kontext": 256, "sd35": 192, "qwen": 64}.get(self.name, 128)
+        width = {"sd35": 192, "qwen": 64}.get(self.name, 128)
         add = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(9)).expand(x_noisy.shape[0], -1, -1)
         return {"input": [add] * 4, "output": [add] * 4}
 

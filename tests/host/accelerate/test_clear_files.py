@@ -82,7 +82,7 @@ def test_weights_in_another_packing_are_refused(tiny_state):
 
 def test_a_file_for_another_size_is_refused(tiny_flux):
     small = ClearFile("f", parse(published(2, 2, dim=8), "f"))
-    with pytest.raises(ValueError, match=r"f is made for hidden size 8 and 2\+2 blocks, the model has 256 and 2\+2"):
+    with pytest.raises(ValueError, match=r"f is made for hidden size 8 and 2\+2 blocks, the model has 128 and 2\+2"):
         with_weights(tiny_flux, small)
 
 

@@ -306,6 +306,7 @@ def test_nobody_waits_for_a_gpu_that_failed(at_a_probe):
         other.append(Device(at_a_probe, torch.device("meta")))
         raise RuntimeError("out of memory")
 
+    at_a_probe.run.begin_evaluation(timestep=torch.tensor([0.4]))
     with pytest.raises(RuntimeError, match="out of memory"):
         at_a_probe.predict_noise(evaluation, torch.zeros(1), torch.tensor([0.4]))
     other[0].thread.join()
