@@ -33,7 +33,7 @@ demo: setup
 # Three processes with a thread each: those of the page wait most of the time. Tiny models gain nothing from a second
 # thread, and lose much where they share it. pytest's closing lines stay the last ones: they carry counts and times.
 # Split by measured time; what needs the server stays together.
-FEATURES = $(addprefix tests/host/,accelerate control animate) \
+FEATURES = $(addprefix tests/host/,accelerate control animate restore) \
 	$(addprefix tests/host/test_,embedded.py embedded_cogvideox.py blocks.py foreign.py)
 PAGE     = tests/browser tests/workflows tests/nodes/test_in_context_lora.py
 test: setup web-test

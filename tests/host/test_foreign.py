@@ -33,7 +33,7 @@ from dit_toolkit.tests.host import foreign
 from dit_toolkit.tests.host.accelerate.caching import TAPS, cached, calls, strip
 from dit_toolkit.tests.host.control.test_try_on import dressed, file_of
 from dit_toolkit.tests.host.families import FAMILIES
-from dit_toolkit.tests.host.tiny import close, controlled, lora_file, sample
+from dit_toolkit.tests.host.tiny import WIDE, close, controlled, flux_state, load_flux, lora_file, sample
 
 pytestmark = pytest.mark.comfy
 
@@ -230,9 +230,10 @@ def test_tap_auto_takes_the_prediction_where_blocks_are_out_of_reach(tiny_flux, 
 
 
 @pytest.mark.parametrize("quality", QUALITIES)
-def test_accelerate_takes_a_method_that_needs_no_blocks(tiny_flux, quality):
-    assert preset(tiny_flux, quality).method == "Confidence-Gated Taylor"
-    theirs = foreign.without_options(tiny_flux)
+def test_accelerate_takes_a_method_that_needs_no_blocks(quality):
+    wide = load_flux(flux_state(hidden=WIDE))
+    assert preset(wide, quality).method == "Confidence-Gated Taylor"
+    theirs = foreign.without_options(wide)
     fast = accelerated(theirs, preset(theirs, quality), StepCacheReport("Test"))
     assert torch.isfinite(sample(fast, 8)).all()
     assert "." in strip(fast)
@@ -378,7 +379,7 @@ def test_no_decision_goes_by_what_was_sampled_before(sibling):
     assert block_hooks(sibling) is not None
     assert flux.is_flux1(sibling)
     assert flux.FLUX1.require(sibling, "Test") is sibling.model.diffusion_model
-    assert (family_name(sibling), is_embedded(sibling)) == ("FLUX.1", False)
+    assert (family_name(sibling), is_embedded(sibling)) == ("FLUX.1", True)
     require_known_tokens(sibling, "Test")
     assert "px:" in report(sibling, SparseAttention("CLEAR", Disc(8)))
     assert training.attach(sibling) is not sibling

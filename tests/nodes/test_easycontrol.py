@@ -93,7 +93,7 @@ def test_a_loaded_file_says_what_it_holds_and_acts(folders, tiny_flux):
     save_file(tiny.lora_state(slots=2), folders / "loras" / "two.safetensors")
     loaded, report = LoadEasyControl.execute("two.safetensors").args
     assert report == (
-        "two.safetensors: rank 8, slots 2, blocks 2+2, hidden size 256; kind not known, set it in Apply EasyControl"
+        "two.safetensors: rank 8, slots 2, blocks 2+2, hidden size 128; kind not known, set it in Apply EasyControl"
     )
     assert all(p.cached_patcher_init[2] == slot for slot, p in enumerate(loaded.patchers))
     results = [

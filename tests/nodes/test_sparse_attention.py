@@ -62,7 +62,7 @@ def test_with_a_file_weights_and_pattern_come_from_it(tiny_flux, down_4):
     patched, report = apply(tiny_flux, file=down_4, min_tokens=0)
     assert attached(patched)[0].pattern == PooledDisc(2, 4)
     assert len(attached(patched)[0].cells) == 4
-    assert report.startswith(f"{down_4}: 2+2 blocks, hidden size 256, 28 tensors, pooled cells of 4\n")
+    assert report.startswith(f"{down_4}: 2+2 blocks, hidden size 128, 28 tensors, pooled cells of 4\n")
     found = tiny.sample(patched, size=(16, 16))
     assert found.isfinite().all()
     assert not torch.allclose(found, tiny.sample(tiny_flux, size=(16, 16)), atol=1e-2)

@@ -141,8 +141,8 @@ def test_the_tap_is_what_was_chosen_and_auto_what_is_there(name, tap, kind):
 
 
 def test_most_memory_is_a_limit(tiny_flux):
-    """Two points of a tiny model's modules are 252 KiB: 1/8192 GiB is too little, 1/1024 is enough."""
-    model, _ = run_node(TaylorSeer, model=tiny_flux, tap="every module", max_memory=1 / 8192)
+    """Two points of a tiny model's modules are 126 KiB: 1/16384 GiB is too little, 1/1024 is enough."""
+    model, _ = run_node(TaylorSeer, model=tiny_flux, tap="every module", max_memory=1 / 16384)
     with pytest.raises(ValueError, match=r"TaylorSeer on every module would hold .* Set 'tap' to 'last block'"):
         sample(model, 8)
     model, _ = run_node(TaylorSeer, model=tiny_flux, tap="every module", max_memory=1 / 1024)

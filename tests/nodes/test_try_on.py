@@ -217,13 +217,15 @@ def test_wrong_inputs_of_composite_are_answered_with_a_sentence():
 
 def test_a_loaded_file_says_what_it_holds_and_acts(folders, tiny_flux):
     branches = {"person": random_branch(1, ranks={"double_blocks.0.q": 4, "single_blocks.1.out": 8})}
-    checkpoint = Checkpoint(branches, 256, 1024, 2, 2, Settings("below", "black", steps=8, prompt="a doll"))
+    checkpoint = Checkpoint(
+        branches, tiny.HIDDEN, 4 * tiny.HIDDEN, 2, 2, Settings("below", "black", steps=8, prompt="a doll")
+    )
     save_file(write(checkpoint), folders / "loras" / "mine.safetensors", write_metadata(checkpoint))
     assert "mine.safetensors" in LoadTryOn.define_schema().inputs[0].options
     loaded, report = LoadTryOn.execute("mine.safetensors").args
     assert report == (
         "mine.safetensors: person rank 4 to 8: 1 double block (q), 1 single block (out); garment plain; garment below "
-        "the picture, hidden size 256; fill black, 8 steps, prompt 'a doll'"
+        "the picture, hidden size 128; fill black, 8 steps, prompt 'a doll'"
     )
     auto = tiny.sample(apply(tiny_flux, loaded), 1)
     assert torch.equal(auto, tiny.sample(apply(tiny_flux, loaded, garment_position="below"), 1))
