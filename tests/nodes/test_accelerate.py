@@ -22,9 +22,7 @@ def test_off_gives_the_model_back(tiny_flux):
 
 
 def test_it_says_what_it_picked_and_where_the_numbers_come_from():
-    wide = tiny.load_flux(
-        tiny.flux_state(hidden=tiny.WIDE)
-    )  # one head is the embedded model's, with numbers of its own
+    wide = tiny.load_flux(tiny.flux_state(hidden=tiny.WIDE))  # of one head it would be the embedded model
     model, report, picked = run_node(AccelerateDiT, model=wide, quality="fast")
     assert "Confidence-Gated Taylor, threshold 0.13" in picked
     assert "FLUX.1, fast" in picked
