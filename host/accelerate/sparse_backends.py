@@ -1,7 +1,7 @@
 """Backends that compute a sparse pattern: FlexAttention, tiles, or dense attention under a mask.
 
 State: the tilings and block masks of a run, by pattern, grid and device; they go with the run. What FlexAttention
-cannot do on this machine (`UNABLE`) is known for as long as ComfyUI runs: compiling in vain takes a minute.
+cannot do on this machine (`UNABLE`) is known for as long as ComfyUI runs: compiling in vain takes long.
 """
 
 from __future__ import annotations
