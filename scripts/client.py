@@ -168,8 +168,9 @@ class Client:
         self.post_json("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
 
     def free(self) -> None:
-        """Drop loaded models and cached results."""
+        """Drop loaded models and cached results. ComfyUI does that between two prompts, so a small one runs first."""
         self.post_json("/free", {"unload_models": True, "free_memory": True})
+        self.run({"1": {"class_type": "PreviewAny", "inputs": {"source": "free"}}})
 
     def close(self) -> None:
         if self._socket is not None:
