@@ -19,6 +19,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from .client import Client, Result
 from .places import chromium
 from .websocket import WebSocket
 
@@ -116,6 +117,8 @@ class Page:
         self._errors: list[str] = []
         for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
             self.call(f"{domain}.enable")
+        still = {"name": "prefers-reduced-motion", "value": "reduce"}
+        self.call("Emulation.setEmulatedMedia", features=[still])  # moving parts cost more than the samplers
 
     def close(self) -> None:
         """Close the tab: one that stays open draws its canvas sixty times a second."""
@@ -190,6 +193,12 @@ class Page:
     def forget_errors(self) -> None:
         self.settle()
         self._errors.clear()
+
+    def complaints(self) -> list[str]:
+        """All that the page finds wrong with the workflow on its canvas, and errors since the last call."""
+        found = [*self.red_nodes(), *self.missing_nodes(), *self._errors]
+        self._errors.clear()
+        return found
 
     def _note(self, message: dict) -> None:
         method, event = message.get("method"), message.get("params", {})
@@ -285,6 +294,15 @@ class Page:
                 throw new Error("the server did not take all of the prompt: " + JSON.stringify(answer));
             return answer.prompt_id;
         """)
+
+    def run(self, client: Client) -> Result:
+        """Press Run and wait. Nothing is drawn meanwhile, which would take longer than the prompt."""
+        prompt = self.queue()
+        self.evaluate("document.body.style.visibility = 'hidden'")
+        try:
+            return client.wait(prompt)
+        finally:
+            self.evaluate("document.body.style.visibility = ''")
 
     def browse_templates(self, pack: str) -> None:
         """Open the template browser at a node pack."""

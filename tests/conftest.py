@@ -154,6 +154,12 @@ def page(tab: Page) -> Page:
 
 
 @pytest.fixture(scope="session")
+def prompts() -> dict[str, dict]:
+    """Example workflows in API format, by name, as far as a test has opened them in the page."""
+    return {}
+
+
+@pytest.fixture(scope="session")
 def tiny_state():
     from dit_toolkit.tests.host import tiny
 

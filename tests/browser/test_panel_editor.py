@@ -6,7 +6,6 @@ import pytest
 
 pytestmark = pytest.mark.comfy
 
-MODES = {"classic": False, "Nodes 2.0": True}
 NUMBERS = count(1)  # ComfyUI does not run again what has run: each queued graph has words of its own
 
 # A Panel Layout whose prompt is shown. It is `globalThis.layout` while the graph is not loaded again.
@@ -66,31 +65,24 @@ KEYS = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=MODES)
-def mode(request, page):
-    """The canvas, empty, in one of the two modes, at 70 %."""
-    choose(page, MODES[request.param])
+@pytest.fixture
+def mode(rendering, page):
+    """The canvas, empty, at 70 %."""
     page.clear()
     page.forget_errors()
     page.evaluate("app.canvas.ds.scale = 0.7; app.canvas.ds.offset = [0, 60];")
-    yield request.param
+    yield rendering
     page.clear()
-    choose(page, False)
-
-
-def choose(page, vue: bool) -> None:
-    page.evaluate("await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', a)", vue)
-    page.wait_until(f"!!LiteGraph.vueNodesMode === {str(vue).lower()}", "the page draws nodes as it was told to")
 
 
 def build(page, **values) -> None:
     page.evaluate(BUILD, values)
-    page.wait_until(f"(() => {{ {FIND} return editor.isConnected }})()", "the editor is on the page", 20)
+    page.wait_until(f"(() => {{ {FIND} return editor.isConnected }})()", "the editor is on the page")
 
 
 def look(page) -> dict:
     page.evaluate("app.canvas.setDirty(true, true); await new Promise(done => setTimeout(done, 200));")
-    page.wait_until(f"(() => {{ {FIND} return editor.isConnected }})()", "the editor is on the page", 20)
+    page.wait_until(f"(() => {{ {FIND} return editor.isConnected }})()", "the editor is on the page")
     return page.evaluate(LOOK)
 
 

@@ -50,8 +50,6 @@ CLICK = "await drawn(); window.dispatchEvent(new MouseEvent('mouseup'));"  # Com
 @pytest.fixture(params=ELEMENTS)
 def kind(request, page):
     """On the classic canvas, empty, at 100 %."""
-    page.evaluate("await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
-    page.wait_until("!LiteGraph.vueNodesMode", "the page draws nodes on the canvas")
     page.clear()
     page.forget_errors()
     page.evaluate("app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 60];")
@@ -71,7 +69,7 @@ def test_the_side_panel_leaves_the_element_where_it_is(page, kind, tmp_path):
     page.evaluate("await app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', true)")
     page.evaluate("app.canvas.selectItems([node])")
     listed = "[...document.querySelectorAll('.widget-item')].map(each => each.innerText)"
-    page.wait_until(f"{listed}.length", "the side panel lists the inputs", 20)
+    page.wait_until(f"{listed}.length", "the side panel lists the inputs")
     page.settle()
     page.screenshot(tmp_path / f"{kind}.png")
     assert page.evaluate(PLACE) == pytest.approx(before)

@@ -10,7 +10,6 @@ SCHEDULE = "1110010001001001"
 STEPS = len(SCHEDULE)
 MARKS = SCHEDULE.replace("1", "#").replace("0", ".")
 NUMBERS = count(1)  # ComfyUI does not run again what has run: each graph has a seed and an unread interval of its own
-MODES = {"classic": False, "Nodes 2.0": True}
 
 # A picture of the embedded model, with a schedule of what is forecast. The node in question is `globalThis.seer`.
 BUILD = """
@@ -99,26 +98,19 @@ globalThis.tell = async events => {
 """
 
 
-@pytest.fixture(params=MODES)
-def mode(request, page):
-    """The canvas, empty, in one of the two modes, at 100 %."""
-    choose(page, MODES[request.param])
+@pytest.fixture
+def mode(rendering, page):
+    """The canvas, empty, at 100 %."""
     page.clear()
     page.forget_errors()
     page.evaluate("app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 60];")
     page.evaluate(TELL)
-    yield request.param
+    yield rendering
     page.clear()
-    choose(page, False)
 
 
 def build(page) -> None:
     page.evaluate(BUILD, STEPS, SCHEDULE, next(NUMBERS))
-
-
-def choose(page, vue: bool) -> None:
-    page.evaluate("await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', a)", vue)
-    page.wait_until(f"!!LiteGraph.vueNodesMode === {str(vue).lower()}", "the page draws nodes as it was told to")
 
 
 def look(page) -> dict:
@@ -136,7 +128,7 @@ def shows(page, marks: str) -> bool:
     """Wait until the strip does."""
     bars = "seer.widgets.find(widget => widget.name === 'evaluations').element.querySelectorAll('.dit-timeline-bar')"
     mark = "bar => bar.classList.contains('computed') ? '#' : bar.classList.contains('forecast') ? '.' : '_'"
-    return page.wait_until(f"[...{bars}].map({mark}).join('') === '{marks}'", f"the strip shows {marks}", 20)
+    return page.wait_until(f"[...{bars}].map({mark}).join('') === '{marks}'", f"the strip shows {marks}")
 
 
 def start(run=1, planned=4, node=None) -> tuple:
@@ -191,7 +183,7 @@ def test_a_run_is_followed_and_stays_with_the_workflow(page, server, mode, tmp_p
         app.api.addEventListener("dit_toolkit.run_end", ({ detail }) => ends.push(detail), { once: true });
     """)
     server.client.wait(page.queue())
-    page.wait_until("labels.at(-1)?.includes('faster') && !labels.at(-1).includes(' of ')", "the run has ended", 30)
+    page.wait_until("labels.at(-1)?.includes('faster') && !labels.at(-1).includes(' of ')", "the run has ended")
 
     (event,) = page.evaluate("return ends")
     assert event["tab"], "the server does not bring the mark of the tab back"
@@ -455,9 +447,9 @@ def test_a_node_in_a_subgraph_is_found(page, server, mode):
         globalThis.execution = `${node.id}:${seer.id}`;
     """)
     server.client.wait(page.queue())
-    page.wait_until("!!seer.properties['dit_toolkit.timeline']", "the run was kept with the node", 30)
+    page.wait_until("!!seer.properties['dit_toolkit.timeline']", "the run was kept with the node")
     element = "seer.widgets.find(widget => widget.name === 'evaluations').element"
-    page.wait_until(f"{element}.querySelectorAll('.computed.dit-timeline-bar').length", "its strip is filled", 10)
+    page.wait_until(f"{element}.querySelectorAll('.computed.dit-timeline-bar').length", "its strip is filled")
     marks = page.evaluate("return seer.properties['dit_toolkit.timeline'].marks")
     assert marks == MARKS
     send(page, start(run=50), evaluation(0, False, run=50), node=page.evaluate("return execution"))

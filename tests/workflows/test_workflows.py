@@ -49,15 +49,15 @@ TINY_TILES = {"min_side": 16, "tile": 16, "overlap": 6}
 
 
 @pytest.fixture(scope="module")
-def prompt_of(page):
+def prompt_of(prompts, request):
     """Converts a workflow to API format: the page does it, being the only faithful converter."""
-    converted = {}
 
     def convert(stem: str) -> dict:
-        if stem not in converted:
+        if stem not in prompts:
+            page = request.getfixturevalue("page")
             page.load_workflow(workflows.read(stem))
-            converted[stem] = page.prompt()
-        return converted[stem]
+            prompts[stem] = page.prompt()
+        return prompts[stem]
 
     return convert
 
