@@ -5,14 +5,15 @@ PORT   ?= 8188
 # Kept, whatever this machine is used to: without their bytecode, torch and ComfyUI take seconds of every process.
 export PYTHONDONTWRITEBYTECODE =
 # Only tests and screenshots open ComfyUI's page, so only they need a browser.
-BROWSER := $(if $(filter test test-versions pictures,$(MAKECMDGOALS)),--browser)
+BROWSER := $(if $(filter test test-all test-versions pictures,$(MAKECMDGOALS)),--browser)
 
 # $(call timed,what,command): say what runs, run it, say how long it took. The first failure ends it.
 timed = @printf '%s\n' '$(1)'; start=$$(date +%s); { $(2); } && printf '%s: %d s in all\n' '$(1)' $$(( $$(date +%s) - start ))
 
 help:
 	@echo 'make demo        pictures on this computer, in a few minutes, into output/'
-	@echo 'make test        every test: papers, nodes, the real server, the real page'
+	@echo 'make test        papers, nodes, the real server, the real page; of long sweeps a part'
+	@echo 'make test-all    every combination, and the long tests too'
 	@echo 'make test-gpu    the tests that need an accelerator, by themselves'
 	@echo 'make test-versions  the pictures of the CPU demos on an older ComfyUI, against this one'
 	@echo 'make check       the seconds before a commit: lint, and the tests of models/'
@@ -32,23 +33,24 @@ demo: setup
 
 # Three processes with a thread each: those of the page wait most of the time. Tiny models gain nothing from a second
 # thread, and lose much where they share it. pytest's closing lines stay the last ones: they carry counts and times.
-# Split by measured time; what needs the server stays together.
+# Split by measured time; what needs the server stays together. tests/selection.py says what test-all adds.
+ALL      = $(if $(filter test-all,$@),--all)
 FEATURES = $(addprefix tests/host/,accelerate control animate restore) \
 	$(addprefix tests/host/test_,embedded.py embedded_cogvideox.py blocks.py foreign.py)
 PAGE     = tests/browser tests/workflows tests/nodes/test_in_context_lora.py
-test: setup web-test
+test test-all: setup web-test
 	@echo 'Tests of features, of the page, and all others, side by side'
 	@export OMP_NUM_THREADS=1; mkdir -p .cache; \
-	$(PY) -m pytest --durations=15 $(FEATURES) >.cache/test-features.txt 2>&1 & features=$$!; \
-	$(PY) -m pytest --durations=15 $(PAGE) >.cache/test-page.txt 2>&1 & page=$$!; \
-	$(PY) -m pytest --durations=15 $(addprefix --ignore=,$(FEATURES) $(PAGE)); others=$$?; \
+	$(PY) -m pytest $(ALL) --durations=15 $(FEATURES) >.cache/test-features.txt 2>&1 & features=$$!; \
+	$(PY) -m pytest $(ALL) --durations=15 $(PAGE) >.cache/test-page.txt 2>&1 & page=$$!; \
+	$(PY) -m pytest $(ALL) --durations=15 $(addprefix --ignore=,$(FEATURES) $(PAGE)); others=$$?; \
 	wait $$page; page=$$?; cat .cache/test-page.txt; \
 	wait $$features; features=$$?; cat .cache/test-features.txt; \
 	exit $$((others + page + features))
 
 test-gpu: setup
 	@echo 'Tests on the accelerator'
-	@$(PY) -m pytest -m gpu
+	@$(PY) -m pytest -m gpu --all
 
 test-versions: setup
 	$(call timed,Pictures on two versions of ComfyUI,$(PY) -m scripts.versions)
@@ -95,4 +97,4 @@ distclean: clean
 	@echo 'Removing .venv and .comfyui, models that you put there included'
 	@rm -rf .venv .comfyui
 
-.PHONY: help setup demo test test-gpu test-versions web-test lint check serve bench figures pictures train-tiny pins clean distclean
+.PHONY: help setup demo test test-all test-gpu test-versions web-test lint check serve bench figures pictures train-tiny pins clean distclean

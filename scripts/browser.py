@@ -298,11 +298,11 @@ class Page:
     def run(self, client: Client) -> Result:
         """Press Run and wait. Nothing is drawn meanwhile, which would take longer than the prompt."""
         prompt = self.queue()
-        self.evaluate("document.body.style.visibility = 'hidden'")
+        self.evaluate("document.body.style.contentVisibility = 'hidden'")
         try:
             return client.wait(prompt)
         finally:
-            self.evaluate("document.body.style.visibility = ''")
+            self.evaluate("document.body.style.contentVisibility = ''")
 
     def browse_templates(self, pack: str) -> None:
         """Open the template browser at a node pack."""

@@ -4,6 +4,7 @@ Everything runs on the CPU, and gives the same numbers on every machine. The tes
 `pytest -m gpu`, because ComfyUI chooses its device once per process.
 """
 
+import gc
 import json
 import random
 import shutil
@@ -32,6 +33,7 @@ sys.modules["dit_toolkit"] = package
 from dit_toolkit.scripts import places, workflows  # noqa: E402
 from dit_toolkit.scripts.browser import Browser, Page  # noqa: E402
 from dit_toolkit.scripts.server import Server  # noqa: E402
+from dit_toolkit.tests.selection import left_out  # noqa: E402
 
 
 def gpu_alone(config: pytest.Config) -> bool:
@@ -49,10 +51,24 @@ def pytest_configure(config):
     args.base_directory = str(places.prepare_base(places.CACHE / "tests"))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="every combination, and the long tests: make test-all")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all"):
+        gone = left_out(items)
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if item not in gone]
     for node in (node for item in items for node in item.listchain()):
         if isinstance(node, pytest.Package) and node.path == ROOT:
             node.setup = lambda: None  # pytest would import the root __init__.py, and with it ComfyUI
+
+
+def pytest_collection_finish():
+    """What is imported by now stays. ComfyUI collects garbage in every run, and need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):

@@ -9,6 +9,8 @@ import torch
 
 from dit_toolkit.benchmarks import dit4sr
 
+pytestmark = pytest.mark.long
+
 TILE, OVERLAP = 16, 8  # of 128 pixels
 SIDES = (256, 320, 512)
 

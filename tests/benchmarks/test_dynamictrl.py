@@ -8,6 +8,8 @@ import pytest
 
 from dit_toolkit.benchmarks import dynamictrl as bench
 
+pytestmark = pytest.mark.long
+
 SIZE, WINDOW = bench.SMALL, 4
 
 

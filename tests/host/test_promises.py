@@ -91,6 +91,7 @@ def test_a_neutral_value_gives_the_model_back(feature):
 
 
 @on_every_family
+@pytest.mark.sweep
 def test_what_is_idle_changes_no_bit(feature, family):
     for name, idle in feature.idle.items():
         model = idle.put(family.load())
@@ -99,6 +100,7 @@ def test_what_is_idle_changes_no_bit(feature, family):
 
 
 @on_every_family
+@pytest.mark.sweep
 def test_it_acts(feature, family):
     model = feature.put(family.load())
     out = sample(family, model)
@@ -233,6 +235,7 @@ def test_pictures_of_a_batch_are_those_drawn_alone(feature):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @every_feature
+@pytest.mark.sweep
 def test_every_kind_of_sampler_gets_through(feature, sampler):
     family = home(feature)
     model = feature.put(family.load())
@@ -259,6 +262,7 @@ def test_a_part_that_never_comes_costs_nothing(feature):
 
 @pytest.mark.parametrize("steps", [4, 6])  # one whose bound core takes for that of the step, and one that begins later
 @with_a_part
+@pytest.mark.sweep
 def test_it_acts_in_the_steps_where_comfyui_would_begin(feature, steps):
     """A bound on a step: the picture is that of a bound inside the steps where ComfyUI would begin."""
     family = home(feature)
@@ -297,6 +301,7 @@ def meeting(a: Feature, b: Feature) -> str:
 
 
 @pytest.mark.parametrize(("a", "b"), [pair for pair in combinations(FEATURES, 2) if meeting(*pair)], ids=str)
+@pytest.mark.sweep(2)
 def test_two_features_act_together_in_either_order(a, b):
     family = ALL[meeting(a, b)]
     first, last = a.put(b.put(family.load())), b.put(a.put(family.load()))
@@ -316,6 +321,7 @@ IDLE = [pair for pair in permutations(FEATURES, 2) if pair[0].idle and meeting(*
 
 
 @pytest.mark.parametrize(("a", "b"), IDLE, ids=str)
+@pytest.mark.sweep
 def test_an_idle_feature_leaves_another_as_it_is(a, b):
     """In either order of the nodes."""
     family, idle = ALL[meeting(a, b)], next(iter(a.idle.values()))

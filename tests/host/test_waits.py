@@ -124,6 +124,7 @@ def test_nor_with_weights_of_its_own_for_pooled_cells(monkeypatch):
 
 
 @pytest.mark.parametrize(("feature", "name"), ON_THE_OTHERS, ids=str)
+@pytest.mark.sweep
 def test_nor_on_any_other_family(feature, name, monkeypatch):
     meter = sampled(monkeypatch, ALL[name], feature.put, steps=3)
     keeps_the_rule(meter, allowed(feature, {}), INSIDE.get(feature.name, 0))

@@ -14,7 +14,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 ROOMS = ("scripts", "training", "benchmarks")
 TOLD = [page.read_text(encoding="utf-8") for page in pages(ROOT)]
 MODULES = sorted(set(re.findall(rf"-m ((?:{'|'.join(ROOMS)})(?:\.\w+)*)", "\n".join([MAKEFILE, *TOLD]))))
-TARGETS = set(re.findall(r"^([\w-]+):(?!=)", MAKEFILE, re.MULTILINE))
+TARGETS = {name for names in re.findall(r"^([\w -]+):(?!=)", MAKEFILE, re.MULTILINE) for name in names.split()}
 
 
 def spec_of(module: str):

@@ -11,6 +11,8 @@ from dit_toolkit.training import checkpoints, easycontrol, loop
 from dit_toolkit.training.base import size_of
 from dit_toolkit.training.embedded import WIDTHS, Base
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def workshop(tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ from dit_toolkit.training.measure import in_context as measure
 from dit_toolkit.training.measure import shipped
 from dit_toolkit.training.score import OUTFIT, agreement, read_doll
 
+pytestmark = pytest.mark.long
+
 SIDE = 96
 
 

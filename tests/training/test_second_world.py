@@ -14,6 +14,8 @@ from dit_toolkit.training.data import padded_ids
 from dit_toolkit.training.score_second import fish_has_eye, judge, limbs_of, tips_of, word_of
 from dit_toolkit.training.second import levels_of
 
+pytestmark = pytest.mark.long
+
 second = world.second
 SIZE = 128
 

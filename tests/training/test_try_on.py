@@ -21,6 +21,8 @@ from dit_toolkit.training.embedded import WIDTHS, Base, load_shipped, sample
 from dit_toolkit.training.flux import Flux, Size
 from dit_toolkit.training.measure import try_on as measure
 
+pytestmark = pytest.mark.long
+
 SCALE, SHIFT = SCALES["FLUX.1"]
 
 

@@ -522,7 +522,7 @@ def compiled(model):
     return model
 
 
-@pytest.mark.parametrize(("tap", "texts"), [("prediction", 1), ("gated", 2)])
+@pytest.mark.parametrize(("tap", "texts"), [pytest.param("prediction", 1, marks=pytest.mark.long), ("gated", 2)])
 def test_a_compiled_model_makes_the_same_decisions(tap, texts):
     """A hook that is traced once and frozen would repeat what it did in the first evaluation, or the first run.
 

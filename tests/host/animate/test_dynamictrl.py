@@ -435,6 +435,7 @@ def test_an_area_of_the_video_sees_its_part_of_the_poses(embedded):
     assert torch.equal(embedded[1], pose[..., 2:6, 4:8])
 
 
+@pytest.mark.long
 def test_a_compiled_model_sees_poses_that_begin_late_and_change():
     """torch.compile must trace nothing that differs from call to call. Tracing takes seconds a block."""
     torch._dynamo.reset()

@@ -239,6 +239,7 @@ MATRIX = [
 
 
 @pytest.mark.parametrize(("feature", "control", "name"), MATRIX)
+@pytest.mark.sweep
 def test_a_feature_and_easycontrol_under_an_accelerator(stage, drawn, feature, control, name):
     """Neutral: not a bit differs. With something saved it differs, and is the same picture."""
     accelerator, names = ACCELERATORS[name], (feature, control)

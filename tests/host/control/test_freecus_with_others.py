@@ -426,6 +426,7 @@ def test_a_lora_acts_on_the_reference_too(freed, recorded):
     assert not same_keys(*recorded)
 
 
+@pytest.mark.long
 def test_a_compiled_model_follows_the_reference_at_every_step(freed):
     torch._dynamo.reset()
     small = load_flux(flux_state(double=1, single=0))  # tracing takes seconds a block

@@ -127,6 +127,7 @@ MATRIX = [  # one base after the other, so that core does not exchange weights a
 
 
 @pytest.mark.parametrize(("loaded", "name", "tile"), MATRIX)
+@pytest.mark.sweep
 def test_a_step_cache_over_dit4sr(loaded, name, tile):
     """Neutral: not a bit differs. With something saved it differs, and is nearer than the same without the photo."""
     accelerator, whole = ACCELERATORS[name], plain(loaded, tile)

@@ -196,6 +196,7 @@ def test_windows_over_a_batch_see_their_own_pictures():
     close(together, torch.cat(halves))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tile", [0, 8])
 def test_a_compiled_model_sees_the_picture_of_each_call(tile):
     """TorchCompileModel drops its checks on what is in transformer_options, and would repeat the first stream."""
