@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import comfy.model_management
 import comfy.sample
 import torch
-from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -20,8 +18,9 @@ from ...models.control.freecus import reference_latent, reference_sigma, subject
 from .. import token_grid
 from ..attention import ExtraKeys, KeysByBlock, KeysValues, TextScale, with_keys, with_recorder, with_text_scale
 from ..families import flux
+from ..memory import Bytes, Plan, item_size
 from ..offers import found_in
-from ..run import CHUNK, VISIT, Run, chunk_of
+from ..run import CHUNK, POSITIVE, VISIT, Run, chunk_of
 from ..transformer import REMOVE, Block
 from .freecus_settings import FreeCus
 
@@ -132,6 +131,7 @@ class ReferencePass:
 
         self.plain(x, self._rows(self.t), None, text, None, options, **conds)
         self.run.passes += 1
+        self.run.usage.hold(Bytes(sum(k.nbytes + v.nbytes for k, v in recording.keys.values())))
         return recording.keys
 
     def _rows(self, value: Any) -> Any:
@@ -166,6 +166,7 @@ class ReferenceRun:
                 "Connect the VAE of the FLUX.1 model."
             )
         self.latent = base.process_latent_in(latent)
+        self.usage = run.memory.open("FreeCus", self.asked)
         run.on_close(self.close)
 
     def _noise(self, noise: Tensor) -> Tensor:
@@ -194,17 +195,14 @@ class ReferenceRun:
             )
         return noise
 
-    def reserve(self, executor, model: ModelPatcher, noise_shape, conds, *args, **kwargs):
-        """PREPARE_SAMPLING: make room for the reference pass, by asking for the memory of a larger latent.
-
-        It needs room for its keys and values, beside the streams, queries, keys and values of the block that asks.
-        """
-        prompts = 1 if self.settings.prompts == "positive only" else len(conds)
-        rows = noise_shape[0] * prompts
-        needed = self.bytes(model.model, rows) + 5 * rows * math.prod(self.grid) * self._token(model.model)
-        share = needed / max(model.model.memory_required(list(noise_shape)), 1)
-        noise_shape = [*noise_shape[:-1], math.ceil(noise_shape[-1] * (1 + share))]
-        return executor(model, noise_shape, conds, *args, **kwargs)
+    def asked(self, plan: Plan) -> Bytes:
+        """The pass's keys and values, and its streams, queries, keys and values beside those of the block that asks."""
+        base, prompts = plan.model.model, plan.every
+        if self.settings.prompts == "positive only":
+            prompts = plan.prompts.get(POSITIVE, next(iter(plan.prompts.values()), ()))
+        seeing = sum(prompt.get("area") is None for prompt in prompts)
+        rows = seeing * max(piece[0] for piece in plan.pieces)
+        return Bytes(self.bytes(base, rows), work=5 * rows * math.prod(self.grid) * self._token(base))
 
     def apply_model(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds
@@ -249,7 +247,7 @@ class ReferenceRun:
     @staticmethod
     def _token(base: Any) -> int:
         """Bytes of one token."""
-        return base.diffusion_model.hidden_size * comfy.model_management.dtype_size(base.get_dtype_inference())
+        return base.diffusion_model.hidden_size * item_size(base)
 
     def log_once(self, base: Any, rows: int) -> None:
         """Write one line per run."""
