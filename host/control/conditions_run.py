@@ -327,7 +327,13 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _stored(x: Tensor, inside: Tensor | None, shelf: Shelf | None) -> Kept:
-    """Keys or values `[N, H, T, d]` in their stored form: of the tokens `inside` only, on a shelf if there is one."""
+    """Keys or values `[N, H, T, d]` in their stored form: of the tokens `inside` only, on a shelf if there is one.
+
+    Values that no LoRA changes are a part of what a layer makes, up to seven times as large: they get memory of their
+    own.
+    """
     if inside is not None:
         x = x.index_select(2, inside)
+    if x.untyped_storage().nbytes() > x.nbytes:
+        x = x.clone()
     return x if shelf is None else shelf.put(x)

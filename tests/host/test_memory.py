@@ -30,7 +30,9 @@ from dit_toolkit.host.accelerate.re_ttention_run import ReTtentionRun
 from dit_toolkit.host.accelerate.step_cache_run import StepCacheRun
 from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, SpanTap, block_hooks
 from dit_toolkit.host.animate.dynamictrl_run import Stream
+from dit_toolkit.host.control import conditions
 from dit_toolkit.host.control.conditions_run import Encoder
+from dit_toolkit.host.control.easycontrol import EasyControl
 from dit_toolkit.host.control.freecus_run import ReferencePass
 from dit_toolkit.host.memory import Bytes, Memory, Usage
 from dit_toolkit.host.resting import RestingKeys
@@ -40,7 +42,7 @@ from dit_toolkit.models.accelerate.delta_dit import Stages
 from dit_toolkit.models.accelerate.input_change import InputChange
 from dit_toolkit.models.accelerate.policies import Interval, Policy
 from dit_toolkit.nodes.step_cache import TaylorSeer
-from dit_toolkit.tests.host import families
+from dit_toolkit.tests.host import families, tiny
 from dit_toolkit.tests.host.accelerate.caching import cached, last_run, settings_of
 from dit_toolkit.tests.host.families import ALL, Family
 from dit_toolkit.tests.host.promises import FEATURES, FLUX1, WITH_BLOCKS, WITH_GRID, prompts_of
@@ -174,6 +176,11 @@ def gate(compare: str) -> FirstBlockGate:
     return FirstBlockGate(1e-12, warm_up=9, compare=compare)
 
 
+def plain_tokens(model: ModelPatcher) -> ModelPatcher:
+    """Without a LoRA, values are a part of what a layer makes."""
+    return conditions.attach(model, EasyControl(None, "plain", tiny.latent(11), "spatial"), None, (tiny.HIDDEN, 2, 2))
+
+
 FEATURE = {feature.name: feature for feature in FEATURES}
 REAR, FRONT = Stages(0.75, 1.0), Stages(0.75, 0.0)
 CASES: dict[str, tuple[Put, tuple[str, ...]]] = {
@@ -192,7 +199,7 @@ CASES: dict[str, tuple[Put, tuple[str, ...]]] = {
     "EasyControl": (FEATURE["EasyControl"].put, FLUX1),
     "EasyControl, twice": (FEATURE["EasyControl, a second one"].put, ("flux",)),
     "EasyControl, not kept": (partial(FEATURE["EasyControl"].put, kv_cache="off"), ("flux",)),
-    "EasyControl, plain tokens": (partial(FEATURE["EasyControl"].put, strength=1e-3), ("flux",)),
+    "EasyControl, plain tokens": (plain_tokens, ("flux",)),
     "Try-On": (FEATURE["Try-On"].put, FLUX1),
     "FreeCus": (FEATURE["FreeCus"].put, FLUX1),
     "FreeCus, both prompts": (partial(FEATURE["FreeCus"].put, prompts="positive and negative"), ("flux",)),
