@@ -205,9 +205,16 @@ def larger(base: Any, shape: Sequence[int], more: int) -> list[int]:
     return [*shape[:-1], math.ceil(shape[-1] * (1 + share))]
 
 
-def item_size(base: Any) -> int:
-    """Bytes of one number in the blocks of a model, core's BaseModel."""
-    return comfy.model_management.dtype_size(base.get_dtype_inference())
+def item_size(model: Any) -> int:
+    """Bytes of one number in the blocks of a MODEL, or of a running BaseModel.
+
+    All clones of a MODEL share one BaseModel, which computes as the clone that was loaded last, until this one is.
+    """
+    if not isinstance(model, ModelPatcher):
+        return comfy.model_management.dtype_size(model.get_dtype_inference())
+    base: Any = model.model
+    cast: Any = model.get_model_object("manual_cast_dtype")
+    return comfy.model_management.dtype_size(base.get_dtype() if cast is None else cast)
 
 
 def in_mib(size: int) -> str:

@@ -200,7 +200,7 @@ class ReTtentionRun:
                 pattern = window(settings.pattern, grid, settings.keep)
                 if grid.length >= settings.min_tokens and not covers(pattern, grid):
                     sizes = (piece[0], grid.length, build.heads, build.head_dim)
-                    total += layers * memory(*sizes, settings.storage, item_size(plan.model.model))[part]
+                    total += layers * memory(*sizes, settings.storage, item_size(plan.model))[part]
             return total
 
         return Bytes(plan.in_all(partial(size, part=0)), main=plan.in_all(partial(size, part=1)))

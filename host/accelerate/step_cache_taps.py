@@ -125,7 +125,7 @@ class BlockTap(ABC):
         """All spans that there may be in a run."""
 
     def sizes(self, cache: StepCacheRun, model: ModelPatcher, shape: Shape, prompt: Prompt) -> tuple[Sizes, ...]:
-        transformer, item = transformer_of(model), item_size(model.model)
+        transformer, item = transformer_of(model), item_size(model)
 
         def streams(position: int) -> dict[str, int]:
             kind = self.block_keys[position][0] if position < len(self.block_keys) else None
@@ -328,7 +328,7 @@ class ModuleTap:
         return tuple(f"{kind} {index}" for kind, index in self.block_keys)
 
     def sizes(self, cache: StepCacheRun, model: ModelPatcher, shape: Shape, prompt: Prompt) -> tuple[Sizes, ...]:
-        transformer, item = transformer_of(model), item_size(model.model)
+        transformer, item = transformer_of(model), item_size(model)
         kinds = {kind for kind, _ in self.block_keys}
         streams = {kind: sum(self.family.elements(transformer, kind, shape, prompt).values()) for kind in kinds}
         point = {kind: item * flux.parts_per_stream(kind) * streams[kind] for kind in kinds}

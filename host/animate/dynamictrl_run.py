@@ -123,7 +123,7 @@ class Animator:
 
         def of_one(piece: Shape, prompt: Prompt) -> int:
             picture = sum(grid.picture for grid in family.grids_of(transformer, piece, prompt))
-            return piece[0] * picture * cogvideox.build(transformer).widths["img"] * item_size(plan.model.model)
+            return piece[0] * picture * cogvideox.build(transformer).widths["img"] * item_size(plan.model)
 
         streams = replace(plan, prompts={"with a pose": list(poses.values())}).in_a_call(of_one)
         return Bytes(streams + streams // max(len(poses), 1))

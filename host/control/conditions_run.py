@@ -29,6 +29,7 @@ from ..progress import one_by_one
 from ..resting import Kept, RestingKeys, Shelf
 from ..run import Chunk, Run, attached, chunk_of
 from ..tiles import Tile
+from ..transformer import transformer_of
 from .conditions_settings import ConditionImage
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ class Encoder:
             return piece[0] if of_their_own(prompt) else 0
 
         shared = sum(not of_their_own(prompt) for prompt in plan.every)
-        size = size_of_keys(plan.model.model, self.settings.latent, shared + plan.in_all(rows))
+        size = size_of_keys(plan.model, self.settings.latent, shared + plan.in_all(rows))
         return Bytes(main=size) if self.settings.offloaded else Bytes(size)
 
     def note(self, keys: Sequence[KeysByBlock]) -> None:
@@ -307,12 +308,12 @@ class Encoder:
         )
 
 
-def size_of_keys(base: Any, latent: Tensor, rows: int) -> int:
-    """Bytes of all keys and values of `rows` conditions like `latent`."""
-    transformer = base.diffusion_model
+def size_of_keys(model: Any, latent: Tensor, rows: int) -> int:
+    """Bytes of all keys and values of `rows` conditions like `latent`. `model`: a MODEL, or a running BaseModel."""
+    transformer = transformer_of(model)
     tokens = math.prod(flux.grid_size(transformer, *latent.shape[-2:]))
     blocks = len(transformer.double_blocks) + len(transformer.single_blocks)
-    return 2 * blocks * rows * tokens * transformer.hidden_size * item_size(base)
+    return 2 * blocks * rows * tokens * transformer.hidden_size * item_size(model)
 
 
 def bytes_of(keys: KeysByBlock) -> int:

@@ -21,7 +21,7 @@ from ..families import flux
 from ..memory import Bytes, Plan, item_size
 from ..offers import found_in
 from ..run import CHUNK, POSITIVE, VISIT, Run, chunk_of
-from ..transformer import REMOVE, Block
+from ..transformer import REMOVE, Block, transformer_of
 from .freecus_settings import FreeCus
 
 uncompiled: Any = torch.compiler.disable  # its type stubs do not cover methods
@@ -197,12 +197,12 @@ class ReferenceRun:
 
     def asked(self, plan: Plan) -> Bytes:
         """The pass's keys and values, and its streams, queries, keys and values beside those of the block that asks."""
-        base, prompts = plan.model.model, plan.every
+        prompts = plan.every
         if self.settings.prompts == "positive only":
             prompts = plan.prompts.get(POSITIVE, next(iter(plan.prompts.values()), ()))
         seeing = sum(prompt.get("area") is None for prompt in prompts)
         rows = seeing * max(piece[0] for piece in plan.pieces)
-        return Bytes(self.bytes(base, rows), work=5 * rows * math.prod(self.grid) * self._token(base))
+        return Bytes(self.bytes(plan.model, rows), work=5 * rows * math.prod(self.grid) * self._token(plan.model))
 
     def apply_model(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds
@@ -240,14 +240,14 @@ class ReferenceRun:
         options = with_keys(options, ExtraKeys(keys, blind=blind, feature="Apply FreeCus"))
         return with_text_scale(options, TextScale(settings.blocks, factors))
 
-    def bytes(self, base: Any, rows: int) -> int:
+    def bytes(self, model: Any, rows: int) -> int:
         """Bytes of the subject's keys and values for this many pictures."""
-        return 2 * len(self.settings.blocks) * rows * len(self.tokens) * self._token(base)
+        return 2 * len(self.settings.blocks) * rows * len(self.tokens) * self._token(model)
 
     @staticmethod
-    def _token(base: Any) -> int:
-        """Bytes of one token."""
-        return base.diffusion_model.hidden_size * item_size(base)
+    def _token(model: Any) -> int:
+        """Bytes of one token of a MODEL, or of a running BaseModel."""
+        return transformer_of(model).hidden_size * item_size(model)
 
     def log_once(self, base: Any, rows: int) -> None:
         """Write one line per run."""
