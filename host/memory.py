@@ -18,7 +18,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
@@ -79,20 +79,23 @@ class Plan:
     prompts: those that the guider computes, by its names.
     pieces: shapes of the latents that each prompt is computed for in one evaluation, and how many there are of each.
     at_once: how many of them are side by side in one call of the model.
+    again: prompts with which features of ours call the model once more.
     """
 
     model: ModelPatcher
     prompts: Prompts
     pieces: Mapping[Shape, int]
     at_once: int = 1
+    again: Sequence[Prompt] = ()
 
     @property
     def every(self) -> list[Prompt]:
         return [prompt for prompts in self.prompts.values() for prompt in prompts]
 
-    def in_all(self, size: Callable[[Shape, Prompt], int]) -> int:
-        """The sum over all prompts and pieces: of what is kept for each condition."""
-        return sum(count * size(piece, prompt) for prompt in self.every for piece, count in self.pieces.items())
+    def in_all(self, size: Callable[[Shape, Prompt], int], *, again: bool = False) -> int:
+        """The sum over all prompts and pieces: of what is kept for each condition. `again`: those of such calls too."""
+        prompts = [*self.every, *(self.again if again else ())]
+        return sum(count * size(piece, prompt) for prompt in prompts for piece, count in self.pieces.items())
 
     def in_a_call(self, size: Callable[[Shape, Prompt], int]) -> int:
         """The sum over what goes into the largest call, which has all prompts side by side."""
@@ -122,6 +125,7 @@ class Memory:
         self.reshapes: list[tuple[str, Reshape]] = []
         self.reshaped: list[str] = []  # what became of the latent, in words
         self.tiles: tuple[int, tuple[int, int], int] | None = None
+        self.calls: list[Callable[[Plan], Sequence[Prompt]]] = []
 
     def open(
         self, feature: str, ask: Callable[[Plan], Bytes], usage: Usage | None = None, *, reported: bool = False
@@ -138,6 +142,10 @@ class Memory:
         """A feature cuts the picture into `count` tiles of this height and width, `at_once` in one call."""
         self.tiles = count, size, at_once
 
+    def call_again(self, which: Callable[[Plan], Sequence[Prompt]]) -> None:
+        """A feature calls the model once more, for `which` prompts of a plan, with all that acts in blocks."""
+        self.calls.append(which)
+
     def prepare(self, executor, model: ModelPatcher, noise_shape, conds, *args, **kwargs):
         """PREPARE_SAMPLING: ask core for what all features will hold together."""
         options = kwargs.get("model_options") or {}
@@ -145,6 +153,7 @@ class Memory:
             before, noise_shape = tuple(noise_shape), change(tuple(noise_shape), conds)
             self.reshaped.append(f"{feature} room for {in_words(noise_shape)} in place of {in_words(before)}")
         plan = self.plan(model, tuple(noise_shape), conds, options)
+        plan = replace(plan, again=[prompt for which in self.calls for prompt in which(plan)])
         for account in self.accounts:
             account.usage.asked = account.ask(plan)
         more = sum(account.usage.asked.device for account in self.accounts)
@@ -166,6 +175,7 @@ class Memory:
             logger.info("Memory: %s", "; ".join([*told, *self.reshaped]))
         self.accounts.clear()
         self.reshapes.clear()
+        self.calls.clear()
         self.guider = None
 
 

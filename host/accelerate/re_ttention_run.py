@@ -203,7 +203,8 @@ class ReTtentionRun:
                     total += layers * memory(*sizes, settings.storage, item_size(plan.model))[part]
             return total
 
-        return Bytes(plan.in_all(partial(size, part=0)), main=plan.in_all(partial(size, part=1)))
+        device, main = (plan.in_all(partial(size, part=part), again=True) for part in (0, 1))
+        return Bytes(device, main=main)
 
     def visit(self, chunk: Chunk, weights: tuple) -> None:
         """Forget conditions that stay away, and statistics from another LoRA strength."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from ...models.control.freecus import reference_latent, reference_sigma, subject
 from .. import token_grid
 from ..attention import ExtraKeys, KeysByBlock, KeysValues, TextScale, with_keys, with_recorder, with_text_scale
 from ..families import flux
-from ..memory import Bytes, Plan, item_size
+from ..memory import Bytes, Plan, Prompt, item_size
 from ..offers import found_in
 from ..run import CHUNK, POSITIVE, VISIT, Run, chunk_of
 from ..transformer import REMOVE, Block, transformer_of
@@ -167,6 +167,7 @@ class ReferenceRun:
             )
         self.latent = base.process_latent_in(latent)
         self.usage = run.memory.open("FreeCus", self.asked)
+        run.memory.call_again(self.seeing)
         run.on_close(self.close)
 
     def _noise(self, noise: Tensor) -> Tensor:
@@ -195,13 +196,17 @@ class ReferenceRun:
             )
         return noise
 
-    def asked(self, plan: Plan) -> Bytes:
-        """The pass's keys and values, and its streams, queries, keys and values beside those of the block that asks."""
-        prompts = plan.every
+    def seeing(self, plan: Plan) -> list[Prompt]:
+        """The prompts that see the reference, as its pass gets them."""
+        prompts: Sequence[Prompt] = plan.every
         if self.settings.prompts == "positive only":
             prompts = plan.prompts.get(POSITIVE, next(iter(plan.prompts.values()), ()))
-        seeing = sum(prompt.get("area") is None for prompt in prompts)
-        rows = seeing * max(piece[0] for piece in plan.pieces)
+        whole = (prompt for prompt in prompts if prompt.get("area") is None)
+        return [{name: each for name, each in prompt.items() if name != "reference_latents"} for prompt in whole]
+
+    def asked(self, plan: Plan) -> Bytes:
+        """The pass's keys and values, and its streams, queries, keys and values beside those of the block that asks."""
+        rows = len(self.seeing(plan)) * max(piece[0] for piece in plan.pieces)
         return Bytes(self.bytes(plan.model, rows), work=5 * rows * math.prod(self.grid) * self._token(plan.model))
 
     def apply_model(

@@ -362,16 +362,25 @@ def test_large_sums_are_asked_for_as_they_are():
 def test_several_features_add_up():
     """Each asks what it asks alone, and core is asked for the sum, rounded once."""
     family = ALL["flux"]
-    puts = [CASES[case][0] for case in ("EasyControl", "FreeCus", "every module", "Re-ttention")]
+    puts = [CASES[case][0] for case in ("EasyControl", "every module", "Re-ttention")]
     alone = [sampled(family, put(family.load()), cfg=2.0).asked for put in puts]
     model = family.load()
     for put in puts:
         model = put(model)
     before, _ = of_core(family, family.load(), cfg=2.0)
     after, meter = of_core(family, model, cfg=2.0)
-    assert len(meter.accounts) == len(puts)
     assert sorted(usage.asked.device for _, usage in meter.accounts) == sorted(alone)
     assert sum(alone) <= after - before <= sum(alone) + family.load().model.memory_required([1, 16, 8, 1])
+
+
+@pytest.mark.parametrize("family", FLUX1)
+def test_statistics_of_the_pass_of_a_reference_are_asked_for_too(family):
+    """FreeCus runs the model once more, with attention as sparse as the picture's, and without reference pictures."""
+    model = FEATURE["Re-ttention"].put(FEATURE["FreeCus"].put(ALL[family].load()))
+    meter = sampled(ALL[family], model, cfg=2.0)
+    agrees(meter)
+    alone = sampled(ALL[family], FEATURE["Re-ttention"].put(ALL[family].load()), cfg=2.0)
+    assert meter.of("Re-ttention").asked.kept > alone.of("Re-ttention").asked.kept
 
 
 def test_a_run_without_features_of_ours_and_one_that_holds_nothing_ask_nothing():
