@@ -142,6 +142,10 @@ class RestingKeys(Mapping):
         k, v = self.ahead.take(block)
         return k, v
 
+    @property
+    def nbytes(self) -> int:
+        return sum(k.nbytes + v.nbytes for k, v in self.keys_by_block.values())
+
     def __iter__(self):
         return iter(self.keys_by_block)
 

@@ -8,11 +8,12 @@ OUTER_SAMPLE wrapper makes the `Run`, binds the hooks of every description to th
 drops all of it in `finally`. So the order of nodes does not matter, and nothing stays on the MODEL, its weights or its
 modules.
 
-Three hooks belong to the run itself. PREDICT_NOISE is one evaluation by the sampler, whatever the guider makes of it.
-CALC_COND_BATCH tells which prompts a guider computes, because core's guiders do not agree on their order. APPLY_MODEL
-is one call of the model, with one or more conditions side by side in its batch: a `Chunk`. A second APPLY_MODEL
-wrapper, inside all features, watches whether blocks ask for what features hand to them: `offers.py`. A third one stands
-outside all features, for the one that cuts the picture into tiles: to the others, each tile is a call (`Run.cut`).
+Four hooks belong to the run itself. PREPARE_SAMPLING asks core for the memory of all features: `memory.py`.
+PREDICT_NOISE is one evaluation by the sampler, whatever the guider makes of it. CALC_COND_BATCH tells which prompts a
+guider computes, because core's guiders do not agree on their order. APPLY_MODEL is one call of the model, with one or
+more conditions side by side in its batch: a `Chunk`. A second APPLY_MODEL wrapper, inside all features, watches whether
+blocks ask for what features hand to them: `offers.py`. A third one stands outside all features, for the one that cuts
+the picture into tiles: to the others, each tile is a call (`Run.cut`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
+from .memory import Memory
 from .offers import Offers
 from .part_of_run import WHOLE_RUN, PartOfRun
 from .tiles import TILES, Tile, tiles_of
@@ -128,6 +130,7 @@ class Run:
     noise: the starting noise, in the shape of the latent, `[B, C, (frames,) h, w]`; None when the run is over.
     x: the sampler's input in the current evaluation, in the same shape; None between two.
     names: the guider's name for each prompt, by uuid.
+    memory: what features ask of core and hold.
 
     Reading a value from a GPU stops the program until the GPU has done all that is queued. So the noise level is read
     for all features together (`sigma`), and what stays the same in a run is made once (`once`, `seen`).
@@ -140,8 +143,10 @@ class Run:
         sampler: str = "",
         noise: torch.Tensor | None = None,
         names: Mapping[Hashable, str] | None = None,
+        guider: Any = None,
     ):
         self.model = model
+        self.memory = Memory(None if noise is None else noise.shape, guider)
         self.names = dict(names or {})
         self.noise = noise
         self.x: torch.Tensor | None = None
@@ -283,6 +288,7 @@ class Run:
                 call(completed)
         finally:
             self._closing.clear()
+            self.memory.close()
             self.noise = self._level = self.cut = None  # who cuts knows this run: the two would keep the MODEL alive
             with self._lock:
                 self._lanes.clear()
@@ -318,7 +324,8 @@ def sampler_run(executor, *args, **kwargs):
     """OUTER_SAMPLE: one run from first to last."""
     guider = executor.class_obj
     noise = args[0] if args else kwargs.get("noise")
-    run = Run(guider.model_patcher, *schedule_of(*args, **kwargs), noise, names_in(getattr(guider, "conds", {})))
+    names = names_in(getattr(guider, "conds", {}))
+    run = Run(guider.model_patcher, *schedule_of(*args, **kwargs), noise, names, guider)
     completed, before = False, guider.model_options
     guider.model_options = options = create_model_options_clone(before)
 
@@ -353,6 +360,7 @@ def sampler_run(executor, *args, **kwargs):
         found: tuple[Attached, ...] = options["transformer_options"].get(KEY, ())
         for each in sorted(found, key=lambda each: each.turn):
             each.bind(each.description, run, options)
+        add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, run.memory.prepare, options, is_model_options=True)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, run.offers.watch, options, is_model_options=True)
         run.replaced = dict(options["transformer_options"].get("patches_replace", {}).get("dit", {}))
         result = executor(*args, **kwargs)

@@ -9,6 +9,7 @@ from typing import Any
 from ...models.accelerate.re_ttention import Kind
 from ...models.accelerate.sparse_attention import Band, Disc, FrameBand, Grid, Pattern, kept_ratio
 from ..execution import Origin, running
+from ..memory import Usage
 from .report import NodeReport
 
 LETTERS: dict[Kind, str] = {"full": "#", "refresh": "R", "sparse": "."}
@@ -27,6 +28,7 @@ class ReTtentionRunReport:
     failed: dict[str, str] = field(default_factory=dict)  # why FlexAttention failed, by its task
     planned: tuple[int, int] = (0, 0)  # most bytes between evaluations: on the device, in host memory
     held: int = 0  # bytes at the end of the run, in both
+    memory: Usage = field(default_factory=Usage)  # asked of core from shapes, and the most that was held
     origin: Origin = field(default_factory=running)  # the node that runs the sampler
 
     @property
@@ -53,9 +55,7 @@ class ReTtentionRunReport:
             lines.append(f"attention: {self.pairs / self.pairs_in_full:.0%} of full attention's pairs computed")
             lines += [f"kept pairs: {count} calls by {name}" for name, count in self.backends.items()]
             lines += [f"FlexAttention does not compile here for {part}: {why}" for part, why in self.failed.items()]
-            device, host = (size / 2**20 for size in self.planned)
-            more = f", and {host:.1f} MiB of host memory" if host else ""
-            lines.append(f"memory held: {device:.1f} MiB{more} at most")
+            lines.append(f"memory: {self.memory}")
         lines += [f"left full: {count} calls, {reason}" for reason, count in self.left_full.items()]
         if not self.kinds and not self.left_full:
             lines.append("No attention of the picture's tokens was seen: nothing was changed.")
@@ -65,7 +65,8 @@ class ReTtentionRunReport:
         """For scripts."""
         values: dict[str, Any] = {"evaluations": self.evaluations}
         values |= {"pairs": self.pairs, "pairs_in_full": self.pairs_in_full, "left_full": dict(self.left_full)}
-        return values | {"bytes_planned": sum(self.planned), "bytes_held": self.held}
+        values |= {"bytes_planned": sum(self.planned), "bytes_held": self.held}
+        return values | {"bytes_asked": self.memory.asked.device}
 
 
 class ReTtentionReport(NodeReport[ReTtentionRunReport]):

@@ -19,6 +19,7 @@ import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -45,9 +46,12 @@ from ...models.accelerate.sparse_attention_flex import flex_dense
 from .. import token_grid
 from ..blocks import number_blocks
 from ..compiled import untraced
+from ..families import family_of
+from ..memory import Bytes, Plan, Prompt, Shape, item_size
 from ..offers import Offer, ask, offer
 from ..resting import Ahead, Kept, Shelf
 from ..run import KEY, Chunk, Condition, Run, chunk_of
+from ..transformer import transformer_of
 from .own_attention import OVERRIDE, OwnAttention, own_attention
 from .re_ttention_settings import ReTtention
 from .sparse_backends import REFRESHES, UNABLE, Backend, by_flex, has_flex
@@ -98,6 +102,10 @@ class Lane:
     def bytes(self) -> int:
         return sum(layer.bytes for layer in self.layers.values())
 
+    @property
+    def bytes_of_rho(self) -> int:
+        return sum(layer.rho.nbytes for layer in self.layers.values() if layer.rho is not None)
+
 
 class Call(NamedTuple):
     """One attention call, with its pattern and state in this run."""
@@ -138,6 +146,7 @@ class ReTtentionRun:
     def install(self, model_options: dict) -> None:
         token_grid.install(model_options)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.apply_model, model_options, is_model_options=True)
+        self.run.memory.open("Re-ttention", self.asked, self.report.memory, reported=True)
         if self.run.model is not None:
             number_blocks(self.run.model, model_options)
         self.run.on_close(self.close)
@@ -171,7 +180,31 @@ class ReTtentionRun:
         options = offer(options, Offer("Apply Re-ttention", "attention override"))
         self.sigma = self.run.sigma  # read now, not in a block
         self.visit(chunk_of(options), weights)
-        return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+        out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
+        held = sum(lane.bytes for lane in self.run.lanes_of(self))
+        rho = sum(lane.bytes_of_rho for lane in self.run.lanes_of(self))
+        self.report.memory.hold(Bytes(rho, main=held - rho) if self.settings.storage == "cpu" else Bytes(held))
+        return out
+
+    def asked(self, plan: Plan) -> Bytes:
+        """The statistics of all layers that will be sparse."""
+        transformer, family, settings = transformer_of(plan.model), family_of(plan.model), self.settings
+        if family.build is None:
+            return Bytes()
+        build = family.build(transformer)
+
+        def size(piece: Shape, prompt: Prompt, part: int) -> int:
+            total = 0
+            grids = family.grids_of(transformer, piece, prompt)
+            for grid, layers in zip(grids, build.attentions, strict=bool(grids)):
+                pattern = window(settings.pattern, grid, settings.keep)
+                if grid.length >= settings.min_tokens and not covers(pattern, grid):
+                    sizes = (piece[0], grid.length, build.heads, build.head_dim)
+                    total += layers * memory(*sizes, settings.storage, item_size(plan.model))[part]
+            return total
+
+        device, main = (plan.in_all(partial(size, part=part), again=True) for part in (0, 1))
+        return Bytes(device, main=main)
 
     def visit(self, chunk: Chunk, weights: tuple) -> None:
         """Forget conditions that stay away, and statistics from another LoRA strength."""

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from ..execution import NOBODY, NOWHERE, Origin, Sender, running, sender_of
+from ..memory import Usage
 from .report import NodeReport
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ class StepCacheRunReport:
     planned: int | None  # evaluations, if schedule and sampler tell
     notes: list[str] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
-    bytes_held: int = 0  # the most at any time
+    bytes_held: int = 0  # by histories, the most between two evaluations
+    memory: Usage = field(default_factory=Usage)  # asked of core from shapes, and the most that was held at any time
     started: float = field(default_factory=time.perf_counter)
     seconds: float | None = None  # of the whole run; None until it is over
     interrupted: bool = False
@@ -91,6 +93,8 @@ class StepCacheRunReport:
             "computed": self.computed,
             "speedup": self.speedup,
             "bytes_held": self.bytes_held,
+            "bytes_asked": self.memory.asked.device,
+            "bytes_at_most": self.memory.held.device + self.memory.held.main,
             "evaluations": [asdict(entry) for entry in self.entries],
         }
 
@@ -104,7 +108,7 @@ class StepCacheRunReport:
             low, middle, high = min(self.errors), median(self.errors), max(self.errors)
             threshold = next(e.threshold for e in self.entries if e.error is not None)
             lines.append(f"gate error: {low:.3g} to {high:.3g}, median {middle:.3g}; threshold {threshold:.3g}")
-        lines.append(f"memory held: {self.bytes_held / 2**20:.1f} MiB at most")
+        lines.append(f"memory: {self.memory}")
         lines += self.notes
         return "\n".join(lines)
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from math import inf, isfinite
 from typing import Any
@@ -30,18 +30,20 @@ from ...models.accelerate.cg_taylor import FirstBlockGate
 from ...models.accelerate.input_change import Change, InputChange
 from ...models.accelerate.policies import COMPUTE, FORECAST, PROBE, Choice, Moment
 from ...models.accelerate.taylorseer import Forecaster, Point, weighted_sum
+from ..memory import Bytes, Plan, Prompt, Shape
 from ..offers import Offer, offer
 from ..part_of_run import begun
 from ..resting import Ahead, Kept, Shelf
 from ..run import KEY, VISIT, Chunk, Run, chunk_of
 from .step_cache_report import Entry, StepCacheRunReport
-from .step_cache_settings import StepCache
+from .step_cache_settings import Sizes, StepCache
 
 logger = logging.getLogger(__name__)
 
 Tensors = tuple[Tensor, ...]
 
 FIRST_BLOCK = "block 0"  # the history of the block that a gate looks at
+OF_CHANGE = 3  # the input, and input and output of the last computed evaluation: `InputChange`
 ANY_MODEL = "Apply TaylorSeer with tap 'prediction' works on every model."
 
 
@@ -143,6 +145,7 @@ class Visit:
 
     def record(self) -> None:
         """Keep the captured values once the call is over: an interrupt may come inside any layer."""
+        self.cache.note(self)
         keep = self.cache.shelf.put if self.cache.settings.offload else lambda x: x
         for name, tensors in self.captured.items():
             for i, lane in enumerate(self.lanes):
@@ -153,6 +156,11 @@ class Visit:
             lane.full += 1
             for name in lane.histories.keys() - self.captured.keys():  # of another span
                 del lane.histories[name]
+
+    @property
+    def bytes(self) -> int:
+        """What this call has captured, and what it keeps while its blocks run."""
+        return sum(x.nbytes for tensors in (*self.captured.values(), tuple(self.entry.values())) for x in tensors)
 
     def settle(self, error: float) -> None:
         """Take the probe's answer, see `StepCacheRun.settle`."""
@@ -202,6 +210,44 @@ class StepCacheRun:
         ):
             add_wrapper_with_key(kind, KEY, wrapper, model_options, is_model_options=True)
         self.run.on_close(self.close)
+        self.run.memory.open(self.settings.method, self.asked, self.report.memory, reported=True)
+
+    def asked(self, plan: Plan) -> Bytes:
+        """All points of all histories, one more that a call has captured, and what it keeps while its blocks run.
+
+        The three are there together before the oldest point goes. Offloaded points rest in main memory.
+        """
+        tap = self.settings.tap
+
+        def stages(piece: Shape, prompt: Prompt) -> tuple[Sizes, ...]:
+            return tap.sizes(self, plan.model, piece, prompt)
+
+        def points(piece: Shape, prompt: Prompt, stage: int) -> int:
+            found = stages(piece, prompt)[stage].points.items()
+            return sum((self.forecaster_of(name).order + 1) * size for name, size in found)
+
+        def captured(piece: Shape, prompt: Prompt, stage: int) -> int:
+            found = stages(piece, prompt)[stage]
+            return sum(found.points.values()) + found.entry
+
+        def changes(piece: Shape, prompt: Prompt) -> int:
+            if not isinstance(self.settings.policy, InputChange):
+                return 0
+            return OF_CHANGE * thinned(torch.empty(piece, device="meta")).nbytes
+
+        each = plan.in_all(changes)
+        first = next(iter(plan.pieces))
+        count = len(stages(first, {}))
+        kept = max(plan.in_all(partial(points, stage=i)) for i in range(count))
+        call = max(plan.in_a_call(partial(captured, stage=i)) for i in range(count))
+        return Bytes(each + call, main=kept) if self.settings.offload else Bytes(each + call + kept)
+
+    def note(self, visit: Visit) -> None:
+        """Count what is held during a call."""
+        lanes = self.run.lanes_of(self)
+        kept, changes = sum(lane.bytes for lane in lanes), sum(lane.change.bytes for lane in lanes)
+        now = changes + visit.bytes
+        self.report.memory.hold(Bytes(now, main=kept) if self.settings.offload else Bytes(now + kept))
 
     def forecaster_of(self, name: str) -> Forecaster:
         policy = self.settings.policy

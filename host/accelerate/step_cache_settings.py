@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...models.accelerate.policies import Guard, Policy
 from ...models.accelerate.taylorseer import Forecaster
+from ..memory import Prompt, Shape
 from ..part_of_run import WHOLE_RUN, PartOfRun
 from .step_cache_report import StepCacheReport
 
 NO_GUARD = Guard()
+
+
+class Sizes(NamedTuple):
+    """Bytes that a tap stores for one prompt in one computed evaluation.
+
+    points: of the point of each history, by name. entry: of what else it keeps while the blocks run.
+    """
+
+    points: Mapping[str, int]
+    entry: int = 0
 
 
 class Tap(Protocol):
@@ -28,6 +40,10 @@ class Tap(Protocol):
 
     def parts(self, cache: Any) -> tuple[str, ...]:
         """The names of the histories for a forecast of this evaluation."""
+        ...
+
+    def sizes(self, cache: Any, model: ModelPatcher, shape: Shape, prompt: Prompt) -> tuple[Sizes, ...]:
+        """What it stores for a latent of this shape, before the run. One for each stage of the run, if they differ."""
         ...
 
     def denoise(self, visit: Any, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:

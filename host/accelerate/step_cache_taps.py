@@ -13,6 +13,7 @@ the forecast. The stored values include what ControlNet and others add between s
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,12 +32,14 @@ from ..blocks import RunBlock, Wrap, wrap_block
 from ..compiled import untraced
 from ..families import Family, family_of, flux
 from ..families.family import BlockKey
+from ..memory import Prompt, Shape, item_size
 from ..offers import ask
 from ..run import VISIT
 from ..transformer import core_name, stranger, transformer_of
 from .step_cache_run import FIRST_BLOCK, StepCacheRun, Visit
-from .step_cache_settings import Tap
+from .step_cache_settings import Sizes, Tap
 
+FLOAT32 = 4  # bytes
 TapName = Literal["auto", "last block", "prediction", "every module"]
 
 
@@ -57,6 +60,9 @@ class PredictionTap:
 
     def parts(self, cache: StepCacheRun) -> tuple[str, ...]:
         return ("prediction",)
+
+    def sizes(self, cache: StepCacheRun, model: ModelPatcher, shape: Shape, prompt: Prompt) -> tuple[Sizes, ...]:
+        return (Sizes({"prediction": FLOAT32 * math.prod(shape)}),)
 
     def denoise(self, visit: Visit, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:
         skip, scale = input_and_output_weight(base.model_sampling, sigma, x)
@@ -113,6 +119,28 @@ class BlockTap(ABC):
     def parts(self, cache: StepCacheRun) -> tuple[str, ...]:
         start, stop = self.span(cache)
         return (f"{start}:{stop}",) if start < stop else ()
+
+    @abstractmethod
+    def spans(self) -> tuple[Span, ...]:
+        """All spans that there may be in a run."""
+
+    def sizes(self, cache: StepCacheRun, model: ModelPatcher, shape: Shape, prompt: Prompt) -> tuple[Sizes, ...]:
+        transformer, item = transformer_of(model), item_size(model)
+
+        def streams(position: int) -> dict[str, int]:
+            kind = self.block_keys[position][0] if position < len(self.block_keys) else None
+            return {name: item * n for name, n in self.family.elements(transformer, kind, shape, prompt).items()}
+
+        def of_span(start: int, stop: int) -> Sizes:
+            if start == stop:
+                return Sizes({})
+            last = stop if stop == len(self.block_keys) else stop - 1  # behind the last block only the head's rows
+            points = {f"{start}:{stop}": sum(streams(last).values())}
+            if isinstance(cache.settings.policy, FirstBlockGate):
+                points[FIRST_BLOCK] = streams(0).get("img", 0)
+            return Sizes(points, sum(streams(start).values()) if self.payload == "residual" else 0)
+
+        return tuple(of_span(*span) for span in self.spans())
 
     def install(self, cache: StepCacheRun, model_options: dict) -> None:
         for position, key in enumerate(self.block_keys):
@@ -224,6 +252,7 @@ class BlockTap(ABC):
         else:
             tensors = tuple(value.clone() for value in values.values())
         visit.captured[visit.parts[0]] = tensors
+        visit.cache.note(visit)
         visit.entry = {}
 
     def unchanged(self, position: int, args: dict) -> dict:
@@ -248,7 +277,10 @@ class LastBlockTap(BlockTap):
         return "residual" if self.residual else "output"
 
     def span(self, cache: StepCacheRun) -> Span:
-        return (1 if self.gated else 0), len(self.block_keys)
+        return self.spans()[0]
+
+    def spans(self) -> tuple[Span, ...]:
+        return ((1 if self.gated else 0, len(self.block_keys)),)
 
 
 @dataclass(frozen=True)
@@ -265,6 +297,10 @@ class SpanTap(BlockTap):
 
     def span(self, cache: StepCacheRun) -> Span:
         return self.stages.span(len(self.block_keys), early=not cache.behind(self.stages.boundary))
+
+    def spans(self) -> tuple[Span, ...]:
+        early = {1.0: (True,), 0.0: (False,)}.get(self.stages.boundary, (True, False))
+        return tuple(self.stages.span(len(self.block_keys), early=each) for each in early)
 
 
 @dataclass(frozen=True)
@@ -290,6 +326,13 @@ class ModuleTap:
 
     def parts(self, cache: StepCacheRun) -> tuple[str, ...]:
         return tuple(f"{kind} {index}" for kind, index in self.block_keys)
+
+    def sizes(self, cache: StepCacheRun, model: ModelPatcher, shape: Shape, prompt: Prompt) -> tuple[Sizes, ...]:
+        transformer, item = transformer_of(model), item_size(model)
+        kinds = {kind for kind, _ in self.block_keys}
+        streams = {kind: sum(self.family.elements(transformer, kind, shape, prompt).values()) for kind in kinds}
+        point = {kind: item * flux.parts_per_stream(kind) * streams[kind] for kind in kinds}
+        return (Sizes({f"{kind} {index}": point[kind] for kind, index in self.block_keys}),)
 
     def denoise(self, visit: Visit, call: Callable[[], Tensor], base: Any, x: Tensor, sigma: Tensor) -> Tensor:
         denoised = call()

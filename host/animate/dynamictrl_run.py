@@ -7,7 +7,8 @@ a step cache skips pays nothing. One block's stream is kept at a time: all of th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .. import adapters
 from ..families import cogvideox
+from ..memory import Bytes, Plan, Prompt, Shape, Usage, item_size
 from ..offers import Offer, ask, offer
 from ..run import Run, attached
 from ..transformer import transformer_of
@@ -52,10 +54,17 @@ class Call:
     """The streams of one call of the model."""
 
     def __init__(
-        self, base: Any, norms: Any, streams: Sequence[Stream], conditions: int, text_width: int, options: Any
+        self,
+        base: Any,
+        norms: Any,
+        streams: Sequence[Stream],
+        conditions: int,
+        text_width: int,
+        options: Any,
+        usage: Usage,
     ):
         self.base, self.norms, self.streams = base, norms, tuple(streams)
-        self.conditions, self.text_width, self.options = conditions, text_width, options
+        self.conditions, self.text_width, self.options, self.usage = conditions, text_width, options, usage
 
     def add(self, i: int, video: Tensor, e: Tensor) -> Tensor:
         """The norm of the video in block `i`, `[B, N, D]`, with what the poses add. `e`: `[B, E]`."""
@@ -65,6 +74,7 @@ class Call:
         for stream in self.streams:
             first = stream.members[0][0] * rows
             n = stream.at(i, e[first : first + rows], self.norms, self.embed)
+            self.usage.hold(Bytes(n.nbytes + sum(each.c.nbytes for each in self.streams if each.c is not None)))
             for number, strength in stream.members:
                 parts[number] = parts[number] + (n if strength == 1 else strength * n)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -92,12 +102,31 @@ class Animator:
         self.shared = True  # conditions of one pose share its stream
         self.hooked: dict[int, Hooked] = {}
         self._lock = threading.Lock()  # with several GPUs, conditions run in threads
+        self.usage = run.memory.open("DynamiCtrl", self.asked)
         run.on_close(self.close)
 
     def close(self, completed: bool) -> None:
         for each in reversed(self.hooked.values()):
             each.undo()
         self.hooked.clear()
+
+    def asked(self, plan: Plan) -> Bytes:
+        """The streams of all poses of a call, and what one of them adds to a block."""
+        poses: dict[Hashable, Prompt] = {}
+        shared = not any("ofs" in prompt for prompt in plan.every)
+        for number, prompt in enumerate(plan.every):
+            given = prompt.get("model_conds", {}).get(POSES)
+            if given is not None and given.cond.strength:
+                area = prompt.get("area")
+                poses[(id(given.cond.latent), None if area is None else tuple(area)) if shared else number] = prompt
+        transformer, family = transformer_of(plan.model), cogvideox.COGVIDEOX
+
+        def of_one(piece: Shape, prompt: Prompt) -> int:
+            picture = sum(grid.picture for grid in family.grids_of(transformer, piece, prompt))
+            return piece[0] * picture * cogvideox.build(transformer).widths["img"] * item_size(plan.model)
+
+        streams = replace(plan, prompts={"with a pose": list(poses.values())}).in_a_call(of_one)
+        return Bytes(streams + streams // max(len(poses), 1))
 
     def look(self, executor, model, conds, x, timestep, model_options):
         """CALC_COND_BATCH: a prompt with an `ofs` of its own has another embedding of the timestep than the others."""
@@ -121,7 +150,7 @@ class Animator:
         assert c_crossattn is not None
         options = offer(options, Offer(NODE, "norm"))
         hooked = self.hooks(transformer)
-        hooked.call = Call(base, norms, streams, len(poses), c_crossattn.shape[-1], options)
+        hooked.call = Call(base, norms, streams, len(poses), c_crossattn.shape[-1], options, self.usage)
         try:
             return executor(x, t, c_concat, c_crossattn, control, options, **conds)
         finally:

@@ -4,8 +4,8 @@ EasyControl and try-on both work this way. A feature derives its description fro
 and where its images lie, and hands over its LoRA.
 
 Hooks: for every condition of a call, an APPLY_MODEL wrapper looks up the keys and values of
-`models/control/conditions.py` and hands them to the attention patch of `host/attention.py`. PREPARE_SAMPLING asks core
-to leave room for them. The picture's own stream keeps its tokens, so ControlNets, caches, masks and samplers see
+`models/control/conditions.py` and hands them to the attention patch of `host/attention.py`. Core is asked to leave room
+for them (`host/memory.py`). The picture's own stream keeps its tokens, so ControlNets, caches, masks and samplers see
 nothing new.
 
 Settings: `conditions_settings.py`. State: `conditions_run.py`. The LoRA is an additional model of the MODEL: core moves
@@ -31,11 +31,7 @@ from .conditions_settings import ConditionImage
 def bind(image: ConditionImage, run: Run, model_options: dict) -> None:
     encoder = Encoder(image, run)
     attention.install(model_options)
-    for kind, wrapper in (
-        (WrappersMP.PREPARE_SAMPLING, encoder.reserve),
-        (WrappersMP.APPLY_MODEL, encoder.apply_model),
-    ):
-        add_wrapper_with_key(kind, KEY, wrapper, model_options, is_model_options=True)
+    add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, encoder.apply_model, model_options, is_model_options=True)
 
 
 def attach(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -24,10 +24,12 @@ from ...models.control.positions import GridSize, tokens_in_tile
 from .. import adapters
 from ..attention import ExtraKeys, KeysByBlock, with_keys
 from ..families import flux
+from ..memory import Bytes, Plan, Prompt, Shape, item_size
 from ..progress import one_by_one
 from ..resting import Kept, RestingKeys, Shelf
 from ..run import Chunk, Run, attached, chunk_of
 from ..tiles import Tile
+from ..transformer import transformer_of
 from .conditions_settings import ConditionImage
 
 logger = logging.getLogger(__name__)
@@ -122,17 +124,28 @@ class Encoder:
         self.run = run
         self.logged = False
         self.shelf = Shelf()
+        self.usage = run.memory.open(settings.feature, self.asked)
         run.on_close(lambda completed: self.shelf.close())
 
-    def reserve(self, executor, model: ModelPatcher, noise_shape, conds, *args, **kwargs):
-        """PREPARE_SAMPLING: make room for the keys, by asking for the memory of a larger latent."""
-        if not self.settings.offloaded:
-            latent = self.settings.latent
-            prompts = sum(len(prompt) for prompt in conds.values())
-            needed = size_of_keys(model.model, latent, latent.shape[0] * prompts)
-            share = needed / max(model.model.memory_required(list(noise_shape)), 1)
-            noise_shape = [*noise_shape[:-1], math.ceil(noise_shape[-1] * (1 + share))]
-        return executor(model, noise_shape, conds, *args, **kwargs)
+    def asked(self, plan: Plan) -> Bytes:
+        """The keys of all prompts. Windows share them, unless their pictures have conditions or texts of their own."""
+
+        def of_their_own(prompt: Prompt) -> bool:
+            pooled = prompt.get("pooled_output")
+            return self.settings.latent.shape[0] > 1 or (pooled is not None and pooled.shape[0] > 1)
+
+        def rows(piece: Shape, prompt: Prompt) -> int:
+            return piece[0] if of_their_own(prompt) else 0
+
+        shared = sum(not of_their_own(prompt) for prompt in plan.every)
+        size = size_of_keys(plan.model, self.settings.latent, shared + plan.in_all(rows))
+        return Bytes(main=size) if self.settings.offloaded else Bytes(size)
+
+    def note(self, keys: Sequence[KeysByBlock]) -> None:
+        """Count what there is of keys while a call runs: those of the lanes, and its own."""
+        lanes = [lane.keys for lane in self.run.lanes_of(self)]
+        size = sum(bytes_of(each) for each in {id(each): each for each in (*lanes, *keys)}.values())
+        self.usage.hold(Bytes(main=size) if self.settings.offloaded else Bytes(size))
 
     def apply_model(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds
@@ -147,6 +160,7 @@ class Encoder:
             latent = self.latent(chunk, options, x.device)
             call = Call(base, lora, chunk, options, x, latent, channels, conds)
             keys = [self.keys(call, i) for i in range(len(call.chunk.conditions))]
+            self.note(keys)
             options = with_keys(options, ExtraKeys(keys, math.log(self.settings.influence), feature=self.settings.node))
         return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
@@ -294,13 +308,19 @@ class Encoder:
         )
 
 
-def size_of_keys(base: Any, latent: Tensor, rows: int) -> int:
-    """Bytes of all keys and values of `rows` conditions like `latent`."""
-    transformer = base.diffusion_model
+def size_of_keys(model: Any, latent: Tensor, rows: int) -> int:
+    """Bytes of all keys and values of `rows` conditions like `latent`. `model`: a MODEL, or a running BaseModel."""
+    transformer = transformer_of(model)
     tokens = math.prod(flux.grid_size(transformer, *latent.shape[-2:]))
     blocks = len(transformer.double_blocks) + len(transformer.single_blocks)
-    item = comfy.model_management.dtype_size(base.get_dtype_inference())
-    return 2 * blocks * rows * tokens * transformer.hidden_size * item
+    return 2 * blocks * rows * tokens * transformer.hidden_size * item_size(model)
+
+
+def bytes_of(keys: KeysByBlock) -> int:
+    """Bytes of keys and values wherever they are."""
+    if isinstance(keys, RestingKeys):
+        return keys.nbytes
+    return sum(k.nbytes + v.nbytes for k, v in keys.values())
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
@@ -308,7 +328,13 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _stored(x: Tensor, inside: Tensor | None, shelf: Shelf | None) -> Kept:
-    """Keys or values `[N, H, T, d]` in their stored form: of the tokens `inside` only, on a shelf if there is one."""
+    """Keys or values `[N, H, T, d]` in their stored form: of the tokens `inside` only, on a shelf if there is one.
+
+    Values that no LoRA changes are a part of what a layer makes, up to seven times as large: they get memory of their
+    own.
+    """
     if inside is not None:
         x = x.index_select(2, inside)
+    if x.untyped_storage().nbytes() > x.nbytes:
+        x = x.clone()
     return x if shelf is None else shelf.put(x)

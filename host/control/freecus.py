@@ -2,8 +2,8 @@
 
 Hooks: an APPLY_MODEL wrapper hands the attention patch of `host/attention.py` keys that do not exist yet. When the
 first vital block asks for them, the model denoises the reference at the same evaluation. If a step cache forecasts the
-evaluation, no block asks, and the reference costs nothing. PREPARE_SAMPLING asks core to leave room for keys and
-values.
+evaluation, no block asks, and the reference costs nothing. Core is asked to leave room for keys, values and the pass
+(`host/memory.py`).
 
 The reference pass is the plain model: same prompt, timestep, guidance and LoRAs, and attention as sparse as the
 picture's. It has no ControlNet, no reference latents of an edit model, no other feature's keys, no step cache and no
@@ -37,11 +37,7 @@ logger = logging.getLogger(__name__)
 def bind(settings: FreeCus, run: Run, model_options: dict) -> None:
     reference = ReferenceRun(settings, run)
     attention.install(model_options)
-    for kind, wrapper in (
-        (WrappersMP.PREPARE_SAMPLING, reference.reserve),
-        (WrappersMP.APPLY_MODEL, reference.apply_model),
-    ):
-        add_wrapper_with_key(kind, KEY, wrapper, model_options, is_model_options=True)
+    add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, reference.apply_model, model_options, is_model_options=True)
 
 
 def attach(

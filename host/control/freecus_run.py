@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import comfy.model_management
 import comfy.sample
 import torch
-from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -20,9 +18,10 @@ from ...models.control.freecus import reference_latent, reference_sigma, subject
 from .. import token_grid
 from ..attention import ExtraKeys, KeysByBlock, KeysValues, TextScale, with_keys, with_recorder, with_text_scale
 from ..families import flux
+from ..memory import Bytes, Plan, Prompt, item_size
 from ..offers import found_in
-from ..run import CHUNK, VISIT, Run, chunk_of
-from ..transformer import REMOVE, Block
+from ..run import CHUNK, POSITIVE, VISIT, Run, chunk_of
+from ..transformer import REMOVE, Block, transformer_of
 from .freecus_settings import FreeCus
 
 uncompiled: Any = torch.compiler.disable  # its type stubs do not cover methods
@@ -132,6 +131,7 @@ class ReferencePass:
 
         self.plain(x, self._rows(self.t), None, text, None, options, **conds)
         self.run.passes += 1
+        self.run.usage.hold(Bytes(sum(k.nbytes + v.nbytes for k, v in recording.keys.values())))
         return recording.keys
 
     def _rows(self, value: Any) -> Any:
@@ -166,6 +166,8 @@ class ReferenceRun:
                 "Connect the VAE of the FLUX.1 model."
             )
         self.latent = base.process_latent_in(latent)
+        self.usage = run.memory.open("FreeCus", self.asked)
+        run.memory.call_again(self.seeing)
         run.on_close(self.close)
 
     def _noise(self, noise: Tensor) -> Tensor:
@@ -194,17 +196,18 @@ class ReferenceRun:
             )
         return noise
 
-    def reserve(self, executor, model: ModelPatcher, noise_shape, conds, *args, **kwargs):
-        """PREPARE_SAMPLING: make room for the reference pass, by asking for the memory of a larger latent.
+    def seeing(self, plan: Plan) -> list[Prompt]:
+        """The prompts that see the reference, as its pass gets them."""
+        prompts: Sequence[Prompt] = plan.every
+        if self.settings.prompts == "positive only":
+            prompts = plan.prompts.get(POSITIVE, next(iter(plan.prompts.values()), ()))
+        whole = (prompt for prompt in prompts if prompt.get("area") is None)
+        return [{name: each for name, each in prompt.items() if name != "reference_latents"} for prompt in whole]
 
-        It needs room for its keys and values, beside the streams, queries, keys and values of the block that asks.
-        """
-        prompts = 1 if self.settings.prompts == "positive only" else len(conds)
-        rows = noise_shape[0] * prompts
-        needed = self.bytes(model.model, rows) + 5 * rows * math.prod(self.grid) * self._token(model.model)
-        share = needed / max(model.model.memory_required(list(noise_shape)), 1)
-        noise_shape = [*noise_shape[:-1], math.ceil(noise_shape[-1] * (1 + share))]
-        return executor(model, noise_shape, conds, *args, **kwargs)
+    def asked(self, plan: Plan) -> Bytes:
+        """The pass's keys and values, and its streams, queries, keys and values beside those of the block that asks."""
+        rows = len(self.seeing(plan)) * max(piece[0] for piece in plan.pieces)
+        return Bytes(self.bytes(plan.model, rows), work=5 * rows * math.prod(self.grid) * self._token(plan.model))
 
     def apply_model(
         self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds
@@ -242,14 +245,14 @@ class ReferenceRun:
         options = with_keys(options, ExtraKeys(keys, blind=blind, feature="Apply FreeCus"))
         return with_text_scale(options, TextScale(settings.blocks, factors))
 
-    def bytes(self, base: Any, rows: int) -> int:
+    def bytes(self, model: Any, rows: int) -> int:
         """Bytes of the subject's keys and values for this many pictures."""
-        return 2 * len(self.settings.blocks) * rows * len(self.tokens) * self._token(base)
+        return 2 * len(self.settings.blocks) * rows * len(self.tokens) * self._token(model)
 
     @staticmethod
-    def _token(base: Any) -> int:
-        """Bytes of one token."""
-        return base.diffusion_model.hidden_size * comfy.model_management.dtype_size(base.get_dtype_inference())
+    def _token(model: Any) -> int:
+        """Bytes of one token of a MODEL, or of a running BaseModel."""
+        return transformer_of(model).hidden_size * item_size(model)
 
     def log_once(self, base: Any, rows: int) -> None:
         """Write one line per run."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...models.accelerate.sparse_attention import Grid
 from .family import Family, Grids, cells, double_and_single_blocks
+from .flux import build
 
 
 def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
@@ -19,4 +20,4 @@ def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
     return (Grid(*cells(x.shape[-2:], patch), before=text),)
 
 
-CHROMA = Family("Chroma", (Chroma,), grids=grids, kinds=double_and_single_blocks(), in_place=True)
+CHROMA = Family("Chroma", (Chroma,), grids=grids, kinds=double_and_single_blocks(), in_place=True, build=build)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...models.accelerate.sparse_attention import Grid
 from ..compiled import untraced
 from ..transformer import transformer_of
-from .family import Family, Grids, Sizes, cells
+from .family import Build, Family, Grids, Sizes, cells, of_width
 
 
 def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
@@ -26,7 +26,11 @@ def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
     return (Grid(height, width, frames, before=text),)
 
 
-COGVIDEOX = Family("CogVideoX", (CogVideoXTransformer3DModel,), grids=grids, numbered=False)
+def build(transformer: Any) -> Build:
+    return of_width(transformer.dim, transformer.num_attention_heads, len(transformer.blocks))
+
+
+COGVIDEOX = Family("CogVideoX", (CogVideoXTransformer3DModel,), grids=grids, numbered=False, build=build)
 
 AddToNorm = Callable[
     [int, Tensor, Tensor], Tensor

@@ -10,10 +10,15 @@ A feature never asks a model what it is. It asks `family_of(model)`:
 | What flows from block to block, and do blocks write into it? | `streams`, `joined`, `in_place` |
 | Which rows of the last block does the head read? | `picture` |
 | Does attention know the block that it is in? | `numbered` |
+| How wide are its streams, and how many heads and attentions does it have? | `build` |
+| What of a prompt, before a run, changes the number of tokens? | `given` |
 | Is this MODEL one of it? The node needs one. | `require` |
 
-`kinds` is empty if ComfyUI calls no block replacement. `grids` is None if we do not know. `OTHER`, any other model,
-answers neither: features reach only its output, the prediction.
+`kinds` is empty if ComfyUI calls no block replacement. `grids` and `build` are None if we do not know. `OTHER`, any
+other model, answers none of them: features reach only its output, the prediction.
+
+Before a run, memory is counted from shapes alone (`host/memory.py`): `grids_of` and `elements` put `given`, `grids` and
+`build` together, for all features.
 
 A question that only one family answers stays a function in that family's file, as FLUX.1's positions and modulation do
 (`flux.py`). A feature that needs it calls `FLUX1.require`. Once a second family answers the question, it moves here.
@@ -25,7 +30,7 @@ To add a family, write a file here, add a line to `FAMILIES` (`__init__.py`), an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,6 +70,48 @@ class Sizes(NamedTuple):
         return f"hidden size {self.dim}, {self.blocks} blocks{second}"
 
 
+class Build(NamedTuple):
+    """Sizes that memory is counted by.
+
+    widths: of a token of each stream. attentions: how many of each kind that `grids` tells of, in its order.
+    """
+
+    widths: Mapping[str, int]
+    heads: int
+    attentions: tuple[int, ...]
+
+    @property
+    def head_dim(self) -> int:
+        return self.widths["img"] // self.heads
+
+
+class Given(NamedTuple):
+    """A prompt before a run, as the model will be given it.
+
+    text: tokens of the text, as `grids` takes them. stream: tokens of the stream `txt`, as far as the first grid counts
+    them. conds: the arguments of the model that `grids` reads; their values may be anything of the right shape.
+    """
+
+    text: int
+    stream: int
+    conds: dict[str, Any]
+
+
+def length_of_text(prompt: Mapping[str, Any]) -> int:
+    text = prompt.get("cross_attn")
+    return 0 if text is None else text.shape[1]
+
+
+def text_alone(transformer: Any, prompt: Mapping[str, Any]) -> Given:
+    text = length_of_text(prompt)
+    return Given(text, text, {})
+
+
+def text_and_references(transformer: Any, prompt: Mapping[str, Any]) -> Given:
+    text = length_of_text(prompt)
+    return Given(text, text, {"ref_latents": prompt.get("reference_latents")})
+
+
 @dataclass(frozen=True)
 class Family:
     """Models whose transformers are built and run alike.
@@ -80,6 +127,7 @@ class Family:
     kinds: kinds of blocks that ComfyUI lets us wrap, in the order they run.
     in_place: blocks write into the streams of their args.
     numbered: transformer_options tell attention the type and number of its block.
+    build: of a transformer. given: `(transformer, prompt)`, the prompt as core's guiders hold it before a run.
     """
 
     name: str  # what users call it
@@ -92,6 +140,8 @@ class Family:
     kinds: tuple[BlockKind, ...] = ()
     in_place: bool = False
     numbered: bool = True
+    build: Callable[[Any], Build] | None = None
+    given: Callable[[Any, Mapping[str, Any]], Given] = text_alone
 
     def require(self, model: ModelPatcher, node: str) -> Any:
         """The transformer of `model`, whose class may derive from ours. `node` is the display name of who asks.
@@ -129,6 +179,32 @@ class Family:
             raise ValueError(f"{self.name} runs no {kind_from} before a {kind_to}")
         return {"img": torch.cat((streams["txt"], streams["img"]), 1)}
 
+    def grids_of(self, transformer: Any, shape: Sequence[int], prompt: Mapping[str, Any]) -> Grids:
+        """`grids` of a call for a prompt, before the run. `shape`: of the latent, `[B, C, (frames,) h, w]`."""
+        if self.grids is None:
+            return ()
+        text, _, conds = self.given(transformer, prompt)
+        return self.grids(transformer, torch.empty(tuple(shape), device="meta"), text, conds)
+
+    def elements(
+        self, transformer: Any, kind: str | None, shape: Sequence[int], prompt: Mapping[str, Any]
+    ) -> dict[str, int]:
+        """How many numbers the streams of a `kind` of block hold for all pictures of a latent, by stream.
+
+        Where attention is not known, the picture's own tokens count. `kind` None: the rows that the head reads.
+        """
+        if self.build is None or self.grids is None:
+            return {}
+        grids, text = self.grids_of(transformer, shape, prompt), self.given(transformer, prompt).stream
+        if not grids:
+            grids, text = self.grids(transformer, torch.empty(tuple(shape), device="meta"), 0, {}), 0
+        whole = grids[0].length if grids else 0
+        streams = ("img",) if kind is None else self.streams(kind)
+        apart = kind is None or "txt" in streams
+        tokens = {"img": whole - text if apart else whole, "txt": text}
+        widths = self.build(transformer).widths
+        return {name: shape[0] * tokens[name] * widths[name] for name in streams}
+
     @untraced
     def picture(self, args: BlockArgs, out: Mapping[str, Tensor]) -> slice:
         """The rows of `out["img"]` `[B, T, D]` that the head reads after the last block.
@@ -163,6 +239,11 @@ def double_blocks(modules: str, *streams: str) -> tuple[BlockKind, ...]:
 def double_and_single_blocks() -> tuple[BlockKind, ...]:
     """FLUX's two kinds: img and txt apart, then joined in img, text first."""
     return (*double_blocks("double_blocks", "img", "txt"), BlockKind("single_block", "single_blocks", ("img",)))
+
+
+def of_width(width: int, heads: int, *attentions: int) -> Build:
+    """All streams have one width."""
+    return Build({"img": width, "txt": width}, heads, attentions)
 
 
 def cells(size: tuple[int, ...] | Any, patch: tuple[int, ...] | Any) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ and GGUF weights, offloading, weight patches and RoPE options apply.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,7 +28,17 @@ from torch.nn import functional as F
 from ...models.accelerate.sparse_attention import Grid
 from ..attention import KeysByBlock, KeysValues
 from ..transformer import Block, class_of, transformer_of
-from .family import Family, Grids, cells, count, double_and_single_blocks
+from .family import (
+    Build,
+    Family,
+    Given,
+    Grids,
+    cells,
+    count,
+    double_and_single_blocks,
+    of_width,
+    text_and_references,
+)
 
 apply_rope = apply_rope1  # (x, pe) to x rotated
 
@@ -38,6 +48,19 @@ def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
     patch = (transformer.patch_size, transformer.patch_size)
     references = sum(count(ref.shape[-2:], patch) for ref in conds.get("ref_latents") or ())
     return (Grid(*cells(x.shape[-2:], patch), before=text, after=references),)
+
+
+def build(transformer: Any) -> Build:
+    blocks = len(transformer.double_blocks) + len(transformer.single_blocks)
+    return of_width(transformer.hidden_size, transformer.num_heads, blocks)
+
+
+PADDED = 512  # core pads FLUX.2's text to so many tokens
+
+
+def given_padded(transformer: Any, prompt: Mapping[str, Any]) -> Given:
+    text, _, conds = text_and_references(transformer, prompt)
+    return Given(max(text, PADDED), max(text, PADDED), conds)
 
 
 def like_flux1(transformer: Any) -> bool:
@@ -60,9 +83,13 @@ FLUX1 = Family(
     grids=grids,
     kinds=double_and_single_blocks(),
     in_place=True,
+    build=build,
+    given=text_and_references,
 )
-FLUX2 = replace(FLUX1, name="FLUX.2", among=like_flux2, listed="")
-LIKE_FLUX = replace(FLUX2, name="LongCat or Ovis", among=lambda transformer: True, tested=False)  # the rest
+FLUX2 = replace(FLUX1, name="FLUX.2", among=like_flux2, listed="", given=given_padded)
+LIKE_FLUX = replace(  # the rest
+    FLUX1, name="LongCat or Ovis", among=lambda transformer: True, listed="", tested=False
+)
 
 
 def is_flux1(model: Any) -> bool:
@@ -147,6 +174,11 @@ def parts_of(block: Any) -> list[Any]:
     if hasattr(block, "linear2"):
         return [block.linear2]
     return [block.img_attn.proj, block.img_mlp, block.txt_attn.proj, block.txt_mlp]
+
+
+def parts_per_stream(kind: str) -> int:
+    """How many of `parts_of` give an output of the shape of each stream."""
+    return 2 if kind == "double_block" else 1
 
 
 @contextmanager

@@ -7,13 +7,14 @@ between blocks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from comfy.ldm.lightricks.model import LTXVModel
 from torch import Tensor
 
 from ...models.accelerate.sparse_attention import Grid
-from .family import Family, Grids, double_blocks
+from .family import Build, Family, Given, Grids, double_blocks, length_of_text, of_width
 
 
 def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
@@ -25,6 +26,14 @@ def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
     return () if grid.length == text else (grid,)
 
 
+def build(transformer: Any) -> Build:
+    return of_width(transformer.inner_dim, transformer.num_attention_heads, len(transformer.transformer_blocks))
+
+
+def given(transformer: Any, prompt: Mapping[str, Any]) -> Given:
+    return Given(length_of_text(prompt), 0, {"keyframe_idxs": prompt.get("keyframe_idxs")})
+
+
 LTX = Family(
     "LTX video",
     (LTXVModel,),
@@ -32,4 +41,6 @@ LTX = Family(
     kinds=double_blocks("transformer_blocks", "img"),
     in_place=True,
     numbered=False,
+    build=build,
+    given=given,
 )

@@ -12,7 +12,7 @@ from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from torch import Tensor
 
 from ...models.accelerate.sparse_attention import Grid
-from .family import Family, Grids, cells, count, double_blocks
+from .family import Build, Family, Grids, cells, count, double_blocks, of_width, text_and_references
 
 
 def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
@@ -22,9 +22,16 @@ def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
     return (Grid(height, width, frames, before=text, after=references),)
 
 
+def build(transformer: Any) -> Build:
+    blocks = transformer.transformer_blocks
+    return of_width(transformer.inner_dim, blocks[0].attn.heads, len(blocks))
+
+
 QWEN_IMAGE = Family(
     "QwenImage",
     (QwenImageTransformer2DModel,),
     grids=grids,
     kinds=double_blocks("transformer_blocks", "img", "txt"),
+    build=build,
+    given=text_and_references,
 )

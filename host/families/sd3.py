@@ -10,7 +10,7 @@ own functions, so that fp8 weights, offloading and weight patches apply.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...models.accelerate.sparse_attention import Grid
-from .family import Family, Grids, Sizes, cells, double_blocks
+from .family import Build, Family, Given, Grids, Sizes, cells, double_blocks, length_of_text, of_width
 
 
 def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
@@ -33,6 +33,16 @@ def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
     return (Grid(*picture, before=text + transformer.register_length), Grid(*picture))
 
 
+def build(transformer: Any) -> Build:
+    _, blocks, dual = sizes(transformer)
+    return of_width(transformer.hidden_size, transformer.num_heads, blocks, len(dual))
+
+
+def given(transformer: Any, prompt: Mapping[str, Any]) -> Given:
+    text = length_of_text(prompt)
+    return Given(text, text + transformer.register_length, {})
+
+
 SD3 = Family(
     "SD3",
     (OpenAISignatureMMDITWrapper,),
@@ -41,6 +51,8 @@ SD3 = Family(
     grids=grids,
     kinds=double_blocks("joint_blocks", "img", "txt"),
     numbered=False,
+    build=build,
+    given=given,
 )
 
 

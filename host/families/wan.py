@@ -11,13 +11,14 @@ tested code; we have not run it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from comfy.ldm.wan.model import CameraWanModel, VaceWanModel, WanModel
 from torch import Tensor
 
 from ...models.accelerate.sparse_attention import Grid
-from .family import Family, Grids, cells, count, double_blocks
+from .family import Build, Family, Given, Grids, cells, count, double_blocks, length_of_text, of_width
 
 
 def grids(transformer: Any, x: Tensor, text: int, conds: dict) -> Grids:
@@ -40,6 +41,22 @@ def _other_lengths(transformer: Any, text: int, clip: Tensor | None) -> set[int]
     return lengths if clip is None else lengths | {clip.shape[-2]} | {n + clip.shape[-2] for n in lengths}
 
 
-WAN = Family("Wan", (WanModel,), grids=grids, kinds=double_blocks("blocks", "img"))
-VACE = Family("Wan VACE", (VaceWanModel,), grids=grids, kinds=double_blocks("blocks", "img"))
-CAMERA = Family("Wan Camera", (CameraWanModel,), tested=False, grids=grids)
+def build(transformer: Any) -> Build:
+    """The blocks of VACE's control videos attend as many tokens; those of several videos count once."""
+    blocks = len(transformer.blocks) + len(getattr(transformer, "vace_blocks", ()))
+    return of_width(transformer.dim, transformer.num_heads, blocks)
+
+
+def given(transformer: Any, prompt: Mapping[str, Any]) -> Given:
+    conds = {name: prompt.get(name) for name in ("time_dim_concat", "context_latents")}
+    if prompt.get("reference_latents"):
+        conds["reference_latent"] = prompt["reference_latents"][-1][:, :, 0]
+    if prompt.get("clip_vision_output") is not None:
+        conds["clip_fea"] = prompt["clip_vision_output"].penultimate_hidden_states
+    return Given(length_of_text(prompt), 0, conds)
+
+
+ANSWERS: dict[str, Any] = {"grids": grids, "build": build, "given": given}
+WAN = Family("Wan", (WanModel,), kinds=double_blocks("blocks", "img"), **ANSWERS)
+VACE = Family("Wan VACE", (VaceWanModel,), kinds=double_blocks("blocks", "img"), **ANSWERS)
+CAMERA = Family("Wan Camera", (CameraWanModel,), tested=False, **ANSWERS)

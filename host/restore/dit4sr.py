@@ -2,8 +2,8 @@
 
 Hooks: blocks are replaced (`replace_block`), inside of all wraps, so step caches and guidance that skips layers go
 round both streams. An APPLY_MODEL wrapper hands each call its stream. Another one cuts the picture into windows,
-outside of all features: to them each window is a call of its own, with lanes of its own. PREPARE_SAMPLING asks core for
-the memory of a window with two streams.
+outside of all features: to them each window is a call of its own, with lanes of its own. Core is asked for the memory
+of a window with two streams (`host/memory.py`).
 
 Settings: `dit4sr_settings.py`. State: `dit4sr_run.py`. The control weights are an additional model of the MODEL: core
 moves, counts and offloads them. The picture's own stream keeps its tokens, so ControlNets, masks and samplers see
@@ -50,11 +50,7 @@ def bind(settings: DiT4SR, run: Run, model_options: dict) -> None:
     if run.model is not None:
         for i in range(sd3.sizes(transformer_of(run.model)).blocks):
             replace_block(model_options, ("double_block", i), restorer.block(i))
-    for kind, wrapper in (
-        (WrappersMP.PREPARE_SAMPLING, restorer.reserve),
-        (WrappersMP.APPLY_MODEL, restorer.apply_model),
-    ):
-        add_wrapper_with_key(kind, KEY, wrapper, model_options, is_model_options=True)
+    add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, restorer.apply_model, model_options, is_model_options=True)
 
 
 def refuse_others(settings: DiT4SR, model_options: dict) -> None:

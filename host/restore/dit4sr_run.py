@@ -24,6 +24,7 @@ from ..blocks import RunBlock
 from ..compiled import untraced
 from ..families import sd3
 from ..families.family import BlockArgs
+from ..memory import Prompts, Shape
 from ..offers import Offer, ask, offer
 from ..run import Chunk, Run, attached, chunk_of
 from ..tiles import TILES, Tile
@@ -73,7 +74,11 @@ class Restorer:
     def __init__(self, settings: DiT4SR, run: Run):
         self.settings, self.run = settings, run
         self.windows = windows(settings.size, settings.tile, settings.overlap)
+        self.at_once = min(settings.tile_batch, len(self.windows))
         self.progress = Progress(run)
+        run.memory.reshape("DiT4SR", self.reserved)
+        if len(self.windows) > 1:
+            run.memory.cut(len(self.windows), (self.windows[0].height, self.windows[0].width), self.at_once)
 
     def block(self, i: int):
         """What block `i` does instead, where a call has a stream."""
@@ -87,17 +92,17 @@ class Restorer:
 
         return run
 
-    def reserve(self, executor, model: ModelPatcher, noise_shape, conds, *args, **kwargs):
-        """PREPARE_SAMPLING: ask for the memory of as many windows as go side by side, each with two streams.
+    def reserved(self, noise_shape: Shape, conds: Prompts) -> Shape:
+        """The latent that core makes room for: as many windows as go side by side, each with two streams.
 
         A ControlNet sees the whole picture, so with one the whole is asked for.
         """
         batch, *channels, height, width = noise_shape
         controlled = any(cond.get("control") is not None for prompt in conds.values() for cond in prompt)
         if len(self.windows) > 1 and not controlled:
-            batch *= min(self.settings.tile_batch, len(self.windows))
+            batch *= self.at_once
             height, width = self.windows[0].height, self.windows[0].width
-        return executor(model, [batch, *channels, height, 2 * width], conds, *args, **kwargs)
+        return (batch, *channels, height, 2 * width)
 
     def weight(self, window: Window, device: torch.device) -> Tensor:
         """The weight of the cells of a window, all of which have one size."""

@@ -58,6 +58,10 @@ class Change:
     steps: list[Tensor] = field(default_factory=list, repr=False)  # mean |x - x_previous| of each evaluation since then
     comparable: bool = False  # this evaluation's input has a previous one of its shape
 
+    @property
+    def bytes(self) -> int:
+        return sum(x.nbytes for x in (self.before, *(self.full or ())) if x is not None)
+
     def moved(self, x: Tensor) -> None:
         """Take an evaluation's input."""
         before, self.before = self.before, x.clone()

@@ -13,6 +13,7 @@ from comfy_execution.utils import CurrentNodeContext, current_executing_context
 
 from dit_toolkit.host.accelerate import step_cache_report as report_module
 from dit_toolkit.host.accelerate.step_cache_report import Entry, StepCacheReport, StepCacheRunReport
+from dit_toolkit.host.memory import Bytes
 from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
 from dit_toolkit.models.accelerate.policies import Guard, Interval
@@ -87,14 +88,16 @@ def test_the_text_says_what_a_reader_needs_to_set_the_knobs():
         entry(4, False, "gate", 0.04, 0.08, seconds=0.5),
         entry(5, True, "last"),
     )
-    run.bytes_held = 3 * 2**19
+    run.memory.asked = Bytes(2**21)
+    run.memory.hold(Bytes(3 * 2**19))
+    run.memory.hold(Bytes(2**19))
     run.notes.append("Something happened.")
     assert run.text().splitlines() == [
         "Test: 6 evaluations, 4 computed, 2 forecast, 1.20 x faster",
         "evaluations: ##.#.#",
         "computed because of: first 2, gate 1, last 1",
         "gate error: 0.02 to 0.5, median 0.04; threshold 0.08",
-        "memory held: 1.5 MiB at most",
+        "memory: 2.0 MiB asked for, 1.5 MiB held at most",
         "Something happened.",
     ]
 

@@ -272,9 +272,9 @@ def test_core_is_asked_for_room_for_the_keys(tiny_flux, file, monkeypatch):
 
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", watched)
     model = controlled(tiny_flux, file=file, condition=latent(3, (32, 32)))
-    sample(tiny_flux, 1)
-    sample(model, 1)
-    sample(controlled(tiny_flux, file=file, condition=latent(3, (32, 32)), cache="offload to CPU"), 1)
+    sample(tiny_flux, 1, cfg=2.0)
+    sample(model, 1, cfg=2.0)
+    sample(controlled(tiny_flux, file=file, condition=latent(3, (32, 32)), cache="offload to CPU"), 1, cfg=2.0)
     plain, kept, offloaded = (memory for memory, _ in asked)
     prompts = 2  # positive and negative
     assert kept - plain >= prompts * size_of_keys(tiny_flux.model, latent(size=(32, 32)), 1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dit_toolkit.host.control.freecus_run import ReferenceRun
+from dit_toolkit.host.memory import Bytes, Plan
 from dit_toolkit.tests.host.tiny import HIDDEN
 
 pytestmark = pytest.mark.comfy
@@ -30,14 +31,14 @@ def test_the_size_is_that_of_a_key_and_a_value_for_each_token_block_and_picture(
 @pytest.mark.parametrize(("prompts", "times"), [("positive only", 1), ("positive and negative", 2)])
 def test_as_much_more_is_asked_for_as_the_pass_needs_for_its_prompts(tiny_flux, prompts, times):
     """The keys and values, and in one block the streams, queries, keys and values of the whole reference."""
-    model = SimpleNamespace(model=SimpleNamespace(
-        diffusion_model=tiny_flux.model.diffusion_model,
-        get_dtype_inference=tiny_flux.model.get_dtype_inference,
-        memory_required=lambda shape: 1000,
-    ))  # fmt: skip
-    asked = []
-    conds = {"positive": [1], "negative": [1]}
-    run_of(prompts).reserve(lambda model, shape, conds: asked.append(shape), model, (2, 16, 8, 1000), conds)
+    pieces, given = {(2, 16, 8, 12): 1}, {"positive": [{}], "negative": [{}]}
+    asked = run_of(prompts).asked(Plan(tiny_flux, given, pieces))
     token = 4 * HIDDEN
-    needed = 2 * times * token * (2 * BLOCKS * TOKENS + 5 * GRID[0] * GRID[1])
-    assert asked == [[2, 16, 8, 1000 + needed]]
+    kept, work = 2 * times * token * 2 * BLOCKS * TOKENS, 2 * times * token * 5 * GRID[0] * GRID[1]
+    assert asked == Bytes(kept, work)
+
+
+def test_a_prompt_for_an_area_does_not_see_the_subject(tiny_flux):
+    given = {"positive": [{}, {"area": (4, 4, 0, 0)}]}
+    whole = run_of("positive only").asked(Plan(tiny_flux, {"positive": [{}]}, {(1, 16, 8, 12): 1}))
+    assert run_of("positive only").asked(Plan(tiny_flux, given, {(1, 16, 8, 12): 1})) == whole
