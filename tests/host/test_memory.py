@@ -215,6 +215,7 @@ def runs_of(case: str, family: str) -> tuple[tuple[float, int], ...]:
     return RUNS if family == CASES[case][1][0] else RUNS[-2:-1] if family == "flux2" else RUNS[-1:]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("case", "family"), [(case, family) for case, (_, names) in CASES.items() for family in names])
 def test_what_is_asked_is_what_is_held(case, family):
     put, _ = CASES[case]
