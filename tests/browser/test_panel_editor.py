@@ -4,7 +4,7 @@ from itertools import count
 
 import pytest
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.sweep(together=True)]
 
 NUMBERS = count(1)  # ComfyUI does not run again what has run: each queued graph has words of its own
 

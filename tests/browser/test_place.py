@@ -87,6 +87,7 @@ def test_the_element_is_as_wide_as_its_node_whoever_writes_a_width(page, kind):
 
 
 @pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.sweep
 def test_the_first_undo_takes_a_pasted_node_away(page, kind, source):
     build(page, kind, SOURCES[source])
     page.evaluate(CLICK)

@@ -4,7 +4,7 @@ from itertools import count
 
 import pytest
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.sweep(together=True)]
 
 SCHEDULE = "1110010001001001"
 STEPS = len(SCHEDULE)

@@ -188,6 +188,7 @@ def opened(rendered, prompts):
 
 
 @pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.sweep
 def test_it_opens_readable_and_in_order(stem, opened):
     assert opened(stem)["complaints"] == []
     seen = opened(stem)["seen"]
@@ -196,6 +197,7 @@ def test_it_opens_readable_and_in_order(stem, opened):
 
 
 @pytest.mark.parametrize("stem", AFTER_A_RUN)
+@pytest.mark.sweep
 def test_it_is_in_order_after_a_run(stem, rendered, server):
     """Nodes that show a picture after a run have room for that."""
     rendered.evaluate(OPEN + FEWER_STEPS, workflows.read(stem))
@@ -235,6 +237,7 @@ def holds(outer: list[float], inner: list[float]) -> bool:
 
 
 @pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.sweep
 def test_what_a_note_tells_to_do_works(stem, opened):
     things = [thing for thing in TOLD if thing.stem == stem]
     for thing, done in zip(things, opened(stem)["done"], strict=True):

@@ -90,6 +90,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize("case", PROMPTS)
 @pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.sweep
 def test_the_picture_is_the_same_on_every_backend(tiny_flux, backends, name, case):
     found = {}
     for backend, attend in backends.items():

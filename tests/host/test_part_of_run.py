@@ -60,6 +60,7 @@ def cores(sampling, sigma, **percent) -> bool:
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.sweep
 def test_it_begins_where_cores_ranges_begin_and_ends_where_the_next_begins(name, scheduler):
     sampling, boundaries = SAMPLINGS[name], 0
     for steps in STEPS:

@@ -40,6 +40,7 @@ def shown():
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 @pytest.mark.parametrize("quality", QUALITIES)
+@pytest.mark.sweep
 def test_every_preset_runs_on_its_family_and_skips(name, quality):
     family = families.FAMILIES[name]
     model, report = family.load(), StepCacheReport("test")

@@ -403,6 +403,7 @@ def with_plain_replacement(model, every: int, order: int, span: tuple[int, int],
 
 @family_with_blocks
 @pytest.mark.parametrize("kind", ["last block", "early span", "late span"])
+@pytest.mark.sweep
 def test_it_is_what_a_plain_replacement_of_the_blocks_does(name, kind):
     family, order = FAMILIES[name], 1
     blocks = block_hooks(family.load())

@@ -184,6 +184,7 @@ def restarted(model, x, sigmas, extra_args=None, callback=None, disable=None, **
 
 @every_tap
 @pytest.mark.parametrize("first", [1, 3])
+@pytest.mark.sweep
 def test_when_sigma_rises_everything_starts_anew(tiny_flux, tap, first):
     """The second half is bit for bit a run of its own, warm-up and authors' rule for early derivatives included."""
     noise = latent(seed=7, size=(8, 8))

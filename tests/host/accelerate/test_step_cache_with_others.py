@@ -152,6 +152,7 @@ FIRST, SOME = {"double_layers": "0"}, {"double_layers": "1", "single_layers": "1
 @pytest.mark.parametrize(
     ("tap", "layers"), [*[(tap, SOME) for tap in TAPS], ("gated", FIRST), ("span", FIRST), ("every module", FIRST)]
 )
+@pytest.mark.sweep
 def test_skip_layer_guidance_keeps_a_history_of_its_own(tiny_flux, tap, layers, monkeypatch):
     """It calls the model once more for the positive prompt, with blocks taken out: those too that we would ask."""
     plain = guided(tiny_flux, **layers)
@@ -455,6 +456,7 @@ def replacing(model, kind, index, seen):
 
 @every_tap
 @pytest.mark.parametrize("key", [("double_block", 0), ("single_block", 1)])
+@pytest.mark.sweep
 def test_blocks_that_others_replaced_are_theirs_when_computed(tiny_flux, tap, key):
     """And are not called where they are skipped, whichever node came first."""
     seen = []
@@ -582,6 +584,7 @@ def test_two_skip_layer_guidances_in_turn_do_not_share_a_history(tiny_flux, monk
 
 @pytest.mark.parametrize("tap", TAPS)
 @pytest.mark.parametrize("name", ["kontext", "flux2"])
+@pytest.mark.sweep
 def test_reference_tokens_that_leave_the_stream_are_no_surprise(name, tap):
     """Flux KV Cache takes them out after the first evaluation; what was stored with them has another length."""
     family = families.FAMILIES.get(name) or families.RELATIVES[name]

@@ -200,6 +200,7 @@ def backends(pattern, grid, extra):
 
 
 @every
+@pytest.mark.sweep
 def test_every_backend_is_softmax_over_the_kept_pairs(pattern, grid):
     for extra, bias in ((0, "no bias"), (4, "one bias for all"), (4, "a bias per picture")):
         q, k, v = random(grid, extra)
