@@ -23,7 +23,7 @@ def left_out(items: Sequence[pytest.Function]) -> set[pytest.Function]:
         marker = item.get_closest_marker("sweep")
         if marker and item not in gone:
             together = marker.kwargs.get("together", False)
-            sweeps[item.path, None if together else item.originalname, *marker.args].append(item)
+            sweeps[(item.path, None if together else item.originalname, *marker.args)].append(item)
     for (_, _, *times), cases in sweeps.items():
         some = covering([values_of(case) for case in cases], *times)
         gone |= {case for number, case in enumerate(cases) if number not in some}
