@@ -10,6 +10,8 @@ import torch
 
 from dit_toolkit.benchmarks import accelerators
 
+pytestmark = pytest.mark.long
+
 KEYS = ["method", "peer", "model", "sampler", "steps", "computed", "speedup", "efficiency", "psnr_db", "ssim"]
 KEYS += ["extra_mb"]
 STEPS = 4

@@ -93,6 +93,7 @@ def test_the_autoencoder_returns_scenes_and_photographs(upscaler):
     assert psnr(upscaler.vae, photos) > 26
 
 
+@pytest.mark.long
 def test_it_draws_what_the_words_say(upscaler):
     assert measure.drawn(upscaler, 24, cfg=2.5)["all"] > 0.5
 

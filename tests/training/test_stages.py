@@ -123,6 +123,7 @@ def test_make_train_tiny_runs_all_of_them():
 
 
 @pytest.mark.comfy
+@pytest.mark.long
 def test_all_makes_every_file_in_weights(monkeypatch, tmp_path):
     """Every stage for real, one step each. Only the In-Context LoRA's takes the models in `weights/`."""
     monkeypatch.setattr(checkpoints, "WORK", tmp_path / "work")

@@ -70,6 +70,7 @@ def test_the_scorer_sees_a_wrong_place(level):
         assert not score(picture(scene), replace(scene, relation=opposite[scene.relation])).position
 
 
+@pytest.mark.long
 def test_details_of_dolls_are_seen():
     """Pattern, garment, hairstyle and pose: right in nearly all, and wrong when the caption is changed."""
     scenes = some(2, 30)

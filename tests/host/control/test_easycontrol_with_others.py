@@ -284,6 +284,7 @@ def test_a_guider_with_two_models_controls_the_one_that_was_asked(tiny_flux, fil
     close(gained, 2 * (sample(controlled(tiny_flux, file=file), 1) - sample(tiny_flux, 1)), atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_compiled_model_follows_the_condition_at_every_step():
     """A patch that is traced once and frozen would answer with the keys of the first step."""
     torch._dynamo.reset()

@@ -272,6 +272,7 @@ def test_of_dense_attention_only_a_block_that_is_filled_up_is_masked(keys, parti
     assert mask.mask_mod(0, 0, 0, torch.arange(384)).tolist() == [True] * keys + [False] * (384 - keys)
 
 
+@pytest.mark.long
 def test_compiling_goes_on_past_the_limit_of_shapes(traced):
     x = [torch.randn(1, 1, 16 * n, 16) for n in range(1, 5)]
     with torch._dynamo.config.patch(recompile_limit=2):
