@@ -155,7 +155,8 @@ class Memory:
         plan = self.plan(model, tuple(noise_shape), conds, options)
         plan = replace(plan, again=[prompt for which in self.calls for prompt in which(plan)])
         for account in self.accounts:
-            account.usage.asked = account.ask(plan)
+            asked = account.ask(plan)  # settings may be numbers of numpy, which no report can write down
+            account.usage.asked = Bytes(int(asked.kept), int(asked.work), int(asked.main))
         more = sum(account.usage.asked.device for account in self.accounts)
         shape = larger(model.model, noise_shape, more) if more else noise_shape
         return executor(model, shape, conds, *args, **kwargs)
