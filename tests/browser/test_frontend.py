@@ -16,6 +16,13 @@ from dit_toolkit.tests.workflows.results import WORN, check_pictures, check_vide
 pytestmark = pytest.mark.comfy
 
 STEMS = workflows.stems()
+# The others have nodes that one of the rest runs too.
+SHOWN_ELSEWHERE = ("CPU 02", "CPU 03", "CPU 04", "CPU 05", "CPU 07", "CPU 10")
+RUNS = [
+    pytest.param(stem, marks=[pytest.mark.long] if stem.startswith(SHOWN_ELSEWHERE) else [])
+    for stem in STEMS
+    if workflows.is_embedded(stem)
+]
 # Training takes as many seconds as it has steps; what comes of it is looked at when its picture is made.
 TRAIN_LITTLE = """
 for (const node of app.graph.nodes.filter(node => node.type === "TrainLoraNode"))
@@ -40,7 +47,7 @@ def test_a_picture_of_core_nodes_made_from_the_page_brings_its_graph_back(page, 
     check_round_trip(page, server, tmp_path)
 
 
-@pytest.mark.parametrize("stem", [stem for stem in STEMS if workflows.is_embedded(stem)])
+@pytest.mark.parametrize("stem", RUNS)
 def test_the_workflow_runs_from_the_page_and_its_picture_brings_it_back(stem, page, server, tmp_path):
     page.load_workflow(workflows.read(stem))
     page.evaluate(TRAIN_LITTLE)

@@ -20,7 +20,7 @@ from dit_toolkit.host.transformer import transformer_of
 from dit_toolkit.tests.host.families import ALL, FAMILIES, random_latent, sample, with_values
 from dit_toolkit.tests.host.tiny import flux_state, load_flux
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.sweep(together=True)]
 
 HOOKED = {name: family for name, family in ALL.items() if family.answers.kinds}
 every_family = pytest.mark.parametrize("family", HOOKED.values(), ids=HOOKED.keys())
@@ -135,7 +135,6 @@ def test_keys_are_the_blocks_in_the_order_they_run(family):
 
 @every_family
 @settings
-@pytest.mark.sweep
 def test_wrapping_every_block_changes_nothing(family, settings):
     model = family.load()
     recording = Recording(family, **settings)
@@ -216,7 +215,6 @@ def only_picture(recording) -> list[dict]:
 
 @every_family
 @settings
-@pytest.mark.sweep
 def test_the_picture_rows_after_the_last_block_are_all_that_the_head_reads(family, settings):
     recording = Recording(family, **settings)
     assert torch.equal(replayed(family, recording.keys, only_picture(recording), **settings), recording.picture)
@@ -237,7 +235,6 @@ def test_the_head_reads_no_fewer_rows(family):
 
 @every_family
 @settings
-@pytest.mark.sweep
 def test_a_span_may_be_replaced_by_what_it_made(family, settings):
     """From the second block to the one before the last: across double and single blocks where there are both."""
     recording = Recording(family, **settings)
@@ -324,7 +321,6 @@ class Residuals(ControlBase):
 
 @pytest.mark.parametrize("name", ["flux", "kontext", "chroma", "sd35", "qwen", "qwen_edit", "hunyuan_video"])
 @settings
-@pytest.mark.sweep
 def test_what_is_added_after_a_block_is_added_to_what_is_injected_too(name, settings):
     """Recorded before the ControlNet adds, injected before it adds again. Clones are not written into."""
     control = Residuals()
@@ -391,7 +387,6 @@ class Replaced:
 
 @every_family
 @pytest.mark.parametrize("first", ["replaced", "wrapped"])
-@pytest.mark.sweep
 def test_what_takes_the_place_of_a_block_is_inside_of_all_wraps(family, first):
     """Whichever came first: a wrap sees what is made, and decides whether it is made at all."""
     key, order = keys_of(family)[1], []

@@ -12,7 +12,7 @@ from dit_toolkit.host import families as host
 from dit_toolkit.host.families import family_of
 from dit_toolkit.tests.host.families import ALL, sample
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.sweep(together=True)]
 
 every_family = pytest.mark.parametrize("family", ALL.values(), ids=ALL.keys())
 

@@ -22,7 +22,7 @@ from dit_toolkit.host.run import attached
 from dit_toolkit.models.accelerate.policies import Interval
 from dit_toolkit.tests.host import families, tiny
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.sweep(together=True)]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,6 @@ def shown():
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 @pytest.mark.parametrize("quality", QUALITIES)
-@pytest.mark.sweep
 def test_every_preset_runs_on_its_family_and_skips(name, quality):
     family = families.FAMILIES[name]
     model, report = family.load(), StepCacheReport("test")

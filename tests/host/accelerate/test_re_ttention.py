@@ -34,7 +34,7 @@ from dit_toolkit.tests.host import tiny
 from dit_toolkit.tests.host.accelerate.caching import cached
 from dit_toolkit.tests.host.families import FAMILIES, RELATIVES, sample
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.sweep(together=True)]
 
 REACHED = [name for name, family in FAMILIES.items() if family.grid is not None]
 VIDEO = [name for name in REACHED if FAMILIES[name].grid.frames > 1]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._inductor.exc import TritonMissing
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.sweep(together=True)]
 
 import comfy.model_management  # noqa: E402
 from comfy_extras.nodes_flux import FluxKVCache  # noqa: E402
@@ -78,7 +78,6 @@ def backend(request, monkeypatch):
 
 
 @pytest.mark.parametrize("name", KNOWN)
-@pytest.mark.sweep
 def test_a_pattern_is_dense_attention_under_its_mask(name, backend):
     family = FAMILIES[name]
     pattern = FrameBand(2) if len(family.latent_shape) == 4 else Disc(2)
@@ -96,7 +95,6 @@ FLUX = {"size": (16, 12), "steps": 2}
 
 @pytest.mark.parametrize("pattern", [Disc(3), PooledDisc(2, 2), Band(5)], ids=str)
 @pytest.mark.parametrize("settings", [{}, {"cfg": 3.0}, {"batch": 2}, {"cfg": 3.0, "batch": 2}], ids=str)
-@pytest.mark.sweep
 def test_flux_with_guidance_and_batches(tiny_flux, pattern, settings, backend):
     found = tiny.sample(sparse(tiny_flux, pattern), **FLUX, **settings)
     tiny.close(found, tiny.sample(attach_description(tiny_flux, Masked(pattern), Masked.bind), **FLUX, **settings))

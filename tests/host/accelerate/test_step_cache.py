@@ -23,7 +23,7 @@ from dit_toolkit.tests.host.accelerate.caching import cached, calls, last_run, s
 from dit_toolkit.tests.host.families import FAMILIES, sample
 from dit_toolkit.tests.models.accelerate.test_taylorseer import forecast_by_recursion
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.sweep(together=True)]
 
 WITH_BLOCKS = tuple(name for name, family in FAMILIES.items() if family.answers.kinds)
 BLOCK_TAPS = ("last block", "gated", "gated residual", "span")
@@ -403,7 +403,6 @@ def with_plain_replacement(model, every: int, order: int, span: tuple[int, int],
 
 @family_with_blocks
 @pytest.mark.parametrize("kind", ["last block", "early span", "late span"])
-@pytest.mark.sweep
 def test_it_is_what_a_plain_replacement_of_the_blocks_does(name, kind):
     family, order = FAMILIES[name], 1
     blocks = block_hooks(family.load())

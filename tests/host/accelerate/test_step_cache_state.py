@@ -26,7 +26,7 @@ from dit_toolkit.models.accelerate.taylorseer import Forecaster, Point
 from dit_toolkit.tests.host.accelerate.caching import TAPS, cached, last_run, settings_of, strip
 from dit_toolkit.tests.host.tiny import HIDDEN, close, latent, prompt, sample
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.sweep(together=True)]
 
 every_tap = pytest.mark.parametrize("tap", TAPS)
 TOKENS = 16  # of a picture of 8 x 8
@@ -184,7 +184,6 @@ def restarted(model, x, sigmas, extra_args=None, callback=None, disable=None, **
 
 @every_tap
 @pytest.mark.parametrize("first", [1, 3])
-@pytest.mark.sweep
 def test_when_sigma_rises_everything_starts_anew(tiny_flux, tap, first):
     """The second half is bit for bit a run of its own, warm-up and authors' rule for early derivatives included."""
     noise = latent(seed=7, size=(8, 8))

@@ -37,7 +37,7 @@ from dit_toolkit.tests.host.tiny import (
     sample,
 )
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.sweep(together=True)]
 
 every_tap = pytest.mark.parametrize("tap", TAPS)
 QKV = "diffusion_model.double_blocks.0.img_attn.qkv"
@@ -152,7 +152,6 @@ FIRST, SOME = {"double_layers": "0"}, {"double_layers": "1", "single_layers": "1
 @pytest.mark.parametrize(
     ("tap", "layers"), [*[(tap, SOME) for tap in TAPS], ("gated", FIRST), ("span", FIRST), ("every module", FIRST)]
 )
-@pytest.mark.sweep
 def test_skip_layer_guidance_keeps_a_history_of_its_own(tiny_flux, tap, layers, monkeypatch):
     """It calls the model once more for the positive prompt, with blocks taken out: those too that we would ask."""
     plain = guided(tiny_flux, **layers)
@@ -456,7 +455,6 @@ def replacing(model, kind, index, seen):
 
 @every_tap
 @pytest.mark.parametrize("key", [("double_block", 0), ("single_block", 1)])
-@pytest.mark.sweep
 def test_blocks_that_others_replaced_are_theirs_when_computed(tiny_flux, tap, key):
     """And are not called where they are skipped, whichever node came first."""
     seen = []
@@ -524,7 +522,8 @@ def compiled(model):
     return model
 
 
-@pytest.mark.parametrize(("tap", "texts"), [pytest.param("prediction", 1, marks=pytest.mark.long), ("gated", 2)])
+@pytest.mark.long
+@pytest.mark.parametrize(("tap", "texts"), [("prediction", 1), ("gated", 2)])
 def test_a_compiled_model_makes_the_same_decisions(tap, texts):
     """A hook that is traced once and frozen would repeat what it did in the first evaluation, or the first run.
 
@@ -584,7 +583,6 @@ def test_two_skip_layer_guidances_in_turn_do_not_share_a_history(tiny_flux, monk
 
 @pytest.mark.parametrize("tap", TAPS)
 @pytest.mark.parametrize("name", ["kontext", "flux2"])
-@pytest.mark.sweep
 def test_reference_tokens_that_leave_the_stream_are_no_surprise(name, tap):
     """Flux KV Cache takes them out after the first evaluation; what was stored with them has another length."""
     family = families.FAMILIES.get(name) or families.RELATIVES[name]

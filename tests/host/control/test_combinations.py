@@ -48,7 +48,7 @@ from dit_toolkit.tests.host.accelerate.caching import cached, strip
 from dit_toolkit.tests.nodes.calling import run_node
 from dit_toolkit.training import world
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.sweep(together=True)]
 
 SIDE, STEPS, CFG = 96, 6, 2.5
 LORA, TRY_ON = "dit_toolkit_demo_in_context.safetensors", "tiny_try_on.safetensors"
@@ -239,7 +239,6 @@ MATRIX = [
 
 
 @pytest.mark.parametrize(("feature", "control", "name"), MATRIX)
-@pytest.mark.sweep
 def test_a_feature_and_easycontrol_under_an_accelerator(stage, drawn, feature, control, name):
     """Neutral: not a bit differs. With something saved it differs, and is the same picture."""
     accelerator, names = ACCELERATORS[name], (feature, control)

@@ -13,7 +13,7 @@ from comfy_extras.nodes_easycache import LazyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.sweep(together=True)]
 
 from dit_toolkit.host.restore import dit4sr_run  # noqa: E402
 from dit_toolkit.models.accelerate.policies import Interval  # noqa: E402
