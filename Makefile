@@ -36,7 +36,7 @@ demo: setup
 # Split by measured time; what needs the server stays together. tests/selection.py says what test-all adds.
 ALL      = $(if $(filter test-all,$@),--all)
 FEATURES = $(addprefix tests/host/,accelerate control animate restore) \
-	$(addprefix tests/host/test_,embedded.py embedded_cogvideox.py blocks.py foreign.py promises.py)
+	$(addprefix tests/host/test_,embedded.py embedded_cogvideox.py blocks.py foreign.py)
 PAGE     = tests/browser tests/workflows tests/nodes/test_in_context_lora.py
 test test-all: setup web-test
 	@echo 'Tests of features, of the page, and all others, side by side'

@@ -515,16 +515,17 @@ def test_half_precision_is_forecast_in_half_precision(tiny_state):
 # torch.compile
 
 
-def compiled(model):
+def compiled(model, backend):
     model = model.clone()
     options = {"guard_filter_fn": skip_torch_compile_dict}  # as core's TorchCompileModel, which has no such backend
-    set_torch_compile_wrapper(model=model, backend="eager", options=options)
+    set_torch_compile_wrapper(model=model, backend=backend, options=options)
     return model
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(("tap", "texts"), [("prediction", 1), ("gated", 2)])
-def test_a_compiled_model_makes_the_same_decisions(tap, texts):
+def test_a_compiled_model_makes_the_same_decisions(tap, texts, backend):
     """A hook that is traced once and frozen would repeat what it did in the first evaluation, or the first run.
 
     The gate forecasts the last block: it is that tap, and the probe besides. Tracing takes seconds.
@@ -538,7 +539,8 @@ def test_a_compiled_model_makes_the_same_decisions(tap, texts):
         errors = sorted(last_run(shut).errors)
         policy = gate(tap, threshold=errors[len(errors) // 2], warm_up=2)
     plain = cached(model, policy, tap, 1)
-    fast = compiled(plain) if tap == "gated" else cached(compiled(model), policy, tap, 1)  # the order does not matter
+    # The order does not matter.
+    fast = compiled(plain, backend) if tap == "gated" else cached(compiled(model, backend), policy, tap, 1)
     for text in (prompt(), prompt(9))[:texts]:
         expected, marks = sample(plain, 6, positive=text), strip(plain)
         close(sample(fast, 6, positive=text), expected, atol=1e-4)

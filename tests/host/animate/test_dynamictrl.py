@@ -436,13 +436,14 @@ def test_an_area_of_the_video_sees_its_part_of_the_poses(embedded):
 
 
 @pytest.mark.long
-def test_a_compiled_model_sees_poses_that_begin_late_and_change():
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_sees_poses_that_begin_late_and_change(backend):
     """torch.compile must trace nothing that differs from call to call. Tracing takes seconds a block."""
     torch._dynamo.reset()
     small, part = loaded(blocks=1), PartOfRun(0.3, 0.8)
     compiled = small.clone()
     options = {"guard_filter_fn": skip_torch_compile_dict}  # as ComfyUI's TorchCompileModel
-    set_torch_compile_wrapper(compiled, backend="eager", options=options)
+    set_torch_compile_wrapper(compiled, backend=backend, options=options)
     for seed in (20, 21):
         posed = both(Pose(latent(seed), part=part))
         close(sample(compiled, 4, **posed), wanted := sample(small, 4, **posed))

@@ -285,7 +285,8 @@ def test_a_guider_with_two_models_controls_the_one_that_was_asked(tiny_flux, fil
 
 
 @pytest.mark.long
-def test_a_compiled_model_follows_the_condition_at_every_step():
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_follows_the_condition_at_every_step(backend):
     """A patch that is traced once and frozen would answer with the keys of the first step."""
     torch._dynamo.reset()
     size = {"double": 1, "single": 1}  # tracing takes seconds a block
@@ -294,7 +295,7 @@ def test_a_compiled_model_follows_the_condition_at_every_step():
     def compiled(model):
         model = model.clone()
         options = {"guard_filter_fn": skip_torch_compile_dict}  # as core's TorchCompileModel, which has no such backend
-        set_torch_compile_wrapper(model=model, backend="eager", options=options)
+        set_torch_compile_wrapper(model=model, backend=backend, options=options)
         return model
 
     window = {"part": PartOfRun(0.3, 0.8)}

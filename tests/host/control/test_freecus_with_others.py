@@ -427,14 +427,15 @@ def test_a_lora_acts_on_the_reference_too(freed, recorded):
 
 
 @pytest.mark.long
-def test_a_compiled_model_follows_the_reference_at_every_step(freed):
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_follows_the_reference_at_every_step(freed, backend):
     torch._dynamo.reset()
     small = load_flux(flux_state(double=1, single=0))  # tracing takes seconds a block
 
     def compiled(model):
         model = model.clone()
         options = {"guard_filter_fn": skip_torch_compile_dict}
-        set_torch_compile_wrapper(model=model, backend="eager", options=options)
+        set_torch_compile_wrapper(model=model, backend=backend, options=options)
         return model
 
     plain = freed(small, part=PartOfRun(start=0.3))

@@ -76,6 +76,7 @@ def test_each_panel_is_as_its_part_of_the_prompt_says(sets, panels):
     assert found["without"]["dolls"] <= 0.3, found  # the base knows 96 x 96 only
 
 
+@pytest.mark.long
 def test_clothes_named_in_the_first_panel_are_worn_in_both(sets, drawers):
     texts = [world.set_caption(scenes, named=True) for scenes in sets]
     left, right = drawers["with"].panels(texts, seed=11)

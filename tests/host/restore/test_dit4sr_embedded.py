@@ -92,7 +92,9 @@ def bands(picture: np.ndarray) -> np.ndarray:
     return np.array([size[max(line - CELL, 0) : line + CELL].mean() for line in range(1, SIDE)])
 
 
-@pytest.mark.parametrize("picture", [flat(), textured()], ids=["flat", "textured"])
+@pytest.mark.parametrize(
+    "picture", [flat(), pytest.param(textured(), marks=pytest.mark.long)], ids=["flat", "textured"]
+)
 def test_no_seam_shows_where_tiles_meet(upscaler, picture):
     """Without an overlap it does: the measure sees a seam where there is one."""
     photo = enlarged(small(picture), SIDE, SIDE)  # what is in the picture is in it, too

@@ -198,14 +198,15 @@ def test_windows_over_a_batch_see_their_own_pictures():
 
 @pytest.mark.long
 @pytest.mark.parametrize("tile", [0, 8])
-def test_a_compiled_model_sees_the_picture_of_each_call(tile):
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_sees_the_picture_of_each_call(tile, backend):
     """TorchCompileModel drops its checks on what is in transformer_options, and would repeat the first stream."""
     model = restored(lr=LR, tile=tile)
     options = model.model_options["transformer_options"]
     options["optimized_attention_override"] = lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs)
     expected = sample(model, 3, size=SIZE, cfg=3.0)
     compiled = model.clone()
-    set_torch_compile_wrapper(compiled, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
+    set_torch_compile_wrapper(compiled, backend=backend, options={"guard_filter_fn": skip_torch_compile_dict})
     torch.compiler.reset()
     for _ in range(2):
         close(sample(compiled, 3, size=SIZE, cfg=3.0), expected, 1e-4)
