@@ -406,8 +406,10 @@ def guider(kind: type, cfg: float = 1.0) -> Any:
 
 
 class Another(comfy.samplers.CFGGuider):
+    """It may compute any of its prompts: only core's own way to combine them is known to leave one out."""
+
     def predict_noise(self, *args, **kwargs):
-        raise NotImplementedError
+        return super().predict_noise(*args, **kwargs)
 
 
 @pytest.mark.parametrize(
