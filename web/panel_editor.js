@@ -43,60 +43,65 @@ const MORE_IN_NODES_2 = 56; // its rows are higher
 
 const THROUGH = new Set(["Enter", "s", "S"]); // with Ctrl or Cmd: ComfyUI's Run and Save are wanted while typing
 
-const STYLE = `
-.dit-panels {
+const STYLE = `<style>
+.dittoolkit-panels {
   --ink: var(--input-text, #ddd);
   --ground: var(--comfy-input-bg, #fff);
   --line: color-mix(in srgb, var(--ink) 32%, transparent);
   --accent: #1b63ad; --on-accent: #fff;
-  display: flex; flex-direction: column; gap: ${GAP}px; box-sizing: border-box; min-height: 0; overflow: hidden;
+  display: flex; flex-direction: column; gap: var(--gap); box-sizing: border-box; min-height: 0; overflow: hidden;
   cursor: default; color: var(--ink); font: 11px/15px Inter, system-ui, sans-serif;
 }
-.dark-theme .dit-panels { --ground: var(--comfy-input-bg, #222); --accent: #5aa9f2; --on-accent: #0b1420; }
-.lg-node .dit-panels { --ground: var(--component-node-widget-background, var(--comfy-input-bg)); }
-.dit-panels > * { flex: none; box-sizing: border-box; }
-.dit-panels [hidden] { display: none; }
-.dit-panels button {
+.dark-theme .dittoolkit-panels { --ground: var(--comfy-input-bg, #222); --accent: #5aa9f2; --on-accent: #0b1420; }
+.lg-node .dittoolkit-panels { --ground: var(--component-node-widget-background, var(--comfy-input-bg)); }
+.dittoolkit-panels > * { flex: none; box-sizing: border-box; }
+.dittoolkit-panels [hidden] { display: none; }
+.dittoolkit-panels button {
   padding: 0 7px; border: 1px solid var(--line); border-radius: 4px; background: var(--ground); color: inherit;
   font: inherit; cursor: pointer; white-space: nowrap;
 }
-.dit-panels button:hover:not(:disabled) { border-color: var(--ink); }
-.dit-panels button:disabled { opacity: 0.45; cursor: default; }
-.dit-panels button[aria-pressed="true"] {
+.dittoolkit-panels button:hover:not(:disabled) { border-color: var(--ink); }
+.dittoolkit-panels button:disabled { opacity: 0.45; cursor: default; }
+.dittoolkit-panels button[aria-pressed="true"] {
   background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 600;
 }
-.dit-panels :is(button, textarea):focus-visible { outline: 2px solid var(--accent); outline-offset: -1px; }
-.dit-panels-tools { display: flex; gap: 4px; height: ${TOOLS}px; align-items: stretch; overflow: hidden; }
-.dit-panels-size {
+.dittoolkit-panels button:focus-visible { outline: 2px solid var(--accent); outline-offset: -1px; }
+.dittoolkit-panels textarea:focus-visible { outline: 2px solid var(--accent); outline-offset: -1px; }
+.dittoolkit-panels-tools { display: flex; gap: 4px; height: var(--tools); align-items: stretch; overflow: hidden; }
+.dittoolkit-panels-size {
   flex: 1; min-width: 0; align-self: center; text-align: right; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; opacity: 0.8;
 }
-.dit-panels-scroll { overflow: auto hidden; scrollbar-width: thin; }
-.dit-panels-grid { display: grid; margin: 0 auto; box-sizing: border-box; background: var(--line); gap: 2px; }
-.dit-panels-cell {
+.dittoolkit-panels-scroll { overflow: auto hidden; scrollbar-width: thin; }
+.dittoolkit-panels-grid { display: grid; margin: 0 auto; box-sizing: border-box; background: var(--line); gap: 2px; }
+.dittoolkit-panels-cell {
   display: flex; flex-direction: column; min-width: 0; min-height: 0; background: var(--ground);
 }
-.dit-panels-cell.given {
+.dittoolkit-panels-cell.given {
   background: repeating-linear-gradient(135deg,
     color-mix(in srgb, var(--accent) 20%, var(--ground)) 0 6px,
     color-mix(in srgb, var(--accent) 9%, var(--ground)) 6px 12px);
 }
-.dit-panels-head { display: flex; gap: 4px; align-items: center; padding: 3px 3px 0 6px; }
-.dit-panels-tag { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-weight: 600; }
-.dit-panels .dit-panels-head button { padding: 0 5px; font-size: 10px; line-height: 15px; }
-.dit-panels textarea {
+.dittoolkit-panels-head { display: flex; gap: 4px; align-items: center; padding: 3px 3px 0 6px; }
+.dittoolkit-panels-tag {
+  flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-weight: 600;
+}
+.dittoolkit-panels .dittoolkit-panels-head button { padding: 0 5px; font-size: 10px; line-height: 15px; }
+.dittoolkit-panels textarea {
   display: block; width: 100%; box-sizing: border-box; margin: 0; padding: 2px 6px 4px; border: 0; border-radius: 0;
   background: transparent; color: inherit; font: inherit; resize: none; scrollbar-width: thin;
 }
-.dit-panels-cell textarea { flex: 1; min-height: 0; }
-.dit-panels textarea::placeholder { color: inherit; opacity: 0.65; }
-.dit-panels textarea:focus { outline: 2px solid var(--accent); outline-offset: -2px; }
-.dit-panels .dit-panels-caption {
-  height: ${CAPTION}px; padding: 4px 6px; border: 1px dashed var(--line); border-radius: 4px;
+.dittoolkit-panels-cell textarea { flex: 1; min-height: 0; }
+.dittoolkit-panels textarea::placeholder { color: inherit; opacity: 0.65; }
+.dittoolkit-panels textarea:focus { outline: 2px solid var(--accent); outline-offset: -2px; }
+.dittoolkit-panels .dittoolkit-panels-caption {
+  height: var(--caption); padding: 4px 6px; border: 1px dashed var(--line); border-radius: 4px;
 }
-.dit-panels-words { height: ${WORDS}px; overflow: hidden; white-space: nowrap; text-overflow: ellipsis; opacity: 0.8; }
-.dit-panels-note { height: ${NOTE}px; overflow: hidden; font-weight: 600; }
-`;
+.dittoolkit-panels-words {
+  height: var(--words); overflow: hidden; white-space: nowrap; text-overflow: ellipsis; opacity: 0.8;
+}
+.dittoolkit-panels-note { height: var(--note); overflow: hidden; font-weight: 600; }
+</style>`;
 
 class Editor {
   constructor(node) {
@@ -127,7 +132,9 @@ class Editor {
   }
 
   build() {
-    this.element = make("div", "dit-panels", { role: "group", "aria-label": "Panels" });
+    this.element = make("div", "dittoolkit-panels", { role: "group", "aria-label": "Panels" });
+    const lengths = { gap: GAP, tools: TOOLS, caption: CAPTION, words: WORDS, note: NOTE };
+    for (const [name, pixels] of Object.entries(lengths)) this.element.style.setProperty(`--${name}`, `${pixels}px`);
     const tool = (text, label, rows, columns) => {
       const button = make("button", "", { type: "button", "aria-label": label, title: label }, text);
       button.addEventListener("click", () => this.resize(rows, columns));
@@ -147,18 +154,18 @@ class Editor {
       else delete this.node.properties[AS_LINES];
       this.changed();
     });
-    this.size = make("span", "dit-panels-size");
-    const tools = make("div", "dit-panels-tools", { role: "toolbar", "aria-label": "Grid" });
+    this.size = make("span", "dittoolkit-panels-size");
+    const tools = make("div", "dittoolkit-panels-tools", { role: "toolbar", "aria-label": "Grid" });
     tools.append(...this.tools, this.lines, this.size);
 
-    this.grid = make("div", "dit-panels-grid", { role: "group" });
-    this.scroll = make("div", "dit-panels-scroll");
+    this.grid = make("div", "dittoolkit-panels-grid", { role: "group" });
+    this.scroll = make("div", "dittoolkit-panels-scroll");
     this.scroll.append(this.grid);
-    this.caption = make("textarea", "dit-panels-caption", {
+    this.caption = make("textarea", "dittoolkit-panels-caption", {
       ...{ readonly: "", "aria-label": "Joined caption, as it will be sent", "data-capture-wheel": "true" },
     });
-    this.count = make("div", "dit-panels-words");
-    this.note = make("div", "dit-panels-note", { role: "status" });
+    this.count = make("div", "dittoolkit-panels-words");
+    this.note = make("div", "dittoolkit-panels-note", { role: "status" });
     this.element.append(tools, this.scroll, this.caption, this.count, this.note);
 
     for (const kind of ["keydown", "keyup", "keypress", "copy", "cut", "paste"])
@@ -365,9 +372,9 @@ class Editor {
   }
 
   cell(index) {
-    const element = make("div", "dit-panels-cell", { role: "group" });
-    const head = make("div", "dit-panels-head");
-    const tagged = make("span", "dit-panels-tag");
+    const element = make("div", "dittoolkit-panels-cell", { role: "group" });
+    const head = make("div", "dittoolkit-panels-head");
+    const tagged = make("span", "dittoolkit-panels-tag");
     const button = make("button", "", { type: "button" });
     button.title = "This panel is a picture that you give to Panel Latent";
     const box = make("textarea", "", { "data-capture-wheel": "true" });

@@ -26,8 +26,8 @@ const HEIGHT = 66; // pixels: the strip, and a line of words under it
 const NEXT = { run_start: (_, detail) => started(detail), evaluation: evaluated, run_end: ended };
 
 // Blue and orange are told apart by every kind of colour blindness, and height and hatching say the same without them.
-const STYLE = `
-.dit-timeline {
+const STYLE = `<style>
+.dittoolkit-timeline {
   --ink: var(--input-text, #ddd);
   --computed: #2272c3; --near: #1f8a7f; --far: #c65a00;
   --track: color-mix(in srgb, var(--ink) 9%, transparent);
@@ -36,39 +36,41 @@ const STYLE = `
   padding: 0 1px 2px; overflow: hidden; cursor: default;
   color: var(--ink); font: 11px/14px Inter, system-ui, sans-serif;
 }
-.dark-theme .dit-timeline {
+.dark-theme .dittoolkit-timeline {
   --computed: #5aa9f2; --near: #5cc7ba; --far: #f08a2c;
   --track: var(--comfy-input-bg, #222);
 }
-.dit-timeline-strip {
+.dittoolkit-timeline-strip {
   position: relative; display: flex; align-items: flex-end; flex: 1 1 auto; min-height: 24px; padding: 2px;
   box-sizing: border-box; border-radius: 4px; background: var(--track);
 }
-.dit-timeline-strip.gated::before {
-  content: ""; position: absolute; inset: auto 2px calc(2px + (100% - 4px) * ${THRESHOLD_HEIGHT}) 2px;
+.dittoolkit-timeline-strip.gated::before {
+  content: ""; position: absolute; inset: auto 2px calc(2px + (100% - 4px) * var(--threshold)) 2px;
   border-top: 1px dashed color-mix(in srgb, var(--ink) 45%, transparent);
 }
-.dit-timeline-cell { flex: 1 1 0; min-width: 0; height: 100%; display: flex; align-items: flex-end; }
-.dit-timeline-strip.roomy .dit-timeline-cell { padding-inline: 1px; }
-.dit-timeline-bar { width: 100%; box-sizing: border-box; border-radius: 1px; }
-.dit-timeline-bar.computed { background: var(--computed); }
-.dit-timeline-bar.refused { background: linear-gradient(var(--far) 3px, transparent 3px 5px, var(--computed) 5px); }
-.dit-timeline-bar.forecast, .dit-timeline-key.forecast::before {
+.dittoolkit-timeline-cell { flex: 1 1 0; min-width: 0; height: 100%; display: flex; align-items: flex-end; }
+.dittoolkit-timeline-strip.roomy .dittoolkit-timeline-cell { padding-inline: 1px; }
+.dittoolkit-timeline-bar { width: 100%; box-sizing: border-box; border-radius: 1px; }
+.dittoolkit-timeline-bar.computed { background: var(--computed); }
+.dittoolkit-timeline-bar.refused {
+  background: linear-gradient(var(--far) 3px, transparent 3px 5px, var(--computed) 5px);
+}
+.dittoolkit-timeline-bar.forecast, .dittoolkit-timeline-key.forecast::before {
   --tone: color-mix(in oklab, var(--far) calc(var(--share, 0) * 100%), var(--near));
   --between: color-mix(in srgb, var(--tone) 35%, transparent);
   background: repeating-linear-gradient(135deg, var(--tone) 0 2px, var(--between) 2px 4px);
   box-shadow: inset 0 0 0 1px var(--tone);
 }
-.dit-timeline-bar.ahead { background: color-mix(in srgb, var(--ink) 18%, transparent); }
-.dit-timeline-words { display: flex; gap: 10px; flex: none; overflow: hidden; white-space: nowrap; }
-.dit-timeline-key::before {
+.dittoolkit-timeline-bar.ahead { background: color-mix(in srgb, var(--ink) 18%, transparent); }
+.dittoolkit-timeline-words { display: flex; gap: 10px; flex: none; overflow: hidden; white-space: nowrap; }
+.dittoolkit-timeline-key::before {
   content: ""; display: inline-block; width: 9px; height: 9px; margin-right: 4px; vertical-align: -1px;
   border-radius: 1px;
 }
-.dit-timeline-key.computed::before { background: var(--computed); }
-.dit-timeline-outcome { margin-left: auto; font-weight: 600; }
-.dit-timeline-quiet { opacity: 0.7; }
-`;
+.dittoolkit-timeline-key.computed::before { background: var(--computed); }
+.dittoolkit-timeline-outcome { margin-left: auto; font-weight: 600; }
+.dittoolkit-timeline-quiet { opacity: 0.7; }
+</style>`;
 
 const views = new WeakMap(); // node -> View
 
@@ -77,10 +79,11 @@ class View {
     this.node = node;
     this.state = nothing();
     this.waiting = false;
-    this.strip = make("div", "dit-timeline-strip");
-    this.words = make("div", "dit-timeline-words");
-    this.element = make("div", "dit-timeline");
+    this.strip = make("div", "dittoolkit-timeline-strip");
+    this.words = make("div", "dittoolkit-timeline-words");
+    this.element = make("div", "dittoolkit-timeline");
     this.element.setAttribute("role", "img");
+    this.element.style.setProperty("--threshold", THRESHOLD_HEIGHT);
     this.element.append(this.strip, this.words);
     for (const kind of ["wheel", "pointerdown"]) this.element.addEventListener(kind, passOn, { passive: false });
     const widget = addElement(node, "evaluations", this.element, STYLE, () => HEIGHT);
@@ -111,8 +114,8 @@ class View {
 }
 
 function cellElement({ kind, height, share, refused, title }) {
-  const cell = make("div", "dit-timeline-cell");
-  const bar = make("div", `dit-timeline-bar ${kind}${refused ? " refused" : ""}`);
+  const cell = make("div", "dittoolkit-timeline-cell");
+  const bar = make("div", `dittoolkit-timeline-bar ${kind}${refused ? " refused" : ""}`);
   bar.style.height = `${100 * height}%`;
   if (share !== null) bar.style.setProperty("--share", share);
   if (title) cell.title = title;
@@ -121,14 +124,14 @@ function cellElement({ kind, height, share, refused, title }) {
 }
 
 function wordsFor(state) {
-  if (state.phase === "none") return [make("span", "dit-timeline-quiet", "no run yet")];
+  if (state.phase === "none") return [make("span", "dittoolkit-timeline-quiet", "no run yet")];
   const { computed, forecast } = counts(state);
   const words = [
-    make("span", "dit-timeline-key computed", `${computed} computed`),
-    make("span", "dit-timeline-key forecast", `${forecast} forecast`),
+    make("span", "dittoolkit-timeline-key computed", `${computed} computed`),
+    make("span", "dittoolkit-timeline-key forecast", `${forecast} forecast`),
   ];
   const outcome = state.interrupted ? "interrupted" : speedupText(state);
-  return outcome ? [...words, make("span", "dit-timeline-outcome", outcome)] : words;
+  return outcome ? [...words, make("span", "dittoolkit-timeline-outcome", outcome)] : words;
 }
 
 function make(tag, className, text = "") {

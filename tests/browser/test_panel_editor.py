@@ -32,7 +32,7 @@ globalThis.editor = layout.widgets.find(widget => widget.name === "panels_editor
 LOOK = """
 const each = (selector, tell) => [...editor.querySelectorAll(selector)].map(tell);
 const box = element => element.getBoundingClientRect();
-const grid = editor.querySelector(".dit-panels-grid");
+const grid = editor.querySelector(".dittoolkit-panels-grid");
 const [inner, outer] = [box(grid), box(editor)];
 return {
     values: Object.fromEntries(layout.widgets.filter(widget => widget.serialize !== false)
@@ -40,19 +40,19 @@ return {
     hidden: layout.widgets.filter(widget => widget.hidden).map(widget => widget.name),
     hiddenInNodes2: layout.widgets.filter(widget => widget.options.hidden).map(widget => widget.name),
     disabled: layout.widgets.filter(widget => widget.disabled).map(widget => widget.name),
-    tags: each(".dit-panels-tag", tag => tag.textContent),
-    texts: each(".dit-panels-cell textarea", area => area.value),
-    placeholders: each(".dit-panels-cell textarea", area => area.placeholder),
-    editable: each(".dit-panels-cell textarea", area => !area.readOnly),
-    given: each(".dit-panels-cell button", button => button.getAttribute("aria-pressed") === "true"),
-    toggles: each(".dit-panels-cell button", button => button.textContent),
-    caption: editor.querySelector(".dit-panels-caption").value,
-    words: editor.querySelector(".dit-panels-words").textContent,
-    note: editor.querySelector(".dit-panels-note").textContent,
+    tags: each(".dittoolkit-panels-tag", tag => tag.textContent),
+    texts: each(".dittoolkit-panels-cell textarea", area => area.value),
+    placeholders: each(".dittoolkit-panels-cell textarea", area => area.placeholder),
+    editable: each(".dittoolkit-panels-cell textarea", area => !area.readOnly),
+    given: each(".dittoolkit-panels-cell button", button => button.getAttribute("aria-pressed") === "true"),
+    toggles: each(".dittoolkit-panels-cell button", button => button.textContent),
+    caption: editor.querySelector(".dittoolkit-panels-caption").value,
+    words: editor.querySelector(".dittoolkit-panels-words").textContent,
+    note: editor.querySelector(".dittoolkit-panels-note").textContent,
     label: grid.getAttribute("aria-label"),
     ratio: inner.height ? Math.round(1000 * inner.width / inner.height) / 1000 : null,
     inside: box(editor.lastElementChild).bottom <= outer.bottom + 1 && inner.width <= outer.width + 1
-        && box(editor.querySelector(".dit-panels-words")).bottom <= outer.bottom + 1,
+        && box(editor.querySelector(".dittoolkit-panels-words")).bottom <= outer.bottom + 1,
     seen: document.elementsFromPoint(outer.x + outer.width / 2, outer.y + 10)
         .some(element => editor.contains(element)),
     rawSeen: [...document.querySelectorAll("textarea")]
@@ -280,7 +280,7 @@ def test_what_a_program_set_without_a_word_is_read_before_anything_is_written(pa
     assert look(page)["texts"] == ["a", "xy", ""]
 
     fresh(rows=1, columns=3)
-    page.evaluate("editor.querySelectorAll('.dit-panels-cell button')[1].click()")
+    page.evaluate("editor.querySelectorAll('.dittoolkit-panels-cell button')[1].click()")
     shown = look(page)
     assert (shown["texts"], shown["values"]["given"]) == (["a", "b", ""], "2")
 
@@ -291,7 +291,7 @@ def test_what_a_program_set_without_a_word_is_read_before_anything_is_written(pa
     assert (shown["texts"], shown["values"]["rows"], shown["values"]["columns"]) == (["a", "c", "", ""], 4, 1)
 
     fresh(rows=1, columns=3, panel_prompts="p\nq\nr", given="3")
-    page.evaluate("editor.querySelectorAll('.dit-panels-cell button')[0].click()")
+    page.evaluate("editor.querySelectorAll('.dittoolkit-panels-cell button')[0].click()")
     shown = look(page)
     assert (shown["texts"], shown["values"]["given"]) == (["p", "q", "r"], "1, 3")
     assert page.errors() == []
@@ -448,7 +448,7 @@ def test_it_can_be_read_in_light_and_in_dark(page, mode):
                     const [dark, light] = [luminance(above), luminance(below)].sort((a, b) => a - b);
                     return (light + 0.05) / (dark + 0.05);
                 };
-                const [first, second] = editor.querySelectorAll(".dit-panels-cell");
+                const [first, second] = editor.querySelectorAll(".dittoolkit-panels-cell");
                 const of = (element, name) => getComputedStyle(element)[name];
                 const toggle = second.querySelector("button");
                 return [
@@ -465,7 +465,7 @@ def test_the_wheel_zooms_over_the_cells_as_beside_them(page, mode):
     build(page, panel_prompts="one\ntwo")
     look(page)
     x, y = page.evaluate(
-        "const b = editor.querySelector('.dit-panels-cell').getBoundingClientRect(); return [b.x + 40, b.y + 60]"
+        "const b = editor.querySelector('.dittoolkit-panels-cell').getBoundingClientRect(); return [b.x + 40, b.y + 60]"
     )
     scales = []
     for place in ((x, y), (1200, 600)):

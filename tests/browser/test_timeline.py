@@ -42,7 +42,7 @@ globalThis.seer = seer;
 # What the strip of `seer` shows, as the page has laid it out.
 LOOK = """
 const widget = seer.widgets.find(widget => widget.name === "evaluations");
-const bars = [...widget.element.querySelectorAll(".dit-timeline-bar")];
+const bars = [...widget.element.querySelectorAll(".dittoolkit-timeline-bar")];
 const box = widget.element.getBoundingClientRect();
 return {
     label: widget.element.getAttribute("aria-label"),
@@ -126,7 +126,8 @@ def switch(page, way: str) -> None:
 
 def shows(page, marks: str) -> bool:
     """Wait until the strip does."""
-    bars = "seer.widgets.find(widget => widget.name === 'evaluations').element.querySelectorAll('.dit-timeline-bar')"
+    strip = "seer.widgets.find(widget => widget.name === 'evaluations').element"
+    bars = f"{strip}.querySelectorAll('.dittoolkit-timeline-bar')"
     mark = "bar => bar.classList.contains('computed') ? '#' : bar.classList.contains('forecast') ? '.' : '_'"
     return page.wait_until(f"[...{bars}].map({mark}).join('') === '{marks}'", f"the strip shows {marks}")
 
@@ -449,9 +450,9 @@ def test_a_node_in_a_subgraph_is_found(page, server, mode):
     server.client.wait(page.queue())
     page.wait_until("!!seer.properties['dit_toolkit.timeline']", "the run was kept with the node")
     element = "seer.widgets.find(widget => widget.name === 'evaluations').element"
-    page.wait_until(f"{element}.querySelectorAll('.computed.dit-timeline-bar').length", "its strip is filled")
+    page.wait_until(f"{element}.querySelectorAll('.computed.dittoolkit-timeline-bar').length", "its strip is filled")
     marks = page.evaluate("return seer.properties['dit_toolkit.timeline'].marks")
     assert marks == MARKS
     send(page, start(run=50), evaluation(0, False, run=50), node=page.evaluate("return execution"))
-    assert page.evaluate(f"return {element}.querySelectorAll('.forecast.dit-timeline-bar').length") == 1
+    assert page.evaluate(f"return {element}.querySelectorAll('.forecast.dittoolkit-timeline-bar').length") == 1
     assert page.errors() == []

@@ -4,14 +4,14 @@ const gone = new Map(); // "number kind" -> element of a node that was just remo
 
 /**
  * Show `element` in the body of `node`, over the whole width and as high as `height()` says, in pixels. It brings its
- * `style` along: nothing of ours is in the page where no node of ours is.
+ * `style`, a `<style>` of its own classes, along: nothing of ours is in the page where no node of ours is.
  *
  * It takes no part in what is saved, and the side panel, which cannot show it, does not list it. That panel also writes
  * the width of its own column into what it lists, and the classic canvas would then draw the element that wide: the
  * width is the node's, whoever writes it.
  */
 export function addElement(node, name, element, style, height) {
-  element.prepend(Object.assign(document.createElement("style"), { textContent: style }));
+  element.insertAdjacentHTML("afterbegin", style);
   const widget = node.addDOMWidget(name, name, element, {
     ...{ serialize: false, hideOnZoom: false, hideInPanel: true },
     ...{ getMinHeight: height, getMaxHeight: height },
