@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..host.animate import dynamictrl_files
 from ..host.model_files import offer_loras
+from ..host.templates import sort_templates
 from . import (
     accelerate,
     dit4sr,
@@ -43,6 +44,7 @@ embedded.MODELS["CogVideoX"] = lambda path: dynamictrl_files.load(path).model
 class DiTToolkit(ComfyExtension):
     async def on_load(self) -> None:
         offer_loras()
+        sort_templates()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for feature in FEATURES for node in feature.NODES]
