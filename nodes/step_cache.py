@@ -110,9 +110,10 @@ class TaylorSeer(io.ComfyNode):
                        tooltip="by noise and step: one in every few on average, more of them where the noise falls "
                        "fastest. to the last step: even gaps, the last evaluation is computed. as published: count "
                        "from the start."),
-                choice("tap", TapName, "auto", advanced=True,
-                       tooltip="What is forecast. auto: the last block's result where the model allows it, else the "
-                       "prediction. every module: as the authors do it, FLUX.1 only; needs gigabytes."),
+                choice("tap", TapName, "prediction", advanced=True,
+                       tooltip="What is forecast. prediction: the model's output, of every model. auto: the last "
+                       "block's result where the model allows it, else the prediction. every module: as the authors do "
+                       "it, FLUX.1 only; needs gigabytes."),
                 choice("forecast", FORECASTS, "Newton, damped", advanced=True,
                        tooltip="Taylor counts evaluations, as in the paper. Newton is exact at uneven steps, and may "
                        "follow the noise level (sigma) instead. Damped: follows the slope less, the wider the gaps "

@@ -24,7 +24,7 @@ from ..transformer import core_name, transformer_of
 from .step_cache import attach
 from .step_cache_report import StepCacheReport
 from .step_cache_settings import StepCache, Tap
-from .step_cache_taps import LastBlockTap, SpanTap, in_reach, require_blocks, tap_for
+from .step_cache_taps import LastBlockTap, PredictionTap, SpanTap, in_reach, require_blocks
 
 Quality = Literal["quality", "balanced", "fast"]
 QUALITIES: tuple[Quality, ...] = ("quality", "balanced", "fast")
@@ -128,7 +128,7 @@ def cache_for(
         policy = schedule(setting)
         tap = SpanTap(*require_blocks(model, node), stages=Stages())
     else:
-        policy, tap = schedule(setting), tap_for(model, "auto", node)
+        policy, tap = schedule(setting), PredictionTap()
     return StepCache(setting.method, policy, tap, forecaster, Guard(setting.last_full), report=report)
 
 
