@@ -196,7 +196,7 @@ class StepCacheRun:
         self.computed = self.forecast = 0  # chunks of this evaluation, by choice
         self.began = time.perf_counter()  # when the evaluation began
         self.plan = self.planned()
-        self.forecaster = settings.forecaster.for_run(self.count(), run.guidance)
+        self.forecaster = settings.forecaster.for_run(self.count(), run.guidance, is_multistep(run.sampler))
         self.short = self.steps is not None and len(self.steps) <= settings.policy.min_full + 1
         if self.steps is None:
             self.report.notes.append("The schedule does not fall evenly to its end, so the last steps are not guarded.")
@@ -266,7 +266,7 @@ class StepCacheRun:
         if not isinstance(policy, Spread) or self.total is None or run.model is None:
             return {}
         levels = noise_shares(run.model.get_model_object("model_sampling"), sigmas_of(run.sigmas, run.sampler))
-        computed = spread(levels, policy.count(self.total), run.guidance)
+        computed = spread(levels, policy.count(self.total), run.guidance, is_multistep(run.sampler))
         return {index: index in computed for index in range(self.total)}
 
     def count(self) -> int:
@@ -496,6 +496,24 @@ def evaluations_of(steps: Sequence[float] | None, sampler: str, ends: bool = Tru
         return None
     each = PER_STEP.get(sampler, 1)
     return each * (len(steps) - 1) + (1 if ends else each)
+
+
+MULTISTEP = (
+    "dpmpp_2m",
+    "dpmpp_3m",
+    "res_multistep",
+    "ipndm",
+    "deis",
+    "lms",
+    "unipc",
+    "gradient_estimation",
+    "sa_solver",
+)
+
+
+def is_multistep(sampler: str) -> bool:
+    """Whether a sampler remembers earlier evaluations, and follows their slope."""
+    return sampler.removeprefix("sample_").startswith(MULTISTEP)
 
 
 def sigmas_of(sigmas: Sequence[float], sampler: str) -> list[float]:

@@ -3,8 +3,9 @@
 `spread` puts them evenly over a mix of the step and of the noise level, so that more of them lie where the noise falls
 fastest. `damping_of` says how far a forecast between them may follow the slope and the bend of what was computed.
 
-Source: ours, no paper. Found on the embedded FLUX.1 model (28 steps, euler, CFG 1 to 4, prompts that no benchmark
-judges); `docs/benchmarks.md` has what came out on others. Schedules by plain steps are `policies.Interval`.
+Source: ours, no paper. Found on the embedded FLUX.1 model (20 to 50 steps, euler, dpmpp_2m and heun, CFG 1 to 4, on
+prompts that no benchmark judges), and looked at on the embedded SD3.5 model. `docs/benchmarks.md` says where it loses.
+Schedules by plain steps are `policies.Interval`.
 
 Units: evaluations, counted from the start of a run; noise levels as the sampler gives them.
 """
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MIX = 0.5  # of the step; the rest is of the noise level
+MULTISTEP = 1.4  # of the stiffness, for samplers that remember earlier evaluations
 ENOUGH = 7  # with so many computed evaluations the last one of the run is among them
 
 
@@ -29,25 +31,31 @@ class Damping:
 UNDAMPED = Damping()
 
 
-def stiffness(count: int, guidance: float) -> float:
-    """How hard a run is to forecast: the mean gap as a share of the run, times the scale of its guidance."""
-    return max(guidance, 1.0) / max(count, 1)
+def stiffness(count: int, guidance: float, multistep: bool = False) -> float:
+    """How hard a run is to forecast: the mean gap as a share of the run, times the scale of its guidance.
+
+    multistep: the sampler follows slopes by itself, and follows those of the forecasts once more.
+    """
+    return max(guidance, 1.0) / max(count, 1) * (MULTISTEP if multistep else 1.0)
 
 
-def damping_of(count: int, guidance: float) -> Damping:
+def damping_of(count: int, guidance: float, multistep: bool = False) -> Damping:
     """The damping for a run with `count` computed evaluations.
 
     Args:
         guidance: scale of classifier-free guidance (CFG); 1 is none. It multiplies what the forecasts of the two
             prompts have wrong.
+        multistep: see `stiffness`.
     """
     return Damping(
-        slope=_share((0.8 - stiffness(count, guidance)) / 0.35),
+        slope=_share((0.8 - stiffness(count, guidance, multistep)) / 0.35),
         bend=_share((2.5 - max(guidance, 1.0)) / 1.5),
     )
 
 
-def spread(levels: Sequence[float], count: int, guidance: float = 1.0, mix: float = MIX) -> tuple[int, ...]:
+def spread(
+    levels: Sequence[float], count: int, guidance: float = 1.0, multistep: bool = False, mix: float = MIX
+) -> tuple[int, ...]:
     """The evaluations to compute, rising, with 0 among them.
 
     Where few are computed, the last evaluation of the run is worth more elsewhere: half a gap is left behind the last
@@ -61,7 +69,7 @@ def spread(levels: Sequence[float], count: int, guidance: float = 1.0, mix: floa
     total = len(levels)
     if not 1 <= count <= total:
         raise ValueError(f"count must be between 1 and {total}, the evaluations of the run, got {count}.")
-    behind = 0.0 if count >= ENOUGH else 0.5 if stiffness(count, guidance) <= 0.6 else 1.0
+    behind = 0.0 if count >= ENOUGH else 0.5 if stiffness(count, guidance, multistep) <= 0.6 else 1.0
     progress = progress_of(levels, mix)
     gap = progress[-1] / (count - 1 + behind) if count > 1 else 0.0
     chosen = [0]

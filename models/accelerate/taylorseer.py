@@ -144,11 +144,11 @@ class Forecaster:
         if self.order < 0:
             raise ValueError(f"order must be 0 or more, got {self.order}.")
 
-    def for_run(self, count: int, guidance: float) -> Forecaster:
+    def for_run(self, count: int, guidance: float, multistep: bool = False) -> Forecaster:
         """Itself for a run with `count` computed evaluations, with no more points than its damping leaves a use for."""
         if not self.damped:
             return self
-        damping = damping_of(count, guidance)
+        damping = damping_of(count, guidance, multistep)
         most = 0 if damping.slope == 0 else 1 if damping.bend == 0 else self.order
         return replace(self, order=min(self.order, most), damping=damping)
 

@@ -515,6 +515,14 @@ def test_the_noise_level_of_every_evaluation_is_known(sampler):
     assert set(levels) >= set(sigmas[:-1])
 
 
+def test_samplers_that_remember_are_known_by_the_names_of_their_functions():
+    names = ("euler", "heun", "dpmpp_2m", "dpmpp_3m_sde_gpu", "res_multistep", "ipndm_v", "deis", "uni_pc", "sa_solver")
+    found = {
+        name for name in names if step_cache_run.is_multistep(comfy.samplers.ksampler(name).sampler_function.__name__)
+    }
+    assert found == set(names) - {"euler", "heun"}
+
+
 @pytest.mark.parametrize(("family", "shares"), [("flux", (1.0, 0.5, 0.1)), ("pixart", (0.5, 1 / 3, 1 / 11))])
 def test_noise_levels_are_shares_of_noise(family, shares):
     """Sigma itself is one with flow models; with EPS it goes up to some 14 or more."""

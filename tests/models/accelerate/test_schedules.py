@@ -91,6 +91,12 @@ def test_forecasts_follow_less_where_gaps_are_wide_and_guidance_is_strong(count,
     assert damping.bend == pytest.approx(bend, abs=1e-3)
 
 
+@pytest.mark.parametrize(("count", "slope"), [(9, 1.0), (7, 0.857), (6, 0.619), (5, 0.286), (4, 0.0)])
+def test_with_samplers_that_follow_slopes_themselves_they_follow_less(count, slope):
+    assert damping_of(count, 2.5, multistep=True).slope == pytest.approx(slope, abs=1e-3)
+    assert spread(simple(28, 1.15), 5, 2.5, multistep=True)[-1] < spread(simple(28, 1.15), 5, 2.5)[-1]
+
+
 def test_nothing_is_damped_without_guidance():
     assert all(damping_of(count, 1.0) == UNDAMPED for count in range(3, 50))
 
