@@ -103,7 +103,7 @@ def preset(model: ModelPatcher, quality: Quality) -> Setting:
     """The setting for a model of this family. If its blocks are out of reach, a setting that needs no blocks."""
     table = EMBEDDED if is_embedded(model) else PRESETS.get(family_name(model), OTHERS)
     setting = table[QUALITIES.index(quality)]
-    if setting.method in ("Confidence-Gated Taylor", "Delta-DiT") and not in_reach(model):
+    if setting.method == "Delta-DiT" and not in_reach(model):
         return OTHERS[QUALITIES.index(quality)]
     return setting
 
