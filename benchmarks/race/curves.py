@@ -81,10 +81,16 @@ def promising(found: Mapping[Key, Point]) -> list[Key]:
 
 
 def tuned(found: Mapping[Key, Point]) -> list[Key]:
-    """The settings that no other one beats, as far as they are of use."""
+    """The settings that no other one beats, as far as they are of use: those next to the fractions that are read."""
     points = usable(found)
     names = list(points)
-    return [names[i] for i in undominated([points[knobs] for knobs in names])]
+    best = sorted((names[i] for i in undominated([points[knobs] for knobs in names])), key=lambda knobs: points[knobs])
+    kept = set()
+    for fraction in FRACTIONS.values():
+        below = [knobs for knobs in best if points[knobs][0] <= fraction]
+        above = [knobs for knobs in best if points[knobs][0] >= fraction]
+        kept |= {*below[-1:], *above[:1]}
+    return [knobs for knobs in best if knobs in kept]
 
 
 # Tables

@@ -277,8 +277,8 @@ METHODS = [
         CACHE_DIT,
         "threshold {:g}, warm-up {}",
         db_cache("FoCa"),
-        grid(THRESHOLDS, (4,)),
-        grid(THRESHOLDS, (2,)),
+        grid((0.12, 0.3, 0.6), (4,)),
+        grid((0.06, 0.12, 0.3, 0.6), (2,)),
         True,
     ),
     Method(
@@ -286,8 +286,8 @@ METHODS = [
         CACHE_DIT,
         "threshold {:g}, warm-up {}",
         db_cache("DMD"),
-        grid(THRESHOLDS, (4,)),
-        grid(THRESHOLDS, (2,)),
+        grid((0.12, 0.3, 0.6), (4,)),
+        grid((0.06, 0.12, 0.3, 0.6), (2,)),
         True,
     ),
     Method(

@@ -45,7 +45,12 @@ def test_a_method_without_settings_has_no_curve():
 
 def test_settings_of_no_use_are_not_chosen():
     found = {"much": (0.63, 70.0), "half": (0.5, 50.0), "worse": (0.51, 49.0), "far": (0.2, 30.0), "less": (0.12, 29.0)}
-    assert curves.tuned(found) == ["half", "far"]
+    assert curves.tuned(found) == ["far", "half"]
+
+
+def test_of_good_settings_those_next_to_a_fraction_that_is_read_are_chosen():
+    found = {computed: (computed, 100 * computed) for computed in (0.5, 0.42, 0.4, 0.36, 0.34, 0.32, 0.26, 0.25)}
+    assert curves.tuned(found) == [0.25, 0.32, 0.34, 0.5]
 
 
 def test_a_first_look_drops_only_what_is_clearly_behind():
