@@ -128,8 +128,31 @@ def table(entries: list[dict]) -> str:
     parts = []
     for run in dict.fromkeys(Run(each["sampler"], each["steps"], each["cfg"]) for each in entries):
         lines = [each for each in entries if Run(each["sampler"], each["steps"], each["cfg"]) == run]
-        parts.append(f"**{run.title}**\n\n{run_table(lines)}")
+        parts.append(f"**{run.title}**\n\n{run_table(lines)}\n\n{verdict(lines)}")
     return "\n\n".join(parts)
+
+
+def verdict(lines: list[dict]) -> str:
+    """A sentence for each fraction at which ours are not the nearest, or one that says that they always are."""
+    said = []
+    for name, head in zip(FRACTIONS, HEADS, strict=True):
+        read = [each for each in lines if each["at"][name] is not None]
+        if not read:
+            continue
+        best = max(read, key=lambda each: each["at"][name])
+        ours = max((each for each in read if each["peer"] is None), key=lambda each: each["at"][name], default=None)
+        if best["peer"] is None:
+            continue
+        if ours is None:
+            said.append(f"At {head} nothing of ours can be read; {named(best, name)} is the nearest.")
+        elif round(ours["at"][name], 1) < round(best["at"][name], 1):
+            said.append(f"At {head} ours are behind: {named(ours, name)} against {named(best, name)}.")
+    return "\n".join(said or ["Ours are at least level with everybody at every fraction."])
+
+
+def named(line: dict, fraction: str) -> str:
+    whose = f" ({line['peer']})" if line["peer"] else ""
+    return f"{line['method']}{whose}, {CHOICES[line['choice']]}, {line['at'][fraction]:.1f} dB"
 
 
 def run_table(lines: list[dict]) -> str:

@@ -288,8 +288,9 @@ def race_curves(found: Tree) -> str:
         return "*Not measured yet: `python -m benchmarks.accelerators --part tuned` writes the results file.*"
     from dit_toolkit.benchmarks.race.curves import table
 
-    lines = found["race curves"]["lines"]
-    return table([each for each in lines if (each["sampler"], each["steps"]) == ("euler", 28)])
+    pictures, lines = found["race curves"]["pictures"], found["race curves"]["lines"]
+    counts = f"Settings were chosen on {pictures['calibration']} pictures and judged on {pictures['judged']} others."
+    return f"{counts}\n\n{table([each for each in lines if (each['sampler'], each['steps']) == ('euler', 28)])}"
 
 
 def easycontrol(found: Tree) -> str:

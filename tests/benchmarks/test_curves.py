@@ -85,9 +85,24 @@ def test_the_best_of_each_column_is_bold_and_ours_stand_last():
     text = curves.table(curves.curves([*rows, row("MagCache, threshold 1", 0.5, 39.0, cfg=2.5)]))
     one, two = text.split("\n\n**")
     assert one.splitlines()[0] == "**euler, 28 steps, cfg 1**"
-    assert one.splitlines()[4:] == [
+    assert one.splitlines()[4:6] == [
         "| MagCache | diffusers | tuned | 41.0 | **34.6** | **30.0** | | |",
         "| TaylorSeer | ours | tuned | **45.0** | | | | |",
     ]
     assert two.splitlines()[0] == "euler, 28 steps, cfg 2.5**"
     assert "**39.0**" in two
+
+
+def test_where_ours_are_behind_the_page_says_so():
+    rows = [
+        row("TaylorSeer, interval 2", 0.5, 45.0, peer=None, choice="documented"),
+        row("TaylorSeer, interval 4", 0.25, 29.0, peer=None, choice="documented"),
+        row("MagCache, threshold 1", 0.5, 41.0),
+        row("MagCache, threshold 2", 0.25, 30.0),
+        row("MagCache, threshold 3", 0.2, 20.0),
+    ]
+    assert curves.verdict(curves.curves(rows)).splitlines() == [
+        "At 1/4 ours are behind: TaylorSeer, as documented, 29.0 dB against MagCache (diffusers), tuned, 30.0 dB.",
+        "At 1/5 nothing of ours can be read; MagCache (diffusers), tuned, 20.0 dB is the nearest.",
+    ]
+    assert curves.verdict(curves.curves(rows[:1])) == "Ours are at least level with everybody at every fraction."

@@ -92,13 +92,18 @@ def test_the_best_setting_near_a_half_stands_for_a_method():
 def test_the_tuned_race_appears_with_its_results(tmp_path):
     line = {"method": "MagCache", "peer": "diffusers", "choice": "tuned", "sampler": "euler", "steps": 28, "cfg": 2.5}
     at = {"half": 40.0, "third": 33.0, "quarter": None, "fifth": None, "seventh": None}
-    report = {"pictures": {"judged": 6}, "curves": [{**line, "at": at}, {**line, "at": at, "steps": 20}], "rows": []}
+    report = {
+        "pictures": {"calibration": 4, "judged": 6},
+        "curves": [{**line, "at": at}, {**line, "at": at, "steps": 20}],
+        "rows": [],
+    }
     (tmp_path / "tuned-2026-01-01-cpu.json").write_text(json.dumps(report))
     assert "results file" in tables.race_curves({})
     found = results.tree(tmp_path)
     text = tables.race_curves(found)
     assert text.count("| MagCache | diffusers | tuned | **40.0** | **33.0** | | | |") == 1
     assert "**euler, 28 steps, cfg 2.5**" in text
+    assert text.startswith("Settings were chosen on 4 pictures and judged on 6 others.")
     number = "race curves/euler, 28 steps, cfg 2.5/MagCache (diffusers), tuned/third"
     assert results.look_up(number, found) == 33.0
     with pytest.raises(KeyError, match="quarter"):
