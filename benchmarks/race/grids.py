@@ -94,7 +94,7 @@ def taylor_of_diffusers(**which: Any) -> Callable[..., Entry]:
 
 DIFFUSERS_TAYLOR = "interval {}, order {}, caches from {}, last {}"
 DOCUMENTED_TAYLOR = grid(INTERVALS, (1,), (3,), ("forecast",))
-TAYLOR_GRID = grid((*INTERVALS, 10), (1, 2), (1,), ("computed", "forecast"))
+TAYLOR_GRID = grid((*INTERVALS, 10, 14), (1, 2), (1,), ("computed", "forecast"))
 
 
 def sea_cache(task: Task, threshold: float, most: int, power: float) -> Entry:
@@ -196,7 +196,7 @@ METHODS = [
         "threshold {:g}, at most {} in a row, retention {:g}",
         of_diffusers(mag_cache),
         grid((0.1, 0.2, 0.6, 2.0), (5,), (0.1,)),
-        (*grid((0.1, 0.4, 9.0), (1, 2, 3, 4, 6), (0.1,)), *grid((0.4, 9.0), (2, 3, 4, 6), (0.04,))),
+        (*grid((0.1, 0.4, 9.0), (1, 2, 3, 4, 6), (0.1,)), *grid((0.4, 9.0), (2, 3, 4, 6, 9), (0.04,))),
         True,
         planned=True,
     ),
@@ -234,7 +234,7 @@ METHODS = [
         DIFFUSERS_TAYLOR,
         taylor_of_diffusers(**EVERY_MODULE),
         DOCUMENTED_TAYLOR,
-        grid((2, 3, 5, 7, 10), (1, 2), (1,), ("computed",)),
+        grid((2, 3, 5, 7, 10, 14), (1, 2), (1,), ("computed",)),
         True,
         planned=True,
     ),

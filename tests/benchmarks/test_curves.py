@@ -44,7 +44,7 @@ def test_a_method_without_settings_has_no_curve():
 
 
 def test_settings_of_no_use_are_not_chosen():
-    found = {"much": (0.63, 70.0), "half": (0.5, 50.0), "worse": (0.51, 49.0), "far": (0.2, 30.0), "less": (0.12, 29.0)}
+    found = {"much": (0.63, 70.0), "half": (0.5, 50.0), "worse": (0.51, 49.0), "far": (0.2, 30.0), "less": (0.09, 29.0)}
     assert curves.tuned(found) == ["far", "half"]
 
 
