@@ -60,6 +60,12 @@ def test_a_race_that_was_stopped_goes_on_where_it_was(arena, tmp_path, monkeypat
     assert stages == {"calibration", "judged"}
     assert {row["choice"] for row in rows if row["method"].startswith("Fewer")} == {"documented"}  # nothing to choose
 
+    saved = tuned.save(rows, 1, 1, tmp_path / "results" / "tuned-2026-01-01-cpu.json")
+    report = json.loads(saved.read_text(encoding="utf-8"))
+    assert report["pictures"] == {"calibration": 1, "judged": 1}
+    assert report["rows"] == rows
+    assert {line["method"] for line in report["curves"]} == {"Fewer steps", "Delta-DiT"}
+
 
 def test_every_setting_of_every_method_has_words_of_its_own():
     from dit_toolkit.benchmarks.race import grids
