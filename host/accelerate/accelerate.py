@@ -149,7 +149,8 @@ class Trial:
     """The result of one setting. `psnr_db` is infinite if nothing differs."""
 
     setting: Setting
-    computed: float  # fraction of the evaluations
+    evaluations: int  # of the run, computed or not
+    computed: float  # fraction of them
     speedup: float | None  # measured, of the evaluations
     psnr_db: float
 
@@ -197,7 +198,7 @@ def tune(
         result = sample(accelerated(model, setting, report))
         run = report.runs[-1]
         fraction = run.computed / max(len(run.entries), 1)
-        found.append(Trial(setting, fraction, run.speedup, psnr_db(result, reference)))
+        found.append(Trial(setting, len(run.entries), fraction, run.speedup, psnr_db(result, reference)))
         tell(number + 2)
     good = [trial for trial in found if trial.psnr_db >= floor_db and trial.computed < 1]
     best = min(good, key=lambda trial: (trial.computed, -trial.psnr_db), default=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -47,7 +49,11 @@ def test_autotune_returns_a_model_a_list_of_trials_and_a_chart():
     )  # fmt: skip
     with torch.inference_mode():
         patched, report, picked, chart = run_node(Autotune, model=model, vae=vae, **values)
-        assert len(picked.splitlines()) == 3
+        assert len(picked.splitlines()) == 4
+        parts = [int(part) / 100 for part in re.findall(r"(\d+)% computed", picked)]
+        spent, runs = re.findall(r"Trying took (\d+) .*, as many as (.*) full runs\.$", picked)[0]
+        assert int(spent) == round(12 + 12 * sum(parts))
+        assert float(runs) == round(1 + sum(parts), 1)
         assert chart.shape[0] == 1
         assert attached(patched)
         tiny.sample(patched, 12, noise=tiny.latent(size=(12, 12)), positive=prompt, negative=prompt)
