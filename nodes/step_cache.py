@@ -21,7 +21,7 @@ from ..host.accelerate.step_cache_taps import LastBlockTap, PredictionTap, SpanT
 from ..host.execution import running, runs_before
 from ..host.part_of_run import PartOfRun
 from ..models.accelerate.cg_taylor import Compared, FirstBlockGate, Reduce
-from ..models.accelerate.delta_dit import RELEASED_BASELINE, Stages
+from ..models.accelerate.delta_dit import Stages
 from ..models.accelerate.input_change import InputChange
 from ..models.accelerate.policies import Guard, Interval, Listed, Policy, Spread
 from ..models.accelerate.taylorseer import FORECASTS, Forecaster
@@ -48,7 +48,6 @@ SPACINGS: dict[str, Callable[[int, int], Policy]] = {  # of interval and first_f
     "as published": Interval,
 }
 Compare = Literal[Compared, "input change"]
-DELTA_PRESETS: dict[str, dict[str, Any]] = {"as set": {}, "released baseline": RELEASED_BASELINE}
 
 
 def outputs() -> list[io.Output]:
@@ -286,9 +285,6 @@ class DeltaDiT(io.ComfyNode):
                              tooltip="0 adds the last change, as in the paper; 1 follows how it moves."),
                 *range_inputs(),
                 offload_input(),
-                choice("preset", DELTA_PRESETS, "as set", advanced=True, optional=True,
-                       tooltip="as set: the numbers above. released baseline: those of the Delta-DiT that TaylorSeer's "
-                       "authors compared with on FLUX.1: interval 3, share 0.67, boundary 1, first_full 1, order 0."),
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],
@@ -308,13 +304,8 @@ class DeltaDiT(io.ComfyNode):
         start_percent: float,
         end_percent: float,
         offload: bool,
-        preset: str | None = None,
     ) -> io.NodeOutput:
         check(cls, locals())
-        numbers: dict[str, Any] = {
-            "interval": interval, "first_full": first_full, "share": share, "boundary": boundary, "order": order,
-        }  # fmt: skip
-        interval, first_full, share, boundary, order = (numbers | DELTA_PRESETS[preset or "as set"]).values()
         if interval == 1 or share == 0:
             return io.NodeOutput(model, StepCacheReport("Delta-DiT", "", cls.hidden.unique_id, off=True))
         family, keys = require_blocks(model, "Apply Delta-DiT", "Apply TaylorSeer with tap 'prediction'")

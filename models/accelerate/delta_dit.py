@@ -38,8 +38,3 @@ class Stages:
         """The blocks that may be skipped, of `depth`."""
         count = round(self.share * depth)
         return (depth - count, depth) if early else (0, count)
-
-
-# What the authors of TaylorSeer released as "Delta" on FLUX.1, and compared themselves with: 38 of its 57 blocks, the
-# single ones, are the skipped span of the whole run. Numbers of `Stages` and of `policies.Interval`.
-RELEASED_BASELINE = {"interval": 3, "first_full": 1, "share": 2 / 3, "boundary": 1.0, "order": 0}

@@ -178,7 +178,7 @@ def test_settings_of_delta_dit_reach_the_cache(tiny_flux):
 
 def test_the_released_baseline_of_delta_dit_skips_the_single_blocks_of_flux(tiny_flux):
     """19 double and 38 single blocks: interval 3, from the first evaluation on, the same span in the whole run."""
-    model, _ = run_node(DeltaDiT, model=tiny_flux, interval=5, share=0.1, order=2, preset="released baseline")
+    model, _ = run_node(DeltaDiT, model=tiny_flux, interval=3, share=0.67, boundary=1.0)
     settings = settings_of(model)
     assert settings.tap.stages.span(57, early=True) == (19, 57)
     assert settings.tap.stages.boundary == 1  # never late
