@@ -65,7 +65,7 @@ def every(interval: int, source: str, order: int = 2) -> Setting:
 
 
 GUESS = "a guess, nobody has measured it"
-ELSEWHERE = "a plan that wins on the embedded models; nobody has measured it on this one"
+ELSEWHERE = "a plan that wins on the embedded FLUX.1 model; nobody has measured it on this one"
 PRESETS: dict[str, tuple[Setting, Setting, Setting]] = {  # quality, balanced, fast
     "FLUX.1": (every(2, ELSEWHERE), every(3, ELSEWHERE), every(5, ELSEWHERE)),
     "FLUX.1 schnell": (

@@ -542,7 +542,7 @@ def test_guidance_damps_the_forecast_of_a_run(tiny_flux, cfg, slope):
     )
 
 
-def test_after_a_restart_the_interval_stands_in_for_the_plan(tiny_flux):
+def test_where_evaluations_cannot_be_counted_the_interval_stands_in_for_the_plan(tiny_flux):
     """heunpp2 goes back up within each step: no schedule can be planned, and nothing is forecast over a rise."""
     model = cached(tiny_flux, Spread(3), order=1)
     assert torch.isfinite(tiny.sample(model, 8, sampler="heunpp2")).all()
