@@ -269,7 +269,7 @@ METHODS = [
         "threshold {:g}, at most {} in a row, power {:g}",
         sea_cache,
         grid((0.1, 0.25, 0.5), (2,), (3.0,)),
-        grid((0.25, 0.6, 1.2), (2, 4, 6), (2.0, 3.0)),
+        grid((0.25, 0.6, 1.2), (1, 2, 4, 6, 9), (2.0, 3.0)),
         True,
     ),
     Method(
