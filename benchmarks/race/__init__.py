@@ -1,1 +1,1 @@
-"""The race of the accelerators: who runs (`contenders`), on what (`arena`), how it is measured and shown."""
+"""The race of the accelerators: who runs (`contenders`), on what (`arena`), with which settings (`grids`), at what cost (`cost`)."""

@@ -1,8 +1,6 @@
 """Who runs: the caches of ComfyUI, of diffusers and of cache-dit, fewer steps, and ours.
 
-Every peer is set up as its own documentation says, and swept over its own main knob so that it computes about a half, a
-third and a fifth. `at_scale` is the setting for the random model in FLUX.1's shape, where thresholds mean something
-else and only time counts.
+Every peer is set up as its own documentation says. Which settings run is said in `grids` and `cost`.
 """
 
 from __future__ import annotations
@@ -52,35 +50,11 @@ class Task:
 Entry = tuple[ModelPatcher, int]  # a MODEL, and the steps it is sampled with
 
 
-@dataclass(frozen=True)
-class Contender:
-    """`peer`: whose it is, None for ours. `setting`: words for a knob. `twin`: held to diffusers' modules, uncached."""
-
-    name: str
-    peer: str | None
-    knobs: tuple
-    setting: str
-    run: Callable[[Task, Any], Entry]
-    at_scale: tuple = ()
-    twin: bool = False
-
-    def method(self, knob: Any) -> str:
-        """A name for the table. What comes before the first comma names the method, the rest its setting."""
-        return f"{self.name}, {self.setting.format(knob)}" if self.setting else self.name
-
-    def scaled(self) -> Contender:
-        return replace(self, knobs=self.at_scale)
-
-
 # Fewer steps: what every cache has to beat
 
 
 def fewer_steps(task: Task, share: float) -> Entry:
     return task.arena.model, max(1, round(task.steps * share))
-
-
-FEWER_STEPS = Contender("Fewer steps", COMFYUI, (1 / 2, 1 / 3, 1 / 5), "{:.2f} of them", fewer_steps, (1 / 3,))
-NO_CACHE = Contender("No cache", DIFFUSERS, (None,), "", lambda task, _: (task.arena.twin, task.steps), (None,))
 
 
 # ComfyUI's own
@@ -142,10 +116,6 @@ EVERY_MODULE = {
 }
 
 
-def taylorseer(order: int, **which: Any) -> Callable[[Task, Any], Entry]:
-    return diffusers_cache(lambda task, interval: taylorseer_config(task, interval, order, **which))
-
-
 def taylorseer_config(task: Task, interval: int, order: int, **which: Any):
     from diffusers import TaylorSeerCacheConfig
 
@@ -189,10 +159,6 @@ def calibrate(task: Task) -> list[float]:
 
 
 # cache-dit
-
-
-def dbcache(calibrator: str) -> Callable[[Task, Any], Entry]:
-    return lambda task, threshold: with_dbcache(task, calibrator, residual_diff_threshold=threshold)
 
 
 def with_dbcache(task: Task, calibrator: str, warm_up: int = 4, **values: Any) -> Entry:
@@ -252,65 +218,3 @@ def node(kind: Any, knob: str, **values: Any) -> Callable[[Task, Any], Entry]:
         return kind.PREPARE_CLASS_CLONE(None).execute(**given).args[0], task.steps
 
     return run
-
-
-def taylor(name: str, knobs: tuple = (2, 4, 8), at_scale: tuple = (), **values: Any) -> Contender:
-    run = node(step_cache.TaylorSeer, "interval", **values)
-    return Contender(name, None, knobs, "interval {}", run, at_scale)
-
-
-GATE, AT_MOST = node(step_cache.ConfidenceGatedTaylor, "threshold"), "at most {} in a row"
-CAPPED = node(step_cache.ConfidenceGatedTaylor, "max_consecutive", threshold=0.3, warm_up=3)
-
-OURS = [
-    Contender("Accelerate DiT", None, tuple(QUALITIES), "{}", node(AccelerateDiT, "quality"), ("balanced",)),
-    taylor("TaylorSeer order 0", order=0),
-    taylor("TaylorSeer order 1", order=1, at_scale=(3,)),
-    taylor("TaylorSeer order 2", order=2),
-    taylor("TaylorSeer at the prediction", order=1, tap="prediction", at_scale=(3,)),
-    taylor("TaylorSeer in every module", order=1, tap="every module", at_scale=(3,)),
-    taylor("Newton order 2 over steps", (4, 8), order=2, forecast="Newton, steps"),
-    taylor("Newton order 1 over sigma", (4, 8), order=1, forecast="Newton, sigma"),
-    taylor("Newton order 1 over log sigma", (4, 8), order=1, forecast="Newton, log sigma"),
-    Contender("Confidence-Gated Taylor", None, (0.04, 0.1, 0.3), "threshold {:g}", GATE, (0.3,)),
-    Contender("Confidence-Gated Taylor with a cap", None, (1, 3, 6), AT_MOST, CAPPED),
-    Contender("Delta-DiT", None, (2, 4, 8), "interval {}", node(step_cache.DeltaDiT, "interval"), (3,)),
-]
-
-
-PEERS = [
-    FEWER_STEPS,
-    Contender("EasyCache", COMFYUI, (0.05, 0.3, 2.0), "threshold {:g}", easycache, (0.5,)),
-    Contender("LazyCache", COMFYUI, (0.03, 0.2, 2.0), "threshold {:g}", lazycache, (0.5,)),
-    NO_CACHE,
-    Contender("TaylorSeer of attention", DIFFUSERS, (2, 5), "interval {}", taylorseer(1), (3,), True),
-    Contender("TaylorSeer", DIFFUSERS, (2, 4, 8), "interval {}", taylorseer(1, **EVERY_MODULE), (3,), True),
-    Contender("TaylorSeer Lite", DIFFUSERS, (2, 4, 8), "interval {}", taylorseer(1, use_lite_mode=True), (3,), True),
-    Contender(
-        "FirstBlockCache",
-        DIFFUSERS,
-        (0.1, 0.25, 0.6),
-        "threshold {:g}",
-        diffusers_cache(first_block_cache),
-        (1.0,),
-        True,
-    ),
-    Contender("MagCache", DIFFUSERS, (0.1, 0.2, 0.6), "threshold {:g}", diffusers_cache(mag_cache), (0.1,), True),
-    Contender("DBCache", CACHE_DIT, (0.12, 0.3, 1.0), "threshold {:g}", dbcache("held"), (1.0,), True),
-    Contender("DBCache + Taylor", CACHE_DIT, (0.12, 0.3, 1.0), "threshold {:g}", dbcache("order 1"), (1.0,), True),
-]
-
-
-def chosen(only: Iterable[str]) -> list[Contender]:
-    """All, or those whose name begins with one of `only`; fewer steps in any case.
-
-    Raises:
-        ValueError: one of `only` is the beginning of no name.
-    """
-    everyone = [*PEERS, *OURS]
-    for start in only:
-        if not any(each.name.startswith(start) for each in everyone):
-            names = ", ".join(dict.fromkeys(each.name for each in everyone))
-            raise ValueError(f"No method is called {start!r}. There are: {names}.")
-    starts = tuple(only) or ("",)
-    return [each for each in everyone if each is FEWER_STEPS or each.name.startswith(starts)]

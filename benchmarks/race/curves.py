@@ -105,6 +105,10 @@ class Run:
     cfg: float
 
     @property
+    def key(self) -> tuple[str, int, float]:
+        return self.sampler, self.steps, self.cfg
+
+    @property
     def title(self) -> str:
         return f"{self.sampler}, {self.steps} steps, cfg {self.cfg:g}"
 
@@ -113,7 +117,7 @@ def curves(rows: list[dict]) -> list[dict]:
     """For each run, method and choice what is kept at the fixed fractions: `at`, by `curves.FRACTIONS`."""
     groups: dict[tuple, list[Point]] = {}
     for row in rows:
-        key = (row["sampler"], row["steps"], row["cfg"], row["method"].split(",")[0], row["peer"], row["choice"])
+        key = (*run_of(row).key, row["method"].split(",")[0], row["peer"], row["choice"])
         groups.setdefault(key, []).append((row["computed"], CEILING if row["psnr_db"] is None else row["psnr_db"]))
     names = ("sampler", "steps", "cfg", "method", "peer", "choice")
     return [
@@ -123,13 +127,44 @@ def curves(rows: list[dict]) -> list[dict]:
     ]
 
 
+def run_of(line: dict) -> Run:
+    return Run(line["sampler"], line["steps"], line["cfg"])
+
+
 def table(entries: list[dict]) -> str:
     """Markdown, one table for each run, of what `curves` gives. Best of each column bold."""
     parts = []
-    for run in dict.fromkeys(Run(each["sampler"], each["steps"], each["cfg"]) for each in entries):
-        lines = [each for each in entries if Run(each["sampler"], each["steps"], each["cfg"]) == run]
+    for run in dict.fromkeys(map(run_of, entries)):
+        lines = [each for each in entries if run_of(each) == run]
         parts.append(f"**{run.title}**\n\n{run_table(lines)}\n\n{verdict(lines)}")
     return "\n\n".join(parts)
+
+
+def summary(entries: list[dict]) -> str:
+    """Markdown, three rows for each run: ours as documented, the best peer with any of its settings, and fewer steps.
+
+    A fraction at which ours are behind is bold in the row that is ahead.
+    """
+    lines = [f"| run | who | {' | '.join(HEADS)} |", f"|---|---|{'---:|' * len(HEADS)}"]
+    for run in dict.fromkeys(map(run_of, entries)):
+        own, peers, fewer = _sides([each for each in entries if run_of(each) == run])
+        cells: list[list[str]] = [[], [], []]
+        for name in FRACTIONS:
+            at = [max((each["at"][name] or 0.0 for each in side), default=0.0) for side in (own, peers, fewer)]
+            best = max(round(value, 1) for value in at)
+            for i, value in enumerate(at):
+                ahead = i > 0 and round(value, 1) == best > round(at[0], 1)
+                cells[i].append("" if not value else f"**{value:.1f}**" if ahead else f"{value:.1f}")
+        for who, title, row in zip(("ours", "best peer", "fewer steps"), (run.title, "", ""), cells, strict=True):
+            lines.append(f"| {' | '.join([title, who, *row])} |")
+    return "\n".join(lines).replace("|  |", "| |").replace("|  |", "| |")
+
+
+def _sides(lines: list[dict]) -> tuple[list[dict], list[dict], list[dict]]:
+    """Ours as documented, the peers with all their settings, and fewer steps."""
+    fewer = [each for each in lines if each["method"] == "Fewer steps"]
+    own = [each for each in lines if each["peer"] is None and each["choice"] == "documented"]
+    return own, [each for each in lines if each["peer"] and each not in fewer], fewer
 
 
 def verdict(lines: list[dict]) -> str:

@@ -18,13 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from dit_toolkit.training.score import ground_of
-
 from .arena import Arena, Heat
 
 KEY = "race.measure"
 CEILING = 100.0  # dB: pictures that differ by less than that are told apart by rounding only
-APART = 34 / 255  # from the ground's colour: foreground, as `training.score` has it
 
 
 class Multiplications(TorchFunctionMode):
@@ -92,8 +89,11 @@ def timed(arena: Arena, model: ModelPatcher, heat: Heat, steps: int, sampler: st
 
 
 def now(arena: Arena) -> float:
+    """Seconds. On a CPU with one thread those that this process had: other programs do not count."""
     if arena.device.type == "cuda":
         torch.cuda.synchronize(arena.device)
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
     return time.perf_counter()
 
 
@@ -169,23 +169,10 @@ def speedup(pace: Pace, measure: Callable[[Heat], float], heats: list[Heat], rou
     return statistics.median(ratios)
 
 
-def psnr(picture: np.ndarray, wanted: np.ndarray, where: np.ndarray | None = None) -> float:
-    """Peak signal to noise, dB, of pictures `[H, W, 3]` in 0..1; at most `CEILING`. `where`: `[H, W]` bool."""
-    error = (picture.astype(np.float64) - wanted) ** 2
-    mean = float(error.mean() if where is None else error[where].mean())
+def psnr(picture: np.ndarray, wanted: np.ndarray) -> float:
+    """Peak signal to noise, dB, of pictures `[H, W, 3]` in 0..1; at most `CEILING`."""
+    mean = float(((picture.astype(np.float64) - wanted) ** 2).mean())
     return CEILING if mean == 0 else min(CEILING, -10 * np.log10(mean))
-
-
-def foreground(picture: np.ndarray) -> np.ndarray:
-    """Where a picture of the world is not its ground, `[H, W]` bool."""
-    ground = np.array(ground_colour(picture), np.float32) / 255
-    return np.abs(picture - ground).max(-1) > APART
-
-
-def ground_colour(picture: np.ndarray) -> tuple[int, int, int]:
-    from dit_toolkit.training.world import GROUNDS
-
-    return GROUNDS[ground_of((picture * 255).round().astype(np.uint8))]
 
 
 def ssim(picture: np.ndarray, wanted: np.ndarray) -> float:
@@ -196,20 +183,17 @@ def ssim(picture: np.ndarray, wanted: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Quality:
-    """Means over the pictures. `psnr_db` and `foreground_db`: None when no picture differs at all."""
+    """Means over the pictures. `psnr_db`: None when no picture differs at all."""
 
     psnr_db: float | None
-    foreground_db: float | None
     ssim: float | None
 
 
 def judge(pictures: list[np.ndarray], wanted: list[np.ndarray]) -> Quality:
     if not pictures:
-        return Quality(None, None, None)
+        return Quality(None, None)
     pairs = list(zip(pictures, wanted, strict=True))
     likeness = statistics.fmean(ssim(a, b) for a, b in pairs)
     if all(np.array_equal(a, b) for a, b in pairs):
-        return Quality(None, None, likeness)
-    inside = [psnr(a, b, where) for a, b in pairs if (where := foreground(a) | foreground(b)).any()]
-    whole = statistics.fmean(psnr(a, b) for a, b in pairs)
-    return Quality(whole, statistics.fmean(inside) if inside else None, likeness)
+        return Quality(None, likeness)
+    return Quality(statistics.fmean(psnr(a, b) for a, b in pairs), likeness)

@@ -5,7 +5,7 @@
 
 A table stands between two marks, and the command rewrites what is between them:
 
-    <!-- figures: race -->
+    <!-- figures: race, cost -->
     <!-- end -->
 
 So does a number in a sentence: <!--= shipped/prompts/cfg 2.5/all as % -->97.5 %<!--/-->. Before `as` is a path into a

@@ -265,32 +265,35 @@ def sets(found: Tree) -> str:
 # Benchmarks
 
 
-def race(found: Tree) -> str:
-    lines = {name: line for name, line in found["race"].items() if "whose" in line}
-    best = {part: max(line[part]["psnr_db"] for line in lines.values() if part in line) for part in results.RANGES}
-    rows = []
-    for name, line in lines.items():
-        cells = []
-        for part, most in best.items():
-            if part not in line:
-                cells.append("")
-                continue
-            shown = f"{line[part]['psnr_db']:.1f}"
-            shown = f"**{shown}**" if shown == f"{most:.1f}" else shown
-            cells.append(f"{shown} ({line[part]['computed']:.2f})")
-        rows.append([name, line["whose"], *cells, f"{line['efficiency']:.2f}"])
-    return markdown(["method", "whose", "about 1/2", "about 1/3", "about 1/5", "efficiency"], rows)
+def race_cost(found: Tree) -> str:
+    if "race cost" not in found:
+        return "*Not measured yet: `python -m benchmarks.accelerators --part cost` writes the results file.*"
+    rows = [
+        [row["method"], row["peer"] or "ours", f"{row['computed']:.2f}", f"{row['speedup']:.2f}", f"{row['efficiency']:.2f}"]
+        for row in found["race cost"].values()
+        if isinstance(row, dict) and "method" in row
+    ]
+    return markdown(["method", "whose", "computed", "speed-up", "efficiency"], rows)
 
 
 def race_curves(found: Tree) -> str:
-    """The tuned race with the sampler and the number of steps that most people take, without guidance and with it."""
+    """The race with the sampler and the number of steps that most people take, without guidance and with it."""
     if "race curves" not in found:
-        return "*Not measured yet: `python -m benchmarks.accelerators --part tuned` writes the results file.*"
+        return "*Not measured yet: `python -m benchmarks.accelerators --part quality` writes the results file.*"
     from dit_toolkit.benchmarks.race.curves import table
 
     pictures, lines = found["race curves"]["pictures"], found["race curves"]["lines"]
     counts = f"Settings were chosen on {pictures['calibration']} pictures and judged on {pictures['judged']} others."
     return f"{counts}\n\n{table([each for each in lines if (each['sampler'], each['steps']) == ('euler', 28)])}"
+
+
+def race_runs(found: Tree) -> str:
+    """Ours as they come, the best peer and fewer steps, for every sampler, number of steps and guidance scale."""
+    if "race curves" not in found:
+        return race_curves(found)
+    from dit_toolkit.benchmarks.race.curves import summary
+
+    return summary(found["race curves"]["lines"])
 
 
 def easycontrol(found: Tree) -> str:
@@ -424,9 +427,10 @@ def blueprints(_: Tree) -> str:
 TABLES: dict[str, Callable[[Tree], str]] = {
     **QUALITY,
     "in context, sets": sets,
-    "race": race,
+    "race, cost": race_cost,
     "race, curves": race_curves,
-    "race, plot": plot("race", "quality over measured speed-up, one line per method"),
+    "race, runs": race_runs,
+    "race, plot": plot("tuned", "quality over the part that is computed, one line per method"),
     "easycontrol cost": easycontrol,
     "attention": attention,
     "dit4sr cost": dit4sr_cost,

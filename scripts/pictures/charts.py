@@ -183,17 +183,14 @@ def training_gradients(_: Studio) -> Picture:
 
 
 def race_plot(_: Studio) -> Picture:
-    """As `benchmarks.accelerators` saves it, from its newest results file."""
-    from dit_toolkit.benchmarks.race import report
+    """As `benchmarks.accelerators` saves it, from its newest results file: the first sampler and number of steps."""
+    from dit_toolkit.benchmarks.race import curves, report
 
-    path = results.newest("race")
-    rows = [
-        report.Row(r["method"], r["peer"], r["model"], r["sampler"], r["steps"], r["computed"], r["speedup"],
-                   r["psnr_db"], None, r["ssim"], round(r["extra_mb"] * 1e6))
-        for r in results.read(path)
-    ]  # fmt: skip
-    judged = [row for row in rows if row.psnr_db is not None and not row.method.startswith("No cache")]
-    return Image.open(report.plot(judged, path.with_suffix(".png"))).convert("RGB")
+    path = results.newest("tuned")
+    lines = results.read(path)["curves"]
+    first = curves.run_of(lines[0])
+    runs = [run for run in dict.fromkeys(map(curves.run_of, lines)) if (run.sampler, run.steps) == first.key[:2]]
+    return Image.open(report.plot(lines, runs, path.with_suffix(".png"))).convert("RGB")
 
 
 def dit4sr_plot(_: Studio) -> Picture:
@@ -213,7 +210,7 @@ def dynamictrl_plot(_: Studio) -> Picture:
     return Image.open(made).convert("RGB")
 
 
-PLOTS = {"race": race_plot, "dit4sr": dit4sr_plot, "dynamictrl": dynamictrl_plot}
+PLOTS = {"tuned": race_plot, "dit4sr": dit4sr_plot, "dynamictrl": dynamictrl_plot}
 
 
 def files() -> dict[str, Callable[[Studio], Picture]]:

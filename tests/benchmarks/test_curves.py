@@ -106,3 +106,19 @@ def test_where_ours_are_behind_the_page_says_so():
         "At 1/5 nothing of ours can be read; MagCache (diffusers), tuned, 20.0 dB is the nearest.",
     ]
     assert curves.verdict(curves.curves(rows[:1])) == "Ours are at least level with everybody at every fraction."
+
+
+def test_the_summary_sets_ours_as_they_come_against_the_best_of_the_others():
+    rows = [
+        row("TaylorSeer, interval 2", 0.5, 45.0, peer=None, choice="documented"),
+        row("TaylorSeer, interval 4", 0.25, 29.0, peer=None, choice="documented"),
+        row("TaylorSeer, interval 4, order 1", 0.25, 50.0, peer=None),  # ours tuned say nothing of what people get
+        row("MagCache, threshold 1", 0.5, 41.0),
+        row("MagCache, threshold 2", 0.25, 30.0),
+        row("Fewer steps, 0.25 of them", 0.25, 25.0, peer="ComfyUI", choice="documented"),
+    ]
+    assert curves.summary(curves.curves(rows)).splitlines()[2:] == [
+        "| euler, 28 steps, cfg 1 | ours | 45.0 | 35.6 | 29.0 | | |",
+        "| | best peer | 41.0 | 34.6 | **30.0** | | |",
+        "| | fewer steps | | | 25.0 | | |",
+    ]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -13,8 +10,6 @@ from dit_toolkit.benchmarks import accelerators
 
 pytestmark = pytest.mark.long
 
-KEYS = ["method", "peer", "model", "sampler", "steps", "of", "cfg", "computed", "speedup", "efficiency", "psnr_db"]
-KEYS += ["ssim", "extra_mb"]
 STEPS = 4
 
 
@@ -41,22 +36,26 @@ def task(arena):
     return Task(arena, "euler", STEPS, STEPS)
 
 
-def named(name: str, peer: str | None = None):
-    from dit_toolkit.benchmarks.race import contenders
+def peer(name: str, knobs):
+    """What runs under a name in the race with `knobs`."""
+    from dit_toolkit.benchmarks.race import grids
 
-    return next(each for each in contenders.chosen(()) if (each.name, each.peer) == (name, peer))
+    return next(each.run for each in grids.METHODS if each.name == name and each.peer is not None), knobs
 
 
-def raced(arena, *entries, steps=STEPS, rounds=1):
-    from dit_toolkit.benchmarks.race.run import race
+def measured(arena, *contenders, steps=STEPS, rounds=1):
+    from dit_toolkit.benchmarks.race.cost import race
 
     rows = []
-    race(arena, entries, "euler", steps, rounds, 1, rows.append)
+    race(arena, contenders, steps, rounds, 1, rows.append)
     return rows
 
 
-def with_knobs(contender, *knobs):
-    return replace(contender, knobs=knobs)
+def ours(**values):
+    from dit_toolkit.benchmarks.race import cost
+    from dit_toolkit.nodes.step_cache import TaylorSeer
+
+    return cost.ours("TaylorSeer", TaylorSeer, **values)
 
 
 # The ground
@@ -83,10 +82,18 @@ def test_every_weight_of_diffusers_is_one_of_ours(arena):
 
 
 @pytest.mark.comfy
-@pytest.mark.parametrize("name", ["TaylorSeer", "TaylorSeer Lite", "FirstBlockCache", "MagCache"])
-def test_what_a_peer_kept_of_one_picture_does_not_reach_the_next(task, name):
-    knob = {"FirstBlockCache": 0.9, "MagCache": 0.9}.get(name, 3)
-    model, steps = named(name, "diffusers").run(task, knob)
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("TaylorSeer", (3, 1, 3, "forecast")),
+        ("TaylorSeer Lite", (3, 1, 3, "forecast")),
+        ("FirstBlockCache", (0.9,)),
+        ("MagCache", (0.9, 5, 0.1)),
+    ],
+)
+def test_what_a_peer_kept_of_one_picture_does_not_reach_the_next(task, name, knobs):
+    run, knobs = peer(name, knobs)
+    model, steps = run(task, *knobs)
     first, second = task.arena.heats
     alone = task.arena.sample(model, second, steps, "euler")
     task.arena.sample(model, first, steps, "euler")
@@ -114,7 +121,9 @@ def test_guidance_draws_another_picture_with_two_prompts_kept_apart(arena):
 def test_easycache_gets_a_copy_and_the_samplers_latent_stays(task):
     from comfy.patcher_extension import WrappersMP
 
-    model, _ = named("EasyCache", "ComfyUI").run(task, 3.0)
+    from dit_toolkit.benchmarks.race.contenders import easycache
+
+    model, _ = easycache(task, 3.0)
     model, kept, skipped = model.clone(), [], []
 
     def watch(executor, x, *args, **kwargs):
@@ -135,75 +144,66 @@ def test_easycache_gets_a_copy_and_the_samplers_latent_stays(task):
     assert all(kept)
 
 
-# The rows
+# What it costs
 
 
 @pytest.mark.comfy
-def test_runs_with_other_guidance_stand_in_a_table_of_their_own():
-    from dit_toolkit.benchmarks.race import report
+def test_everybody_skips_about_two_of_three_and_has_a_row(arena):
+    from dit_toolkit.benchmarks.race import cost
 
-    row = report.Row("MagCache, threshold 1", "diffusers", "tiny_flux", "euler", 28, 0.5, 2.0, 40.0, 39.0, 0.9, 0)
-    text = report.table([row, replace(row, cfg=2.5), replace(row, steps=14), replace(row, of=20)])
-    titles = [line for line in text.splitlines() if line.startswith("**")]
-    assert titles == [
-        f"**tiny_flux, euler, {run}**" for run in ("28 steps, cfg 1", "28 steps, cfg 2.5", "20 steps, cfg 1")
-    ]
-
-
-@pytest.mark.comfy
-def test_a_race_ends_in_rows_with_their_plot(arena, tmp_path):
-    from dit_toolkit.benchmarks.race import report
-
-    fewer, easy = named("Fewer steps", "ComfyUI"), with_knobs(named("EasyCache", "ComfyUI"), 3.0)
-    ours = with_knobs(named("TaylorSeer at the prediction"), 2)
-    rows = raced(arena, fewer, easy, ours, named("No cache", "diffusers"))
-    written = report.save(rows, tmp_path, "race")
-
-    data = json.loads(written[0].read_text(encoding="utf-8"))
-    assert [list(row) for row in data] == [KEYS] * 7
-    assert {(row["method"], row["peer"]) for row in data} >= {
-        ("No cache", "ComfyUI"),
-        ("Fewer steps, 0.50 of them", "ComfyUI"),
-    }
-    assert {row["steps"] for row in data if row["method"].startswith("Fewer")} == {2, 1}
-    halved = next(row for row in data if row["method"].startswith("Fewer steps, 0.50"))
-    assert halved["computed"] == 0.5
-    assert halved["efficiency"] == pytest.approx(halved["speedup"] / 2, abs=0.002)
-    assert 5 < halved["psnr_db"] < 60
-    assert written[1].stat().st_size > 10_000
-    text = report.table(rows)
-    assert text.count("\n| ") == 8
-    assert "| TaylorSeer at the prediction, interval 2 | ours |" in text
+    found = measured(arena, *cost.chosen(["Fewer", "TaylorSeer", "Delta"]), steps=10)
+    assert [row["method"] for row in found][:3] == ["Fewer steps", "TaylorSeer", "TaylorSeer Lite"]
+    for row in found:
+        assert 0.25 < row["computed"] < 0.65, row
+        assert row["efficiency"] == pytest.approx(row["speedup"] * row["computed"], abs=0.002)
+    text = cost.table(found)
+    assert text.count("\n| ") == len(found)
+    assert "| TaylorSeer, prediction | ours | 0.3" in text
 
 
 @pytest.mark.comfy
 def test_a_cache_that_never_skips_wins_nothing_and_loses_nothing(arena):
-    ours = with_knobs(named("TaylorSeer order 1"), 1)
-    never = with_knobs(named("FirstBlockCache", "diffusers"), 0.0)
-    _, own, other = raced(arena, ours, never, rounds=5)
-    assert own.computed == other.computed == 1
-    assert own.data()["psnr_db"] is None  # no difference at all
-    assert own.ssim == 1
-    assert other.psnr_db > 90  # rounding of another implementation
-    assert 0.5 < own.speedup < 2
+    from dit_toolkit.benchmarks.race import cost
+    from dit_toolkit.benchmarks.race.contenders import first_block_cache
+
+    never = cost.of_diffusers("FirstBlockCache", first_block_cache, 0.0)
+    own, other = measured(arena, ours(interval=1), never, rounds=5)
+    assert own["computed"] == other["computed"] == 1
+    assert 0.5 < own["speedup"] < 2
 
 
 @pytest.mark.comfy
 def test_what_is_computed_is_counted_by_what_runs(arena):
-    prediction, module = named("TaylorSeer at the prediction"), named("TaylorSeer in every module")
-    theirs = with_knobs(named("TaylorSeer", "diffusers"), 3)
-    whole, every, peer = raced(arena, with_knobs(prediction, 3), with_knobs(module, 3), theirs, steps=9)[1:]
-    assert whole.computed == pytest.approx(3 / 9)
-    assert 3 / 9 < every.computed < 0.6  # embeddings and modulation run at every evaluation
-    assert 4 / 9 < peer.computed < 0.75
+    from dit_toolkit.benchmarks.race import cost
+
+    (theirs,) = [each for each in cost.CONTENDERS if (each.name, each.peer) == ("TaylorSeer", "diffusers")]
+    whole, every, other = measured(
+        arena, ours(interval=3, order=1), ours(interval=3, order=1, tap="every module"), theirs, steps=9
+    )
+    assert whole["computed"] == pytest.approx(3 / 9, abs=1e-4)
+    assert 3 / 9 < every["computed"] < 0.6  # embeddings and modulation run at every evaluation
+    assert 4 / 9 < other["computed"] < 0.75
 
 
 @pytest.mark.comfy
 def test_extra_memory_is_that_of_the_kept_features(arena):
     """Order 1 at the prediction: the derivatives of the raw output in float32, and what it takes to make them."""
-    (_, row) = raced(arena, with_knobs(named("TaylorSeer at the prediction"), 2))
-    latent = arena.heats[0].noise.numel() * 4
-    assert latent <= row.extra_bytes <= 8 * latent
+    from dit_toolkit.benchmarks.race.cost import MB
+
+    (row,) = measured(arena, ours(interval=2, order=1))
+    latent = arena.heats[0].noise.numel() * 4 / MB
+    assert latent - 0.001 <= row["extra_mb"] <= 8 * latent
+
+
+@pytest.mark.comfy
+def test_the_random_model_has_all_blocks_of_flux1_and_the_weights_of_two():
+    from dit_toolkit.benchmarks.race import arena
+
+    shaped = arena.flux1_shape(arena.Shape(128, 19, 38, 2, 2, 4), torch.float32)
+    flux = shaped.model.model.diffusion_model
+    assert (len(flux.double_blocks), len(flux.single_blocks)) == (19, 38)
+    assert len({id(block) for block in [*flux.double_blocks, *flux.single_blocks]}) == 2
+    assert torch.isfinite(shaped.sample(shaped.model, shaped.heats[0], 2, "euler")).all()
 
 
 # The measures
@@ -235,19 +235,6 @@ def test_quality_is_the_mean_of_the_decibels_of_each_picture():
     assert judge([near, flat], [flat, flat]).psnr_db == pytest.approx((40 + 100) / 2, abs=0.01)
     assert judge([flat], [flat.copy()]).psnr_db is None
     assert judge([], []).ssim is None
-
-
-@pytest.mark.comfy
-def test_foreground_alone_is_judged_without_the_ground():
-    from dit_toolkit.benchmarks.race.measure import judge
-
-    wanted = np.full((64, 64, 3), (245 / 255, 245 / 255, 241 / 255), np.float32)
-    wanted[24:40, 24:40] = (0.8, 0.1, 0.1)
-    worse = wanted.copy()
-    worse[24:40, 24:40] += 0.1
-    quality = judge([worse], [wanted])
-    assert quality.foreground_db == pytest.approx(20, abs=0.1)
-    assert quality.psnr_db == pytest.approx(20 + 10 * np.log10(16), abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -70,23 +70,19 @@ def test_a_changed_result_changes_the_page(tmp_path):
 def test_the_newest_results_of_a_cpu_count(tmp_path):
     for name in ("easycontrol-2025-01-02-cpu", "easycontrol-2026-01-01-cpu", "easycontrol-2027-01-01-nvidia-h100"):
         (tmp_path / f"{name}.json").write_text("{}")
-    (tmp_path / "2024-01-01-cpu.json").write_text("[]")
     assert results.newest("easycontrol", tmp_path).stem == "easycontrol-2026-01-01-cpu"
-    assert results.newest("race", tmp_path).stem == "2024-01-01-cpu"
     assert results.newest("dit4sr", tmp_path) is None
 
 
-def test_the_best_setting_near_a_half_stands_for_a_method():
-    def row(computed, psnr, method="MagCache, threshold 1"):
-        return {"method": method, "peer": "diffusers", "model": "tiny_flux", "sampler": "euler", "computed": computed,
-                "psnr_db": psnr}  # fmt: skip
-
-    rows = [row(0.5, 30.0), row(0.6, 31.0), row(0.9, 60.0), row(0.5, 99.0, "MagCache Lite, threshold 1")]
-    rows += [{**row(0.5, 70.0), "cfg": 2.5}, {**row(0.5, 80.0), "of": 20}]
-    line = results.raced(rows, "euler")["MagCache"]
-    assert line["half"]["psnr_db"] == 31.0  # older files name neither guidance nor steps: none, and 28
-    assert results.raced(rows, "euler", cfg=2.5)["MagCache"]["half"]["psnr_db"] == 70.0
-    assert "third" not in line
+def test_the_cost_of_the_caches_appears_with_its_results(tmp_path):
+    row = {"method": "MagCache", "computed": 0.3, "speedup": 3.0, "efficiency": 0.9, "extra_mb": 1.0}
+    report = {"shape": {"width": 768}, "steps": 10, "rows": [{**row, "peer": "diffusers"}, {**row, "peer": None}]}
+    (tmp_path / "cost-2026-01-01-cpu.json").write_text(json.dumps(report))
+    assert "results file" in tables.race_cost({})
+    found = results.tree(tmp_path)
+    assert "| MagCache | diffusers | 0.30 | 3.00 | 0.90 |" in tables.race_cost(found)
+    assert "| MagCache | ours |" in tables.race_cost(found)
+    assert results.look_up("race cost/MagCache (diffusers)/efficiency", found) == 0.9
 
 
 def test_the_tuned_race_appears_with_its_results(tmp_path):
