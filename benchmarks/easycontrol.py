@@ -4,9 +4,9 @@
     python -m benchmarks.easycontrol --hidden 512 --double 4 --single 8
     python -m benchmarks.easycontrol --size flux1                    FLUX.1's size with random weights, on a GPU
 
-All forms run on the same live modules and the same attention kernel, torch's scaled_dot_product_attention, through
-ComfyUI's own sampler, in one process, and must agree: the table's last
-column is the largest difference of their pictures from the joint form. Results go to benchmarks/results as JSON.
+All forms run on the same live modules and with the same attention kernel, torch's scaled_dot_product_attention, through
+ComfyUI's own sampler, in one process, and must agree: the table's last column is the largest difference of their
+pictures from the joint form. Results go to benchmarks/results as JSON.
 """
 
 from __future__ import annotations
@@ -371,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
         "device": device_name(device),
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
-        "attention": f"torch's scaled_dot_product_attention ({comfy.ldm.modules.attention.optimized_attention.__name__})",
+        "attention": comfy.ldm.modules.attention.optimized_attention.__name__,
         "repeats": per_round * ROUNDS,
         "size": size.__dict__,
         "rows": rows,

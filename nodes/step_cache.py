@@ -6,9 +6,7 @@ Papers: TaylorSeer, arXiv:2503.06923; CG-Taylor, arXiv:2508.02240; Delta-DiT, ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 from comfy_api.latest import io
@@ -23,7 +21,7 @@ from ..host.part_of_run import PartOfRun
 from ..models.accelerate.cg_taylor import Compared, FirstBlockGate, Reduce
 from ..models.accelerate.delta_dit import Stages
 from ..models.accelerate.input_change import InputChange
-from ..models.accelerate.policies import Guard, Interval, Listed, Policy, Spread
+from ..models.accelerate.policies import SPACINGS, Guard, Interval, Listed, Policy
 from ..models.accelerate.taylorseer import FORECASTS, Forecaster
 from .inputs import (
     UNSET,
@@ -42,11 +40,6 @@ from .inputs import (
 CATEGORY = "DiT Toolkit/model/patch"
 ANY_MODEL = "Any diffusion model, with whatever LoRAs and patches it has."
 NO_REPORT = "There is no report: the node that accelerates the model is bypassed, muted or not connected."
-SPACINGS: dict[str, Callable[[int, int], Policy]] = {  # of interval and first_full
-    "by noise and step": Spread,
-    "to the last step": partial(Interval, to_end=True),
-    "as published": Interval,
-}
 Compare = Literal[Compared, "input change"]
 
 
@@ -108,7 +101,8 @@ class TaylorSeer(io.ComfyNode):
                 last_full_input(0),
                 choice("spacing", SPACINGS, "by noise and step", advanced=True,
                        tooltip="by noise and step: one in every few on average, more of them where the noise falls "
-                       "fastest. to the last step: even gaps, the last evaluation is computed. as published: count "
+                       "fastest, the less so the higher the CFG. half by noise, by step: the same with a fixed "
+                       "share. to the last step: even gaps, the last evaluation is computed. as published: count "
                        "from the start."),
                 choice("tap", TapName, "prediction", advanced=True,
                        tooltip="What is forecast. prediction: the model's output, of every model. auto: the last "

@@ -168,7 +168,7 @@ def test_presets_are_in_full_those_of_the_reference():
     tables = {**PRESETS, "others": OTHERS, "embedded": EMBEDDED}
     for name, table_of in tables.items():
         for quality, setting in zip(QUALITIES, table_of, strict=True):
-            spacing = "by noise and step" if setting.spread else "as published"
+            spacing = setting.spacing
             numbers = f"{setting.words}, last_full {setting.last_full}, {spacing}"
             lines.append(f"{name}, {quality}: {numbers}. {setting.source}")
     assert REFERENCE.read_text(encoding="utf-8").splitlines() == lines

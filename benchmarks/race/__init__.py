@@ -1,1 +1,4 @@
-"""The race of the accelerators: who runs (`contenders`), on what (`arena`), with which settings (`grids`), at what cost (`cost`)."""
+"""The race of the accelerators.
+
+Who runs (`contenders`), on what (`arena`), with which settings (`grids`, `tuned`), and what it costs (`cost`).
+"""

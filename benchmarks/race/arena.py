@@ -123,8 +123,8 @@ class Shape:
     text: int
 
 
-# FLUX.1 at 1024 x 1024, and what two cores can run: all blocks, a quarter of the width. Each block has less to do there,
-# so bookkeeping weighs more than it would.
+# FLUX.1 at 1024 x 1024, and what two cores can run: all blocks, a quarter of the width. Each block has less to do
+# there, so bookkeeping weighs more than it would.
 SHAPES = {"cpu": Shape(768, 19, 38, 8, 8, 32), "cuda": Shape(3072, 19, 38, 64, 64, 512)}
 HEAD = 128
 TILE = 2**16  # random numbers that are repeated through a matrix

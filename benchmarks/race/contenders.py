@@ -8,18 +8,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_easycache
-
-from dit_toolkit.host.accelerate.accelerate import QUALITIES
-from dit_toolkit.nodes import step_cache
-from dit_toolkit.nodes.accelerate import AccelerateDiT
 
 from .arena import Arena, Heat
 from .diffusers_flux import cached

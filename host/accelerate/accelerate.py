@@ -6,7 +6,7 @@ Shorter runs change more from step to step, and need gentler settings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Literal
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...models.accelerate.cg_taylor import FirstBlockGate
 from ...models.accelerate.delta_dit import Stages
-from ...models.accelerate.policies import Guard, Interval, Policy, Spread
+from ...models.accelerate.policies import SPACINGS, Guard, Policy
 from ...models.accelerate.taylorseer import FORECASTS
 from ..families import family_of, flux
 from ..transformer import core_name, transformer_of
@@ -41,7 +41,7 @@ class Setting:
     forecast: str = "Taylor (paper)"
     first_full: int = 3
     last_full: int = 0
-    spread: bool = True  # over noise and step
+    spacing: str = "by noise and step"
     source: str = ""
 
     @property
@@ -53,15 +53,20 @@ class Setting:
             return (
                 f"{self.method}, threshold {self.amount:.3g}, warm_up {self.first_full}, {self.forecast} {self.order}"
             )
-        return f"{self.method}, interval {self.amount:.0f}, first_full {self.first_full}, {self.forecast} {self.order}"
+        named = self.method == "TaylorSeer" and self.spacing != Setting.spacing
+        spacing = f"{self.spacing}, " if named else ""
+        return (
+            f"{self.method}, interval {self.amount:.0f}, {spacing}first_full {self.first_full}, {self.forecast} "
+            f"{self.order}"
+        )
 
 
 def gate(threshold: float, source: str, first_full: int = 5) -> Setting:
     return Setting("Confidence-Gated Taylor", threshold, first_full=first_full, last_full=1, source=source)
 
 
-def every(interval: int, source: str, order: int = 2) -> Setting:
-    return Setting("TaylorSeer", interval, order, "Newton, damped", first_full=1, source=source)
+def every(interval: int, source: str, spacing: str = Setting.spacing) -> Setting:
+    return Setting("TaylorSeer", interval, 2, "Newton, damped", first_full=1, spacing=spacing, source=source)
 
 
 GUESS = "a guess, nobody has measured it"
@@ -70,8 +75,8 @@ PRESETS: dict[str, tuple[Setting, Setting, Setting]] = {  # quality, balanced, f
     "FLUX.1": (every(2, ELSEWHERE), every(3, ELSEWHERE), every(5, ELSEWHERE)),
     "FLUX.1 schnell": (
         Setting("none", source="4 steps leave nothing to forecast from"),
-        Setting("Delta-DiT", 2, 0, first_full=1, spread=False, source=GUESS),
-        Setting("Delta-DiT", 2, 0, first_full=1, spread=False, source=GUESS),
+        Setting("Delta-DiT", 2, 0, first_full=1, spacing="as published", source=GUESS),
+        Setting("Delta-DiT", 2, 0, first_full=1, spacing="as published", source=GUESS),
     ),
     "Wan": (every(2, ELSEWHERE), every(3, ELSEWHERE), every(4, ELSEWHERE)),
     "HunyuanVideo": (every(3, GUESS), every(4, GUESS), every(5, GUESS)),
@@ -109,7 +114,7 @@ def preset(model: ModelPatcher, quality: Quality) -> Setting:
 
 
 def schedule(setting: Setting) -> Policy:
-    return (Spread if setting.spread else Interval)(int(setting.amount), setting.first_full)
+    return SPACINGS[setting.spacing](int(setting.amount), setting.first_full)
 
 
 def cache_for(
@@ -193,13 +198,20 @@ def tune(
         )
 
     found: list[Trial] = []
-    for number, setting in enumerate(candidates(errors)[:trials]):
+    asked = proposals(errors)
+    setting = next(asked)
+    while len(found) < trials:
         report = StepCacheReport(setting.method)
         result = sample(accelerated(model, setting, report))
         run = report.runs[-1]
         fraction = run.computed / max(len(run.entries), 1)
         found.append(Trial(setting, len(run.entries), fraction, run.speedup, psnr_db(result, reference)))
-        tell(number + 2)
+        tell(len(found) + 1)
+        try:
+            setting = asked.send(found[-1].psnr_db >= floor_db)
+        except StopIteration:
+            break
+    tell(trials + 1)
     good = [trial for trial in found if trial.psnr_db >= floor_db and trial.computed < 1]
     best = min(good, key=lambda trial: (trial.computed, -trial.psnr_db), default=None)
     if best is None:
@@ -210,15 +222,30 @@ def tune(
 CLOSED = 1e-12  # a threshold above 0 that no error falls below: the gate measures and never opens
 
 
-def candidates(errors: Sequence[float]) -> list[Setting]:
-    """The settings to try, the most promising first: intervals, and gates at quantiles of the measured errors."""
+LADDER = (2, 3, 4, 5, 7, 10)  # intervals
+
+
+def proposals(errors: Sequence[float]) -> Generator[Setting, bool, None]:
+    """The settings to try. Each `send` says whether the last one kept the floor.
+
+    First the widest interval that keeps it. Then other spacings at the next wider one and at that one: which spacing is
+    best is the model's, and differs with the guidance. Gates come last, at quantiles of the `errors` that were
+    measured, the most promising first.
+    """
     tried = "tried here"
-    settings = [every(3, tried), every(5, tried), every(2, tried), every(4, tried)]
+    kept, missed, at = -1, len(LADDER), LADDER.index(3)
+    while missed - kept > 1:
+        good = yield every(LADDER[at], tried)
+        kept, missed = (at, missed) if good else (kept, at)
+        at = (kept + missed) // 2
+    for at in (missed, kept):
+        if 0 <= at < len(LADDER):
+            for spacing in ("half by noise", "by step"):
+                yield every(LADDER[at], tried, spacing)
     if errors:
-        quantiles = torch.tensor(sorted(errors)).quantile(torch.tensor([0.9, 0.7, 0.5]), interpolation="higher")
-        gates = [gate(float(q) * 1.01, tried, first_full=3) for q in quantiles]
-        settings = [settings[0], gates[1], settings[1], gates[0], settings[2], gates[2], settings[3]]
-    return [*settings, every(7, tried), every(10, tried)]
+        quantiles = torch.tensor(sorted(errors)).quantile(torch.tensor([0.7, 0.9, 0.5]), interpolation="higher")
+        for quantile in quantiles:
+            yield gate(float(quantile) * 1.01, tried, first_full=3)
 
 
 def psnr_db(a: Tensor, b: Tensor) -> float:

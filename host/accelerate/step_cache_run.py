@@ -266,7 +266,8 @@ class StepCacheRun:
         if not isinstance(policy, Spread) or self.total is None or run.model is None:
             return {}
         levels = noise_shares(run.model.get_model_object("model_sampling"), sigmas_of(run.sigmas, run.sampler))
-        computed = spread(levels, policy.count(self.total), run.guidance, is_multistep(run.sampler))
+        multistep = is_multistep(run.sampler)
+        computed = spread(levels, policy.count(self.total), run.guidance, multistep, policy.mix)
         return {index: index in computed for index in range(self.total)}
 
     def count(self) -> int:

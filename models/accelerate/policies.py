@@ -10,8 +10,10 @@ Units: evaluations, counted from the start of a run or from the last reset.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Protocol
 
 
@@ -95,10 +97,12 @@ class Spread:
     middle, the evaluations are those of `Interval`. Neutral value: `every=1` computes everything.
 
     first_full: evaluations computed at the start, whatever the plan says.
+    mix: 1 spreads over the steps alone, 0 over the noise alone, None as the guidance asks for.
     """
 
     every: int
     first_full: int = 1
+    mix: float | None = None
 
     def __post_init__(self):
         Interval(self.every, self.first_full)  # the same limits, and the same sentences
@@ -115,6 +119,15 @@ class Spread:
         if moment.planned is None or moment.index < self.first_full:
             return Interval(self.every, self.first_full).choose(moment)
         return (COMPUTE if moment.planned else FORECAST), "planned"
+
+
+SPACINGS: dict[str, Callable[[int, int], Policy]] = {  # of interval and first_full
+    "by noise and step": Spread,
+    "half by noise": partial(Spread, mix=0.5),
+    "by step": partial(Spread, mix=1.0),
+    "to the last step": partial(Interval, to_end=True),
+    "as published": Interval,
+}
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 `spread` puts them evenly over a mix of the step and of the noise level, so that more of them lie where the noise falls
 fastest. `damping_of` says how far a forecast between them may follow the slope and the bend of what was computed.
 
-Source: ours, no paper. Found on the embedded FLUX.1 and SD3.5 models together (20 to 50 steps, euler, dpmpp_2m and heun,
-CFG 1 to 4.5, on prompts that no benchmark judges). `docs/benchmarks.md` says where it loses.
+Source: ours, no paper. Found on the embedded FLUX.1 and SD3.5 models together (20 to 50 steps, euler, dpmpp_2m and
+heun, CFG 1 to 4.5, on prompts that no benchmark judges). `docs/benchmarks.md` says where it loses.
 Schedules by plain steps are `policies.Interval`.
 
 Units: evaluations, counted from the start of a run; noise levels as the sampler gives them.
@@ -88,7 +88,7 @@ def spread(
 
 
 def _even(chosen: Sequence[int], ideal: Sequence[float]) -> tuple[int, ...]:
-    """The same gaps, the widest where the ideal ones are. Rounding alone leaves 3, 2, 3, 2 where 3, 3, 2, 2 is meant."""
+    """The same gaps, the widest where the ideal ones are. Rounding alone leaves 3, 2, 3, 2 for 3, 3, 2, 2."""
     gaps = sorted((b - a for a, b in pairwise(chosen)), reverse=True)
     wanted = [round(b - a, 6) for a, b in pairwise(ideal)]
     order = sorted(range(len(wanted)), key=lambda i: -wanted[i])  # ties: the first is the widest

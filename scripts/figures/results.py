@@ -49,7 +49,9 @@ def tree(folder: Path = RESULTS) -> Tree:
         found[path.stem.removeprefix("quality-")] = read(path)
     if path := newest("cost", folder):
         report = read(path)
-        names = {row["method"] if row["peer"] is None else f"{row['method']} ({row['peer']})": row for row in report["rows"]}
+        names = {
+            row["method"] if row["peer"] is None else f"{row['method']} ({row['peer']})": row for row in report["rows"]
+        }
         found["race cost"] = names | {"shape": report["shape"], "steps": report["steps"]}
     if path := newest("tuned", folder):
         report = read(path)

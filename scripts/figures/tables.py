@@ -269,7 +269,13 @@ def race_cost(found: Tree) -> str:
     if "race cost" not in found:
         return "*Not measured yet: `python -m benchmarks.accelerators --part cost` writes the results file.*"
     rows = [
-        [row["method"], row["peer"] or "ours", f"{row['computed']:.2f}", f"{row['speedup']:.2f}", f"{row['efficiency']:.2f}"]
+        [
+            row["method"],
+            row["peer"] or "ours",
+            f"{row['computed']:.2f}",
+            f"{row['speedup']:.2f}",
+            f"{row['efficiency']:.2f}",
+        ]
         for row in found["race cost"].values()
         if isinstance(row, dict) and "method" in row
     ]

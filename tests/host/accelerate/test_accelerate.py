@@ -12,7 +12,6 @@ from dit_toolkit.host.accelerate.accelerate import (
     QUALITIES,
     Setting,
     accelerated,
-    candidates,
     family_name,
     preset,
     tune,
@@ -141,9 +140,44 @@ def test_models_without_block_hooks_are_tuned_by_interval():
     assert {trial.setting.method for trial in found} == {"TaylorSeer"}
 
 
+def walked(errors, keeps):
+    """All that would be tried if `keeps` judged, and the setting that is left at the end of the ladder."""
+    asked, settings = accelerate.proposals(errors), []
+    setting = next(asked)
+    while True:
+        settings.append(setting)
+        try:
+            setting = asked.send(keeps(setting))
+        except StopIteration:
+            return settings, [(s.amount, s.spacing) for s in settings]
+
+
+@pytest.mark.parametrize(
+    ("widest", "ladder"),
+    [
+        (1, [3, 2]),
+        (2, [3, 2]),
+        (3, [3, 5, 4]),
+        (4, [3, 5, 4]),
+        (5, [3, 5, 7]),
+        (7, [3, 5, 7, 10]),
+        (99, [3, 5, 7, 10]),
+    ],
+)
+def test_the_widest_interval_is_found_in_four_trials_and_then_other_spacings_are_tried(widest, ladder):
+    _, tried = walked([], lambda setting: setting.amount <= widest)
+    assert [amount for amount, spacing in tried if spacing == "by noise and step"] == ladder
+    around = [amount for amount, spacing in tried if spacing != "by noise and step"]
+    wider = [each for each in accelerate.LADDER if each > widest][:1]
+    kept = [each for each in accelerate.LADDER if each <= widest][-1:]
+    assert around == [each for each in [*wider, *kept] for _ in range(2)]
+    assert len(set(tried)) == len(tried)
+
+
 def test_thresholds_that_are_tried_are_quantiles_of_the_errors():
     errors = [0.01 * i for i in range(1, 101)]
-    tried = sorted(s.amount for s in candidates(errors) if s.method == "Confidence-Gated Taylor")
+    settings, _ = walked(errors, lambda setting: False)
+    tried = sorted(s.amount for s in settings if s.method == "Confidence-Gated Taylor")
     assert tried == pytest.approx([0.51 * 1.01, 0.71 * 1.01, 0.91 * 1.01], rel=0.02)
 
 

@@ -61,14 +61,14 @@ def test_both_layouts_compute_the_same(factor):
         name = f"transformer_blocks.{i}.attn"
         qkv = linear(x, *(after[f"double_blocks.{i}.img_attn.qkv.{end}"] for end in ("weight", "bias")))
         expected = torch.cat([published_layer(f"{name}.{part}") for part in ("to_q", "to_k", "to_v")], dim=1)
-        torch.testing.assert_close(qkv, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(qkv, expected, rtol=1e-6, atol=1e-6)
         out = linear(x, *(after[f"double_blocks.{i}.img_attn.proj.{end}"] for end in ("weight", "bias")))
-        torch.testing.assert_close(out, published_layer(f"{name}.to_out.0"), rtol=0, atol=1e-6)
+        torch.testing.assert_close(out, published_layer(f"{name}.to_out.0"), rtol=1e-6, atol=1e-6)
     for i in range(3):
         name = f"single_transformer_blocks.{i}.attn"
         both = linear(x, *(after[f"single_blocks.{i}.linear1.{end}"] for end in ("weight", "bias")))
         expected = torch.cat([published_layer(f"{name}.{part}") for part in ("to_q", "to_k", "to_v")], dim=1)
-        torch.testing.assert_close(both[:, : 3 * DIM], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(both[:, : 3 * DIM], expected, rtol=1e-6, atol=1e-6)
         assert (after[f"single_blocks.{i}.linear1.weight"][3 * DIM :] == 9).all()  # the MLP's rows
 
 
