@@ -17,7 +17,7 @@ from dit_toolkit.tests.nodes.test_inputs import Vae
 
 pytestmark = pytest.mark.comfy
 
-VALUES = dict(floor=10.0, trials=2, seed=3, steps=6, cfg=2.0, sampler_name="euler", scheduler="simple")
+VALUES = dict(floor=10.0, trials=2, seed=3, steps=9, cfg=2.0, sampler_name="euler", scheduler="simple")
 MASK = torch.ones(1, 1, 8, 8)
 MASK[..., :4] = 0
 
@@ -49,7 +49,7 @@ def test_every_run_is_sampled_as_its_inputs_say(tiny_flux, sampled):
     noise = comfy.sample.prepare_noise(latent["samples"], VALUES["seed"], [2])
     for (_, ours, steps, cfg, sampler, scheduler, positive, negative, samples), options, _ in sampled:
         assert torch.equal(ours, noise)
-        assert (steps, cfg, sampler, scheduler) == (6, 2.0, "euler", "simple")
+        assert (steps, cfg, sampler, scheduler) == (9, 2.0, "euler", "simple")
         assert positive is given["positive"]
         assert negative is given["negative"]
         assert torch.equal(samples, latent["samples"])

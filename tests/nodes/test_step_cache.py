@@ -110,7 +110,7 @@ def test_settings_of_taylorseer_reach_the_cache(tiny_flux):
     assert (settings.guard, settings.part, settings.offload) == (Guard(2), PartOfRun(0.1, 0.9), True)
     assert isinstance(settings.tap, PredictionTap)
     spaced = [settings_of(run_node(TaylorSeer, model=tiny_flux, spacing=name)[0]).policy for name in SPACINGS]
-    assert spaced == [Spread(3), Interval(3, 1, to_end=True), Interval(3, 1)]
+    assert spaced == [Spread(3), Spread(3, mix=0.5), Spread(3, mix=1.0), Interval(3, 1, to_end=True), Interval(3, 1)]
     listed = settings_of(run_node(TaylorSeer, model=tiny_flux, schedule=" 0-2, 5 ")[0])
     assert listed.policy == Listed.parse("0-2,5")
 
