@@ -1,0 +1,136 @@
+"""Workers on a Ray cluster: each an actor that holds a ComfyUI of its machine, on a device that Ray gives it.
+
+Jobs go to actors and files come back through Ray's object store, so the machines need no common folder. What must be the
+same on each: ComfyUI, packs, models. Pictures and masks of the table travel with their job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import Refused, WorkerLost
+from .plan import Job
+from .server import Outcome
+from .workers import Comfy, LocalWorker
+
+HERE = Path(__file__).resolve().parent
+PLACED = 120  # seconds until Ray must have found a place for an actor
+
+
+def connect(address: str) -> Any:
+    """Ray, connected: to a cluster, to the one of this machine ("auto"), or to one that ends with us ("local")."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError:
+        raise Refused("--ray needs Ray: pip install ray") from None
+    where = {"include_dashboard": False} if address == "local" else {"address": address}
+    try:
+        ray.init(**where, log_to_driver=False, logging_level="error", runtime_env={"py_modules": [str(HERE)]})
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise Refused(f"There is no Ray cluster at {address}: {str(error).splitlines()[0]}") from None
+    return ray
+
+
+class Actor:
+    """What runs on the other machine."""
+
+    def __init__(self, name: str, folder: str | None, python: str | None, arguments: Sequence[str], patience: float, threads: int | None):
+        comfy = Comfy.found(folder, python, tuple(arguments), patience)
+        self.worker = LocalWorker(name, comfy, threads=threads)  # Ray has set which devices it sees
+        self.files = tempfile.TemporaryDirectory(prefix="dit-headless-")
+
+    async def start(self) -> tuple[str, int]:
+        """The machine it is on, and the process of its ComfyUI."""
+        await self.worker.start()
+        return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", ""), self.worker.pid or 0
+
+    async def known(self) -> dict:
+        return await self.worker.known()
+
+    async def run(self, job: Job, contents: Sequence[bytes]) -> Outcome:
+        files = []
+        for file, content in zip(job.files, contents, strict=True):
+            path = Path(self.files.name) / file.name
+            if not path.exists():
+                path.write_bytes(content)
+            files.append(type(file)(str(path), file.name))
+        return await self.worker.run(Job(job.position, job.key, job.prompt, tuple(files), job.graph))
+
+    async def stop(self) -> None:
+        await self.worker.stop()
+
+
+class RayWorker:
+    """The same as a LocalWorker, somewhere else."""
+
+    again = True
+
+    def __init__(self, ray: Any, name: str, comfy: tuple, patience: float, devices: int, threads: int | None):
+        self.ray, self.name, self.comfy, self.patience, self.threads = ray, name, comfy, patience, threads
+        self.needs = {"num_gpus": 1, "num_cpus": 1} if devices else {"num_cpus": 1}
+        self._actor: Any = None
+        self._running: list[object] = []  # in the order they were sent: ComfyUI takes one at a time
+
+    async def start(self) -> None:
+        await self.stop()
+        remote = self.ray.remote(**self.needs, max_concurrency=8, max_restarts=0)(Actor)
+        self._actor = remote.remote(self.name, *self.comfy, self.patience, self.threads)
+        await self._asked(self._actor.start.remote(), PLACED + max(self.patience, 60) + 60)
+
+    async def known(self) -> dict:
+        return await self._asked(self._actor.known.remote(), None)
+
+    async def run(self, job: Job) -> Outcome:
+        token = object()
+        self._running.append(token)
+        try:
+            contents = [await asyncio.to_thread(Path(file.path).read_bytes) for file in job.files]
+            return await self._asked(self._actor.run.remote(job, contents), None, lambda: self._running[:1] == [token])
+        finally:
+            self._running.remove(token)
+
+    async def stop(self) -> None:
+        actor, self._actor = self._actor, None
+        if actor is not None:  # its ComfyUI ends with it
+            await asyncio.to_thread(self.ray.kill, actor)
+
+    async def _asked(self, answer: Any, seconds: float | None, was_running=lambda: False) -> Any:
+        from ray.exceptions import RayError, RayTaskError
+
+        try:
+            return await asyncio.wait_for(_awaited(answer), seconds)
+        except asyncio.TimeoutError:
+            raise WorkerLost("Ray finds no place for it, or its ComfyUI does not start") from None
+        except RayTaskError as error:
+            if isinstance(error.cause, (Refused, WorkerLost)) or type(error.cause).__module__ == WorkerLost.__module__:
+                raise error.cause from None
+            raise
+        except RayError as error:
+            raise WorkerLost(f"Ray lost it ({type(error).__name__})", was_running()) from None
+
+
+async def _awaited(answer: Any) -> Any:
+    return await answer
+
+
+def workers(address: str, count: int | None, folder: str | None, python: str | None, arguments: Sequence[str], patience: float,
+            threads: int | None) -> tuple[Any, list[RayWorker]]:  # fmt: skip
+    """One for each device of the cluster, or `count`; where there are no devices, one for each machine."""
+    ray = connect(address)
+    resources = ray.cluster_resources()
+    devices = int(resources.get("GPU", 0))
+    machines = sum(node["Alive"] for node in ray.nodes())
+    number = count or devices or machines
+    room = devices or int(resources.get("CPU", 0))
+    if number > room:
+        ray.shutdown()
+        raise Refused(f"The cluster has room for {room} workers, not for {number}.")
+    made = [RayWorker(ray, f"ray-{each}", (folder, python, tuple(arguments)), patience, devices, threads) for each in range(1, number + 1)]
+    return ray, made
