@@ -22,7 +22,7 @@ from typing import Any
 
 from .errors import Refused
 from .tables import Row
-from .workflow import Prompt
+from .workflow import Prompt, inputs_of
 
 LOADERS = {  # what an input that only takes a wire gets its file through: node, its input, other inputs
     "IMAGE": ("LoadImage", "image", {}),
@@ -170,7 +170,8 @@ class Binding:
 
 
 def _shown(value: Any) -> str:
-    text = _text(value)
+    """A value in a sentence: short, and without what a terminal would obey."""
+    text = "".join(each if each.isprintable() else "?" for each in _text(value)[:61])
     return f"'{text[:60]}...'" if len(text) > 60 else f"'{text}'"
 
 
@@ -188,12 +189,15 @@ class Files:
 
     def _read(self, name: str) -> File | None:
         path = self._path(name)
-        if path is None or not path.is_file() or path.suffix.lower() not in MEDIA:
+        try:
+            if path is None or not path.is_file() or path.suffix.lower() not in MEDIA:
+                return None
+            with path.open("rb") as opened:
+                digest = hashlib.sha256()
+                while block := opened.read(1 << 20):
+                    digest.update(block)
+        except OSError:  # `why_not` says it
             return None
-        with path.open("rb") as opened:
-            digest = hashlib.sha256()
-            while block := opened.read(1 << 20):
-                digest.update(block)
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem)[:40]
         return File(str(path), f"{stem}_{digest.hexdigest()[:16]}{path.suffix.lower()}")
 
@@ -286,13 +290,6 @@ def _nodes_named(name: str, prompt: Prompt) -> list[str]:
 def _names(prompt: Prompt) -> list[str]:
     titles = [node["_meta"]["title"] for node in prompt.values()]
     return [title if titles.count(title) == 1 else f"#{node_id} ({title})" for node_id, title in zip(prompt, titles, strict=True)]
-
-
-def inputs_of(node: dict, known: dict) -> dict[str, list]:
-    """A node's inputs with their specifications; those that its node list does not spell out have none."""
-    spec = known[node["class_type"]]["input"]
-    declared = {**spec.get("required", {}), **spec.get("optional", {})}
-    return {name: declared.get(name, []) for name in (*declared, *(each for each in node["inputs"] if each not in declared))}
 
 
 def _kind(spec: list) -> tuple[str, Mapping[str, Any], tuple]:

@@ -31,14 +31,17 @@ class Dispatch:
 
     def __init__(self, ledger: Ledger, line: Line, workers: Sequence[Worker], make: Callable[[int], Job],
                  save: Callable[[str, Outcome], tuple], *, tries: int, say: Callable[[str], None],
-                 ended: Callable[[Result], None], begun: dict[str, asyncio.Task] | None = None):  # fmt: skip
+                 ended: Callable[[Result], None], begun: dict[str, asyncio.Task] | None = None,
+                 pause: float = 1.0):  # fmt: skip
         self.ledger, self.line, self.workers, self.make, self.save = ledger, line, workers, make, save
         self.tries, self.say, self.ended = tries, say, ended
         self.begun = begun or {}  # workers that are starting already
+        self.pause = pause  # seconds before a lost worker starts again, more each time
         self.live: set[str] = {worker.name for worker in workers}
         self._tried: Counter[int] = Counter()
         self._lost_by: dict[int, set[str]] = defaultdict(set)
         self._progress: Counter[str] = Counter()  # jobs that each worker has done since its start
+        self._keeping: set[asyncio.Task] = set()
         self._running = 0
         self._changed = asyncio.Event()
         self._last_words = ""
@@ -56,6 +59,7 @@ class Dispatch:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*self._keeping, return_exceptions=True)
         if len(self.line):
             raise AllLost(self._last_words)
 
@@ -85,7 +89,7 @@ class Dispatch:
                     self.say(f"{worker.name} is given up after {failures} losses in a row: {error}")
                     return
                 self.say(f"{worker.name} is lost and starts again: {error}")
-                await asyncio.sleep(min(failures, 5))
+                await asyncio.sleep(self.pause * failures)
 
     async def _lane(self, worker: Worker) -> None:
         while (position := await self._take(worker)) is not None:
@@ -126,14 +130,17 @@ class Dispatch:
             self.line.give_back(position, self._lost_by[position])
             raise
         else:
-            saving = asyncio.create_task(asyncio.to_thread(self.save, job.key, outcome, self.ledger.files_of(job.key)))
-            try:
-                await asyncio.shield(saving)
-            finally:  # also when all is being stopped: what has been computed is kept
-                files = await saving
-                self._progress[worker.name] += 1
-                self._record(position, job, Result(
-                    job.key, {}, "done", files, round(outcome.seconds, 3), worker.name, tries, outcome.nodes, outcome.reused))  # fmt: skip
+            keeping = asyncio.create_task(self._keep(worker, position, job, tries, outcome))
+            self._keeping.add(keeping)
+            keeping.add_done_callback(self._keeping.discard)
+            await asyncio.shield(keeping)
+
+    async def _keep(self, worker: Worker, position: int, job: Job, tries: int, outcome: Outcome) -> None:
+        """What has been computed is kept, also when all else is being stopped: `run` waits for it."""
+        files = await asyncio.to_thread(self.save, job.key, outcome, self.ledger.files_of(job.key))
+        self._progress[worker.name] += 1
+        self._record(position, job, Result(
+            job.key, {}, "done", files, round(outcome.seconds, 3), worker.name, tries, outcome.nodes, outcome.reused))  # fmt: skip
 
     def _try_again(self, position: int, job: Job, worker: Worker, error: WorkerLost) -> None:
         self._tried[position] += 1

@@ -212,5 +212,5 @@ def _card(folder: Path, result: Result) -> dict:
         kind = "picture" if Path(name).suffix in PICTURES else "video" if Path(name).suffix in VIDEOS else "file"
         small = thumbnail_of(folder, name)
         files.append([name, kind, f"{THUMBNAILS}/{small.name}" if small.exists() else name])
-    shown = {"seconds": result.seconds, "worker": result.worker, "tries": result.tries}
+    shown = {"seconds": result.seconds, "tries": result.tries if result.tries > 1 else None}
     return {"key": result.key, "state": result.state, "files": files, "row": result.row, "error": result.error, "run": shown}

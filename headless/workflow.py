@@ -113,12 +113,12 @@ def converted(workflow: Workflow, known: dict) -> Prompt:
 
 
 def _convert(graph: dict, known: dict) -> Prompt:
-    convert = converter()
+    converter()
     for kind, where in _types(graph):
         if kind not in known and kind not in VIRTUAL:
             raise Refused(f"ComfyUI does not know the node '{kind}' ({where}). Install its pack.")
     try:
-        prompt = convert(graph, known)
+        prompt = as_the_page(graph, known)
     except Exception as error:  # whatever a converter of others stumbles over
         raise Refused(f"comfy-cli cannot convert this workflow: {error}. In ComfyUI's page choose Workflow > Export (API), "
                       "and use that file.") from None  # fmt: skip
@@ -134,6 +134,38 @@ def converter() -> Callable[[dict, dict], Prompt]:
         raise Refused("A workflow as the page saves it needs comfy-cli: pip install comfy-cli. Or choose Workflow > Export "
                       "(API) in ComfyUI's page, and use that file.") from None  # fmt: skip
     return convert_ui_to_api
+
+
+COMPARED = {"__value__": {"0": "", "1": ""}}  # what the page gives for the slider of Compare Images
+
+
+def as_the_page(graph: dict, known: dict) -> Prompt:
+    """comfy-cli's conversion, mended where it differs from that of ComfyUI's page. A test holds the two together."""
+    mended = copy.deepcopy(graph)
+    for node in mended["nodes"]:
+        # Widgets that a subgraph shows of its nodes stand among its own values, empty. comfy-cli counts without them.
+        shown, values = node.get("properties", {}).get("proxyWidgets"), node.get("widgets_values")
+        if isinstance(shown, list) and isinstance(values, list) and len(shown) == len(values):
+            pairs = list(zip(shown, values, strict=True))
+            node["widgets_values"] = [value for (owner, _), value in pairs if str(owner) == "-1" or value is not None]
+    prompt = converter()(mended, known)
+    for node in prompt.values():
+        inputs = node["inputs"]
+        for name, spec in inputs_of(node, known).items():
+            if name not in inputs or isinstance(inputs[name], list):
+                continue
+            if len(spec) > 1 and spec[1].get("forceInput"):  # takes a wire only, and has none
+                del inputs[name]
+            elif spec[:1] == ["IMAGECOMPARE"] and inputs[name] is None:
+                inputs[name] = COMPARED
+    return prompt
+
+
+def inputs_of(node: dict, known: dict) -> dict[str, list]:
+    """A node's inputs with their specifications; those that its node list does not spell out have none."""
+    spec = known.get(node["class_type"], {}).get("input", {})
+    declared = {**spec.get("required", {}), **spec.get("optional", {})}
+    return {name: declared.get(name, []) for name in (*declared, *(each for each in node["inputs"] if each not in declared))}
 
 
 def _types(graph: dict) -> Iterator[tuple[str, str]]:
@@ -197,7 +229,7 @@ def _spots(graph: dict, kind: str, value: Any) -> Iterator[Spot]:
 
 def quietly_converted(graph: dict, known: dict) -> Prompt | None:
     try:
-        return converter()(graph, known)
+        return as_the_page(graph, known)
     except Exception:  # a value that does not belong there
         return None
 
