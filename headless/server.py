@@ -58,6 +58,7 @@ class Server:
         self._heard = time.monotonic()
         self._session: aiohttp.ClientSession | None = None
         self._tasks: list[asyncio.Task] = []
+        self._forgetting: set[asyncio.Task] = set()
 
     async def connect(self) -> None:
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER))  # no proxy: it asks for none
@@ -71,6 +72,7 @@ class Server:
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
 
     async def close(self) -> None:
+        await asyncio.gather(*self._forgetting, return_exceptions=True)
         for task in self._tasks:
             task.cancel()
         self._tasks = []
@@ -113,8 +115,10 @@ class Server:
         except WorkerLost as error:
             error.started = error.started or run.started is not None
             raise
-        except asyncio.CancelledError:
-            await self._forget(prompt_id)
+        except asyncio.CancelledError:  # `close` waits for it
+            forgetting = asyncio.create_task(self._forget(prompt_id))
+            self._forgetting.add(forgetting)
+            forgetting.add_done_callback(self._forgetting.discard)
             raise
         finally:
             self._runs.pop(prompt_id, None)

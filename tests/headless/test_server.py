@@ -157,6 +157,22 @@ def test_a_server_that_is_not_there_is_a_lost_worker():
         asyncio.run(Server("http://127.0.0.1:9", 60).connect())
 
 
+def test_a_job_that_is_called_off_is_taken_from_the_server_also_when_it_is_called_off_twice():
+    async def call_off(played):
+        async with connected(played, 60) as server:
+            job = asyncio.create_task(server.run(JOB))
+            while not played.queued:
+                await asyncio.sleep(0)
+            for _ in range(2):
+                job.cancel()
+                await asyncio.sleep(0)
+            await asyncio.gather(job, return_exceptions=True)
+
+    played = Played([START])
+    asyncio.run(call_off(played))
+    assert played.asked[-2:] == ["/queue", "/interrupt"]
+
+
 def test_saved_files_come_before_shown_ones():
     shown, kept = {"filename": "a.png", "type": "temp"}, {"filename": "b.webm", "type": "output"}
     assert saved({"1": {"images": [shown], "animated": [True]}, "2": {"gifs": [kept], "text": ["a"]}}) == [kept]
