@@ -83,9 +83,12 @@ train-tiny: setup
 
 # The hashed requirements, from the short lists beside them. Needed only to move to newer versions.
 PINS = --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --upgrade --quiet
+# What comfy-cli brings for its other commands, and its converter never imports: 180 MB, and two that report usage.
+LEFT_OUT = $(addprefix --no-emit-package ,imageio-ffmpeg mixpanel posthog)
 pins:
 	cd scripts/requirements && uv pip compile host.in ../../.comfyui/ComfyUI/requirements.txt $(PINS) -o host.txt
 	cd scripts/requirements && uv pip compile dev.in -c host.txt $(PINS) -o dev.txt
+	cd scripts/requirements && uv pip compile headless.in -c host.txt -c dev.txt $(PINS) $(LEFT_OUT) -o headless.txt
 	cd scripts/requirements && uv pip compile uv.in $(PINS) -o uv.txt
 
 clean:

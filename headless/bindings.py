@@ -4,8 +4,9 @@
     --set "#9.seed={seed}"                                         the node's number instead of its title
     --set "Apply EasyControl.image={outline}"                      a file of a picture, for an input that takes pictures
 
-A column alone, as in `{seed}`, is taken as it is; a number stays a number. `{{` and `}}` stand for braces. An empty cell
-leaves the workflow's own value, save in a text, where it is an empty text. Everything is checked before anything runs.
+A column alone, as in `{seed}`, is taken as it is; a number stays a number. `{{` and `}}` stand for braces. An empty
+cell leaves the workflow's own value, save in a text, where it is an empty text. Everything is checked before anything
+runs.
 """
 
 from __future__ import annotations
@@ -29,8 +30,30 @@ LOADERS = {  # what an input that only takes a wire gets its file through: node,
     "MASK": ("LoadImageMask", "image", {"channel": "red"}),
 }
 UPLOADS = ("image_upload", "video_upload", "audio_upload", "animated_image_upload", "file_upload")
-MEDIA = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".exr",
-         ".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".wav", ".mp3", ".flac", ".ogg", ".m4a", ".opus"}  # fmt: skip
+MEDIA = {
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".exr",
+    ".mp4",
+    ".webm",
+    ".mov",
+    ".mkv",
+    ".avi",
+    ".m4v",
+    ".wav",
+    ".mp3",
+    ".flac",
+    ".ogg",
+    ".m4a",
+    ".opus",
+}
 UPLOADED = "headless"  # the folder inside ComfyUI's input that files go to
 PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 YES, NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
@@ -61,7 +84,9 @@ class Template:
             if match[0] in ("{{", "}}"):
                 parts.append((match[0][0], False))
             elif match[0] in ("{", "}"):
-                raise Refused(f"'{self.text}': a brace stands alone. Columns are {{name}}, braces themselves {{{{ and }}}}.")
+                raise Refused(
+                    f"'{self.text}': a brace stands alone. Columns are {{name}}, braces themselves {{{{ and }}}}."
+                )
             else:
                 parts.append((match[1], True))
         parts.append((self.text[position:], False))
@@ -239,7 +264,7 @@ def near(word: str, known: Iterable[str]) -> str:
 
 
 def bind(settings: Iterable[str], prompt: Prompt, known: dict, columns: Iterable[str] | None) -> list[Binding]:
-    """The bindings of `--set`, on this prompt, for a table with these columns; None for columns that nobody knows yet."""
+    """The bindings of `--set`, on this prompt, for a table with these columns."""
     bindings = [_bind(setting, prompt, known) for setting in settings]
     seen: dict[tuple[str, str], str] = {}
     for binding in bindings:
@@ -259,7 +284,7 @@ def check_column(column: str, columns: Iterable[str] | None) -> None:
 def _bind(setting: str, prompt: Prompt, known: dict) -> Binding:
     target, equals, template = setting.partition("=")
     if not equals or "." not in target:
-        raise Refused(f"--set \"{setting}\" is not understood. It reads \"Node title.input={{column}}\".")
+        raise Refused(f'--set "{setting}" is not understood. It reads "Node title.input={{column}}".')
     target = target.strip()
     problems = []
     for position in reversed([number for number, character in enumerate(target) if character == "."]):
@@ -270,7 +295,9 @@ def _bind(setting: str, prompt: Prompt, known: dict) -> Binding:
             continue
         if len(nodes) > 1:
             numbers = ", ".join(f"#{node}" for node in nodes)
-            raise Refused(f"{len(nodes)} nodes are named '{name}': {numbers}. Write the number: --set \"#{nodes[0]}.{field}=...\".")
+            raise Refused(
+                f"{len(nodes)} nodes are '{name}': {numbers}. Write its number: --set \"#{nodes[0]}.{field}=...\"."
+            )
         inputs = inputs_of(prompt[nodes[0]], known)
         if field in inputs:
             return Binding(nodes[0], field, target, Template(template), *_kind(inputs[field]))
@@ -289,7 +316,10 @@ def _nodes_named(name: str, prompt: Prompt) -> list[str]:
 
 def _names(prompt: Prompt) -> list[str]:
     titles = [node["_meta"]["title"] for node in prompt.values()]
-    return [title if titles.count(title) == 1 else f"#{node_id} ({title})" for node_id, title in zip(prompt, titles, strict=True)]
+    return [
+        title if titles.count(title) == 1 else f"#{node_id} ({title})"
+        for node_id, title in zip(prompt, titles, strict=True)
+    ]
 
 
 def _kind(spec: list) -> tuple[str, Mapping[str, Any], tuple]:
@@ -306,14 +336,18 @@ def _kind(spec: list) -> tuple[str, Mapping[str, Any], tuple]:
     if kind in known and not (kind == "COMBO" and options.get("multiselect")):
         return kind, options, choices
     if kind.isupper() and kind not in ("*",) and not options.get("widgetType"):
-        raise Refused(f"An input of the type {kind} takes a wire. A table can set texts, numbers, choices, pictures and masks.")
+        raise Refused(
+            f"An input of the type {kind} takes a wire. A table can set texts, numbers, choices, pictures and masks."
+        )
     return "", options, choices
 
 
 # From a row to its prompt
 
 
-def apply(prompt: Prompt, bindings: Iterable[Binding], values: Iterable[Any], loaders: Mapping[int, str]) -> tuple[Prompt, list[File]]:
+def apply(
+    prompt: Prompt, bindings: Iterable[Binding], values: Iterable[Any], loaders: Mapping[int, str]
+) -> tuple[Prompt, list[File]]:
     """The prompt of a row, and the files that it needs. `loaders`: ids of the nodes put in front of picture inputs."""
     made = {node_id: {**node, "inputs": dict(node["inputs"])} for node_id, node in prompt.items()}
     files = []
@@ -334,6 +368,9 @@ def apply(prompt: Prompt, bindings: Iterable[Binding], values: Iterable[Any], lo
 
 def loader_ids(prompt: Prompt, bindings: Iterable[Binding]) -> dict[int, str]:
     """Ids for the nodes that load a picture or a mask, by the binding's place in the list."""
-    taken = max((int(part) for node_id in prompt for part in node_id.split(":") if part.isascii() and part.isdecimal()), default=0)
+    taken = max(
+        (int(part) for node_id in prompt for part in node_id.split(":") if part.isascii() and part.isdecimal()),
+        default=0,
+    )
     wanted = [number for number, binding in enumerate(bindings) if binding.kind in LOADERS]
     return {number: str(taken + 1 + place) for place, number in enumerate(wanted)}

@@ -41,12 +41,19 @@ exit codes: 0 all jobs are done, 1 some failed, or nothing could run, 130 stoppe
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="headless", description="One workflow over a table of jobs.")
     run = made.add_subparsers(dest="command", required=True).add_parser(
-        "run", help="run a workflow over a table", epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        "run", help="run a workflow over a table", epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = run.add_argument
     add("workflow", type=Path, help="a file that ComfyUI's page saved, in API format or not, or a PNG with one in it")
     add("--table", type=Path, required=True, help="CSV, JSON Lines or Parquet: a file, or a folder of them")
-    add("--set", action="append", default=[], metavar='"NODE.INPUT={COLUMN}"', dest="settings",
-        help="what each row puts into an input; NODE is a title, or # and a number")  # fmt: skip
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar='"NODE.INPUT={COLUMN}"',
+        dest="settings",
+        help="what each row puts into an input; NODE is a title, or # and a number",
+    )
     add("--key", help="the column that names jobs and their files (default: key, id, or the row's number)")
     add("--files", type=Path, help="the folder below which the table's pictures lie (default: the table's own)")
     add("--out", type=Path, help="the folder of the results (default: named after the table)")
@@ -54,13 +61,26 @@ def parser() -> argparse.ArgumentParser:
     add("--again", action="store_true", help="do all jobs again, those that are done too")
     where = run.add_argument_group("workers")
     where.add_argument("--workers", type=positive, help="how many (default: one for each device)")
-    where.add_argument("--server", action="append", default=[], metavar="URL", help="a ComfyUI that runs already; several may be given")
-    where.add_argument("--ray", metavar="ADDRESS", help="on a Ray cluster: its address, auto for this machine's, local for a new one")
-    where.add_argument("--comfyui", metavar="FOLDER", help="ComfyUI's folder (default: COMFYUI_PATH, or where this pack lies)")
+    where.add_argument(
+        "--server", action="append", default=[], metavar="URL", help="a ComfyUI that runs already; several may be given"
+    )
+    where.add_argument(
+        "--ray", metavar="ADDRESS", help="on a Ray cluster: its address, auto for this machine's, local for a new one"
+    )
+    where.add_argument(
+        "--comfyui", metavar="FOLDER", help="ComfyUI's folder (default: COMFYUI_PATH, or where this pack lies)"
+    )
     where.add_argument("--python", help="the Python that runs ComfyUI (default: COMFYUI_PYTHON, or this one)")
     where.add_argument("--threads", type=positive, help="processor threads of each worker (default: torch's choice)")
-    where.add_argument("--tries", type=positive, default=3, help="how often a job is begun whose worker is lost (default: 3)")
-    where.add_argument("--patience", type=seconds, default=600.0, help="seconds without a sign of life until a worker counts as hanging (default: 600)")
+    where.add_argument(
+        "--tries", type=positive, default=3, help="how often a job is begun whose worker is lost (default: 3)"
+    )
+    where.add_argument(
+        "--patience",
+        type=seconds,
+        default=600.0,
+        help="seconds without a sign of life until a worker counts as hanging (default: 600)",
+    )
     add("arguments", nargs="*", metavar="-- COMFYUI ARGUMENTS", help="arguments for ComfyUI, after --")
     return made
 
@@ -112,7 +132,9 @@ class Command:
             begun = {worker.name: asyncio.create_task(worker.start()) for worker in first}
             known = await self._known(workers, begun)
             prompt = workflow.converted(flow, known)
-            plan = Plan(prompt, known, options.settings, options.table, name=flow.name, key=options.key, files=options.files)
+            plan = Plan(
+                prompt, known, options.settings, options.table, name=flow.name, key=options.key, files=options.files
+            )
             graph = Graph.of(flow, plan)
             if options.dry_run:
                 return await asyncio.to_thread(self._dry_run, plan)
@@ -148,14 +170,23 @@ class Command:
         if options.ray:
             from . import on_ray
 
-            self.ray, made = on_ray.workers(options.ray, options.workers, options.comfyui, options.python, options.arguments,
-                                            options.patience, options.threads)  # fmt: skip
+            self.ray, made = on_ray.workers(
+                options.ray,
+                options.workers,
+                options.comfyui,
+                options.python,
+                options.arguments,
+                options.patience,
+                options.threads,
+            )
             return list(made)
         comfy = Comfy.found(options.comfyui, options.python, options.arguments, options.patience)
         found = [] if "--cpu" in options.arguments else devices()
         number = options.workers or len(found) or 1
-        return [LocalWorker(f"worker-{each + 1}", comfy, found[each % len(found)] if found else None, options.threads)
-                for each in range(number)]  # fmt: skip
+        return [
+            LocalWorker(f"worker-{each + 1}", comfy, found[each % len(found)] if found else None, options.threads)
+            for each in range(number)
+        ]
 
     async def _known(self, workers: Sequence[Worker], begun: dict[str, asyncio.Task]) -> dict:
         """The node list of the first worker that answers."""
@@ -165,8 +196,8 @@ class Command:
                 await asyncio.shield(begun.get(worker.name) or worker.start())
                 return await worker.known()
             except WorkerLost as error:
-                last = f"{worker.name}: {error}"
-        raise Refused(last)
+                last += f"\n{worker.name}: {error}"
+        raise Refused(f"No worker could be started.{last}")
 
     def _dry_run(self, plan: Plan) -> int:
         number = 0
@@ -174,12 +205,20 @@ class Command:
             if number <= SHOWN:
                 print(f"job {planned.key}")
                 for binding, value in zip(plan.bindings, planned.values, strict=True):
-                    shown = f"file {value.path}" if isinstance(value, File) else "as in the workflow" if value is None else json.dumps(value, ensure_ascii=False)
+                    shown = (
+                        f"file {value.path}"
+                        if isinstance(value, File)
+                        else "as in the workflow"
+                        if value is None
+                        else json.dumps(value, ensure_ascii=False)
+                    )
                     print(f"  {binding.label} = {shown}")
         print(f"{number} jobs, all in order. Nothing was run.")
         return 0
 
-    async def _through(self, plan: Plan, graph: Graph, workers: Sequence[Worker], begun: dict[str, asyncio.Task]) -> int:
+    async def _through(
+        self, plan: Plan, graph: Graph, workers: Sequence[Worker], begun: dict[str, asyncio.Task]
+    ) -> int:
         try:
             ledger = Ledger(self.out)
         except DiskFull:
@@ -190,29 +229,55 @@ class Command:
             todo = ledger.open_positions(self.options.again)
             progress = Progress(len(todo), rows - len(todo))
             self._announce(plan, marks, todo, rows, len(workers), graph, progress, ledger.gone())
-            order = array("L", (todo[at] for at in in_order([array("q", (column[p] for p in todo)) for column in marks], len(todo))))
+            order = array(
+                "L",
+                (todo[at] for at in in_order([array("q", (column[p] for p in todo)) for column in marks], len(todo))),
+            )
             return await self._work(plan, graph, ledger, order, rows, workers, begun, progress)
         except DiskFull:
             raise Refused(f"The disk that holds {self.out} is full. Nothing was run.") from None
         finally:
             ledger.close()
 
-    def _announce(self, plan: Plan, marks: list[array], todo: array, rows: int, workers: int, graph: Graph, progress: Progress, gone: int) -> None:
+    def _announce(
+        self,
+        plan: Plan,
+        marks: list[array],
+        todo: array,
+        rows: int,
+        workers: int,
+        graph: Graph,
+        progress: Progress,
+        gone: int,
+    ) -> None:
         done = rows - len(todo)
         progress.say(f"{rows} jobs, {done} of them done before." if done else f"{rows} jobs.")
         if gone:
-            progress.say(f"{gone} earlier results are of rows that this table no longer has. Their files stay where they are.")
+            progress.say(
+                f"{gone} earlier results are of rows that this table no longer has. Their files stay where they are."
+            )
         if graph.why_not:
             progress.say(f"The pictures will carry their prompt, not the page's graph: {graph.why_not}")
         if len(todo) > 1:
             columns = [array("q", (column[p] for p in todo)) for column in marks]
             table, sorted_ = plan.runs(columns, range(len(todo))), plan.runs(columns, in_order(columns, len(todo)))
             whole = (len(plan.prompt) + len(plan.loaders)) * len(todo)
-            progress.say(f"ComfyUI keeps what a job shares with the one before: {sorted_:,} of {whole:,} node runs are left, "
-                         f"{table:,} in the table's own order.")  # fmt: skip
+            progress.say(
+                f"ComfyUI keeps what a job shares with the last: {sorted_:,} of {whole:,} node runs are left, "
+                f"{table:,} in the table's own order."
+            )
 
-    async def _work(self, plan: Plan, graph: Graph, ledger: Ledger, order: array, rows: int, workers: Sequence[Worker],
-                    begun: dict[str, asyncio.Task], progress: Progress) -> int:  # fmt: skip
+    async def _work(
+        self,
+        plan: Plan,
+        graph: Graph,
+        ledger: Ledger,
+        order: array,
+        rows: int,
+        workers: Sequence[Worker],
+        begun: dict[str, asyncio.Task],
+        progress: Progress,
+    ) -> int:
         tally = Tally()
 
         def ended(result: Result) -> None:
@@ -227,11 +292,22 @@ class Command:
         try:
             if order:
                 await Dispatch(
-                    ledger, Line(order, len(workers)), workers, make, lambda *job: results.save(self.out, *job),
-                    tries=self.options.tries, say=progress.say, ended=ended, begun=begun).run()  # fmt: skip
+                    ledger,
+                    Line(order, len(workers)),
+                    workers,
+                    make,
+                    lambda *job: results.save(self.out, *job),
+                    tries=self.options.tries,
+                    say=progress.say,
+                    ended=ended,
+                    begun=begun,
+                ).run()
         except DiskFull:
-            sentence, code = f"The disk that holds {self.out} is full, so all workers were stopped. What is done is kept: make " \
-                             "room and give the same command again.", 1  # fmt: skip
+            sentence, code = (
+                f"The disk that holds {self.out} is full. All workers were stopped, what is done is kept: make "
+                "room and give the same command again.",
+                1,
+            )
         except AllLost as lost:
             sentence, code = f"No worker is left. {lost}", 1
         except (asyncio.CancelledError, KeyboardInterrupt):
@@ -248,8 +324,13 @@ class Command:
             shown, code = "", code or 1
         if sentence:
             print(sentence, file=sys.stderr)
-        print(f"{counts['done']} of {rows} jobs are done" + (f", {counts['failed']} failed" if counts["failed"] else "")
-              + (f". {tally.ended} in {span(spent)}" if tally.ended else "") + f". {shown}", file=sys.stderr)  # fmt: skip
+        print(
+            f"{counts['done']} of {rows} jobs are done"
+            + (f", {counts['failed']} failed" if counts["failed"] else "")
+            + (f". {tally.ended} in {span(spent)}" if tally.ended else "")
+            + f". {shown}",
+            file=sys.stderr,
+        )
         if tally.nodes:
             print(f"Of {tally.nodes:,} node runs ComfyUI spared {tally.reused:,}.", file=sys.stderr)
         for key, error in tally.failures[:FAILURES]:

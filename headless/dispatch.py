@@ -1,7 +1,7 @@
 """Jobs to workers until none is left: a lost job is tried again elsewhere, a job's own error is recorded.
 
-Two jobs are on their way to a worker at any time, so that ComfyUI never waits for the next one. Of a worker that is lost,
-only the job that was being run counts it as a try.
+Two jobs are on their way to a worker at any time, so that ComfyUI never waits for the next one. Of a lost worker, only
+the job that was being run counts it as a try.
 """
 
 from __future__ import annotations
@@ -29,10 +29,20 @@ class AllLost(Exception):
 class Dispatch:
     """`make`: a job from its position in the table. `save`: its files into the results folder, in a thread."""
 
-    def __init__(self, ledger: Ledger, line: Line, workers: Sequence[Worker], make: Callable[[int], Job],
-                 save: Callable[[str, Outcome], tuple], *, tries: int, say: Callable[[str], None],
-                 ended: Callable[[Result], None], begun: dict[str, asyncio.Task] | None = None,
-                 pause: float = 1.0):  # fmt: skip
+    def __init__(
+        self,
+        ledger: Ledger,
+        line: Line,
+        workers: Sequence[Worker],
+        make: Callable[[int], Job],
+        save: Callable[[str, Outcome], tuple],
+        *,
+        tries: int,
+        say: Callable[[str], None],
+        ended: Callable[[Result], None],
+        begun: dict[str, asyncio.Task] | None = None,
+        pause: float = 1.0,
+    ):
         self.ledger, self.line, self.workers, self.make, self.save = ledger, line, workers, make, save
         self.tries, self.say, self.ended = tries, say, ended
         self.begun = begun or {}  # workers that are starting already
@@ -51,7 +61,9 @@ class Dispatch:
         tasks = {asyncio.create_task(self._serve(worker)) for worker in self.workers}
         try:
             rest = tasks
-            while rest and (len(self.line) or self._running):  # a worker that is still starting must not hold up the end
+            while rest and (
+                len(self.line) or self._running
+            ):  # a worker that is still starting must not hold up the end
                 ended, rest = await asyncio.wait(rest, timeout=0.1, return_when=asyncio.FIRST_EXCEPTION)
                 for task in ended:
                     task.result()
@@ -117,7 +129,9 @@ class Dispatch:
         try:
             outcome = await worker.run(job)
         except JobFailed as error:
-            self._record(position, job, Result(job.key, {}, "failed", worker=worker.name, tries=tries, error=str(error)))
+            self._record(
+                position, job, Result(job.key, {}, "failed", worker=worker.name, tries=tries, error=str(error))
+            )
         except OutOfMemory as error:
             self._try_again(position, job, worker, error)
         except WorkerLost as error:
@@ -139,8 +153,13 @@ class Dispatch:
         """What has been computed is kept, also when all else is being stopped: `run` waits for it."""
         files = await asyncio.to_thread(self.save, job.key, outcome, self.ledger.files_of(job.key))
         self._progress[worker.name] += 1
-        self._record(position, job, Result(
-            job.key, {}, "done", files, round(outcome.seconds, 3), worker.name, tries, outcome.nodes, outcome.reused))  # fmt: skip
+        self._record(
+            position,
+            job,
+            Result(
+                job.key, {}, "done", files, round(outcome.seconds, 3), worker.name, tries, outcome.nodes, outcome.reused
+            ),
+        )
 
     def _try_again(self, position: int, job: Job, worker: Worker, error: WorkerLost) -> None:
         self._tried[position] += 1

@@ -40,7 +40,9 @@ class Graph:
         spots: list[Spot | None] = []
         for binding in plan.bindings:
             wired = binding.kind in LOADERS or isinstance(prompt[binding.node]["inputs"].get(binding.input), list)
-            spot = None if wired else spot_of(graph, prompt, known, binding.node, binding.input, _probe(binding, prompt))
+            spot = (
+                None if wired else spot_of(graph, prompt, known, binding.node, binding.input, _probe(binding, prompt))
+            )
             if spot is None and binding.kind not in LOADERS:
                 return cls(plan, None, why_not=f"{binding.label} could not be written back into it.")
             spots.append(spot)
@@ -55,7 +57,11 @@ class Graph:
         made = cls(plan, graph, tuple(spots), tuple(savers))
         sample = [File("", "a.png") if binding.kind in LOADERS else None for binding in plan.bindings]
         job = made.job(0, "a", sample)
-        if job.graph is None or (tried := quietly_converted(job.graph, known)) is None or essence(tried) != essence(job.prompt):
+        if (
+            job.graph is None
+            or (tried := quietly_converted(job.graph, known)) is None
+            or essence(tried) != essence(job.prompt)
+        ):
             return cls(plan, None, why_not="a loader for pictures could not be put into it.")
         return made
 
@@ -107,11 +113,22 @@ def _put_loader(graph: dict, binding: Binding, name: str, new: int) -> bool:
     outputs = [{"name": binding.kind, "type": binding.kind, "links": [link]}]
     if kind == "LoadImage":
         outputs.append({"name": "MASK", "type": "MASK", "links": None})
-    graph["nodes"].append({
-        "id": new, "type": kind, "title": binding.label, "pos": [x - SIZE[0] - GAP, y - SIZE[1] - GAP], "size": list(SIZE),
-        "flags": {}, "order": 0, "mode": 0, "inputs": [], "outputs": outputs,
-        "properties": {"Node name for S&R": kind}, "widgets_values": [name, *others.values(), "image"],
-    })  # fmt: skip
+    graph["nodes"].append(
+        {
+            "id": new,
+            "type": kind,
+            "title": binding.label,
+            "pos": [x - SIZE[0] - GAP, y - SIZE[1] - GAP],
+            "size": list(SIZE),
+            "flags": {},
+            "order": 0,
+            "mode": 0,
+            "inputs": [],
+            "outputs": outputs,
+            "properties": {"Node name for S&R": kind},
+            "widgets_values": [name, *others.values(), "image"],
+        }
+    )
     graph["last_link_id"], graph["last_node_id"] = link, max(new, graph.get("last_node_id") or 0)
     return True
 

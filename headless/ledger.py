@@ -1,9 +1,9 @@
 """What is done and what is not: one SQLite file in the results folder, `.jobs.sqlite`.
 
-Two tables. `results` outlives a run: one entry for each key that has ended, done or failed, with the digest it had. `rows`
-is the table of jobs of this run, filled anew at each start. A row is done if its key has a result with its digest, and the
-files are all there. A job's entry is written after its files have their names: what is lost between the two is done again,
-into the same names.
+Two tables. `results` outlives a run: one entry for each key that has ended, done or failed, with the digest it had.
+`rows` is the table of jobs of this run, filled anew at each start. A row is done if its key has a result with its
+digest, and the files are all there. A job's entry is written after its files have their names: what is lost between the
+two is done again, into the same names.
 
 Only one run at a time can have the file open: SQLite's own lock, which ends with the process.
 """
@@ -29,7 +29,8 @@ create table if not exists results(
     key text primary key, digest text, state text, row text, files text, seconds real, worker text, tries integer,
     nodes integer, reused integer, error text) without rowid;
 drop table if exists rows;
-create table rows(position integer primary key, key text, folded text unique, place text, digest text, row text, vals text);
+create table rows(
+    position integer primary key, key text, folded text unique, place text, digest text, row text, vals text);
 """
 
 
@@ -63,7 +64,9 @@ class Ledger:
             if is_full(error):
                 raise DiskFull from None
             if "locked" in str(error):
-                raise Refused(f"Another run writes into {folder}. Wait for it, or choose another folder with --out.") from None
+                raise Refused(
+                    f"Another run writes into {folder}. Wait for it, or choose another folder with --out."
+                ) from None
             raise Refused(f"The folder {folder} cannot hold results: {error}.") from None
 
     def close(self) -> None:
@@ -75,14 +78,18 @@ class Ledger:
         self._data.execute("begin")
         try:
             for position, each in enumerate(planned):
-                folded = unicodedata.normalize("NFC", each.key).casefold()  # as the file systems of Windows and Mac see it
+                folded = unicodedata.normalize(
+                    "NFC", each.key
+                ).casefold()  # as the file systems of Windows and Mac see it
                 values = [["file", each.path, each.name] if isinstance(each, File) else each for each in each.values]
                 entry = (position, each.key, folded, each.place, each.digest, json.dumps(each.row), json.dumps(values))
                 try:
                     self._data.execute("insert into rows values (?, ?, ?, ?, ?, ?, ?)", entry)
                 except sqlite3.IntegrityError:
                     ((other,),) = self._data.execute("select place from rows where folded = ?", (folded,))
-                    raise Refused(f"{each.place}: the key '{each.key}' is that of {other} too. Each row needs its own.") from None
+                    raise Refused(
+                        f"{each.place}: the key '{each.key}' is that of {other} too. Each row needs its own."
+                    ) from None
             self._data.execute("commit")
         except BaseException as error:
             if self._data.in_transaction:
@@ -95,9 +102,16 @@ class Ledger:
     def open_positions(self, again: bool = False) -> array:
         """Rows that are to be done: new or changed, failed before, or with a file gone. `again`: all of them."""
         query = """select position, results.files from rows left join results
-                   on results.key = rows.key and results.digest = rows.digest and results.state = 'done' order by position"""
-        return array("L", (position for position, files in self._data.execute(query)
-                           if again or files is None or not self._all_there(files)))  # fmt: skip
+                   on results.key = rows.key and results.digest = rows.digest and results.state = 'done'
+                   order by position"""
+        return array(
+            "L",
+            (
+                position
+                for position, files in self._data.execute(query)
+                if again or files is None or not self._all_there(files)
+            ),
+        )
 
     def _all_there(self, files: str) -> bool:
         for name, size in json.loads(files):
@@ -127,8 +141,11 @@ class Ledger:
         )
         try:
             self._data.execute(
-                "insert or replace into results(files, state, seconds, worker, tries, nodes, reused, error, key, digest, row) "
-                "select ?, ?, ?, ?, ?, ?, ?, ?, key, digest, row from rows where position = ?", entry)  # fmt: skip
+                "insert or replace into results"
+                "(files, state, seconds, worker, tries, nodes, reused, error, key, digest, row) "
+                "select ?, ?, ?, ?, ?, ?, ?, ?, key, digest, row from rows where position = ?",
+                entry,
+            )
         except sqlite3.Error as error:
             if is_full(error):
                 raise DiskFull from None
@@ -136,7 +153,8 @@ class Ledger:
 
     def results(self) -> Iterator[Result]:
         """One for each row of the table, in its order."""
-        query = """select rows.key, rows.row, results.state, files, seconds, worker, tries, nodes, reused, error from rows
+        query = """select rows.key, rows.row, results.state, files, seconds, worker, tries, nodes, reused, error
+                   from rows
                    left join results on results.key = rows.key and results.digest = rows.digest order by position"""
         for key, row, state, files, *rest in self._data.execute(query):
             if state is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Line:
     def __init__(self, order: Sequence[int], workers: int):
         self.order = order
         cuts = [len(order) * number // workers for number in range(workers + 1)]
-        self._free = [Stretch(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+        self._free = [Stretch(a, b) for a, b in pairwise(cuts) if b > a]
         self._owned: dict[Hashable, Stretch] = {}
         self._again: dict[int, set[Hashable]] = {}  # jobs that came back, and the workers that lost them
 

@@ -1,14 +1,14 @@
 """Workers on a Ray cluster: each an actor that holds a ComfyUI of its machine, on a device that Ray gives it.
 
-Jobs go to actors and files come back through Ray's object store, so the machines need no common folder. What must be the
-same on each: ComfyUI, packs, models. Pictures and masks of the table travel with their job.
+Jobs go to actors and files come back through Ray's object store, so the machines need no common folder. What must be
+the same on each: ComfyUI, packs, models. Pictures and masks of the table travel with their job.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from .errors import Refused, WorkerLost
 from .plan import Job
 from .server import Outcome
-from .workers import Comfy, LocalWorker
+from .workers import END, Comfy, LocalWorker
 
 HERE = Path(__file__).resolve().parent
 PLACED = 120  # seconds until Ray must have found a place for an actor
@@ -41,10 +41,17 @@ def connect(address: str) -> Any:
 class Actor:
     """What runs on the other machine."""
 
-    def __init__(self, name: str, folder: str | None, python: str | None, arguments: Sequence[str], patience: float, threads: int | None):
+    def __init__(
+        self,
+        name: str,
+        folder: str | None,
+        python: str | None,
+        arguments: Sequence[str],
+        patience: float,
+        threads: int | None,
+    ):
         comfy = Comfy.found(folder, python, tuple(arguments), patience)
         self.worker = LocalWorker(name, comfy, threads=threads)  # Ray has set which devices it sees
-        self.files = tempfile.TemporaryDirectory(prefix="dit-headless-")
 
     async def start(self) -> tuple[str, int]:
         """The machine it is on, and the process of its ComfyUI."""
@@ -57,7 +64,7 @@ class Actor:
     async def run(self, job: Job, contents: Sequence[bytes]) -> Outcome:
         files = []
         for file, content in zip(job.files, contents, strict=True):
-            path = Path(self.files.name) / file.name
+            path = self.worker.folder / file.name
             if not path.exists():
                 path.write_bytes(content)
             files.append(type(file)(str(path), file.name))
@@ -98,7 +105,11 @@ class RayWorker:
 
     async def stop(self) -> None:
         actor, self._actor = self._actor, None
-        if actor is not None:  # its ComfyUI ends with it
+        if actor is None:
+            return
+        with contextlib.suppress(Exception):  # it may be gone, or hang
+            await asyncio.wait_for(_awaited(actor.stop.remote()), END + 5)
+        with contextlib.suppress(Exception):  # what is left ends with it
             await asyncio.to_thread(self.ray.kill, actor)
 
     async def _asked(self, answer: Any, seconds: float | None, was_running=lambda: False) -> Any:
@@ -120,8 +131,15 @@ async def _awaited(answer: Any) -> Any:
     return await answer
 
 
-def workers(address: str, count: int | None, folder: str | None, python: str | None, arguments: Sequence[str], patience: float,
-            threads: int | None) -> tuple[Any, list[RayWorker]]:  # fmt: skip
+def workers(
+    address: str,
+    count: int | None,
+    folder: str | None,
+    python: str | None,
+    arguments: Sequence[str],
+    patience: float,
+    threads: int | None,
+) -> tuple[Any, list[RayWorker]]:
     """One for each device of the cluster, or `count`; where there are no devices, one for each machine."""
     ray = connect(address)
     resources = ray.cluster_resources()
@@ -132,5 +150,8 @@ def workers(address: str, count: int | None, folder: str | None, python: str | N
     if number > room:
         ray.shutdown()
         raise Refused(f"The cluster has room for {room} workers, not for {number}.")
-    made = [RayWorker(ray, f"ray-{each}", (folder, python, tuple(arguments)), patience, devices, threads) for each in range(1, number + 1)]
+    made = [
+        RayWorker(ray, f"ray-{each}", (folder, python, tuple(arguments)), patience, devices, threads)
+        for each in range(1, number + 1)
+    ]
     return ray, made

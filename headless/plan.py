@@ -1,4 +1,4 @@
-"""Rows -> jobs: each with a key that names its files, a digest that tells whether it has changed, and a place in line."""
+"""Rows -> jobs: each with a key that names its files, a digest that tells whether it has changed, a place in line."""
 
 from __future__ import annotations
 
@@ -48,8 +48,17 @@ class Planned:
 class Plan:
     """A workflow, its bindings and a table. Rows are read one at a time: there may be a million."""
 
-    def __init__(self, prompt: Prompt, known: dict, settings: Sequence[str], table: Path, *,
-                 name: str = "Results", key: str | None = None, files: Path | None = None):  # fmt: skip
+    def __init__(
+        self,
+        prompt: Prompt,
+        known: dict,
+        settings: Sequence[str],
+        table: Path,
+        *,
+        name: str = "Results",
+        key: str | None = None,
+        files: Path | None = None,
+    ):
         self.prompt, self.known, self.table = prompt, known, table
         self.title = f"{name}: {table.stem}"
         self.columns = columns_of(table)
@@ -100,7 +109,7 @@ class Plan:
         return sorted(range(len(self.bindings)), key=lambda number: -len(self.below[number]))[:LEVELS]
 
     def runs(self, marks: Sequence[Sequence[int]], order: Iterable[int]) -> int:
-        """How many nodes ComfyUI runs for jobs in this order on one worker: it keeps what did not change since the last."""
+        """How many nodes ComfyUI runs for jobs in this order on one worker: it keeps what did not change."""
         levels = [(column, self.below[number]) for column, number in zip(marks, self.ranked(), strict=False)]
         sizes: dict[tuple[bool, ...], int] = {}
         total, before = 0, None
@@ -132,9 +141,13 @@ def checked_key(value: Any, place: str) -> str:
     if not key:
         raise Refused(f"{place}: the key is empty.")
     if bad := next((each for each in key if each in '/\\:*?"<>|' or unicodedata.category(each)[0] == "C"), None):
-        raise Refused(f"{place}: the key {key[:60]!r} holds {bad!r}, and files are named by it. Use letters, digits, - and _.")
+        raise Refused(
+            f"{place}: the key {key[:60]!r} holds {bad!r}, and files are named by it. Use letters, digits, - and _."
+        )
     if key.startswith((".", "-", "~")) or key.endswith("."):
-        raise Refused(f"{place}: the key '{key[:60]}' begins with '.', '-' or '~' or ends with '.', and files are named by it.")
+        raise Refused(
+            f"{place}: the key '{key[:60]}' begins with '.', '-' or '~' or ends with '.', and files are named by it."
+        )
     if key.partition(".")[0].lower() in RESERVED:
         raise Refused(f"{place}: the key '{key}' is a name that Windows keeps for devices.")
     if re.search(r"__\d+$", key):
@@ -146,8 +159,11 @@ def checked_key(value: Any, place: str) -> str:
 
 def savers(prompt: Prompt, known: dict) -> list[str]:
     """Nodes that write files, under a name of their own."""
-    return [node_id for node_id, node in prompt.items()
-            if known[node["class_type"]].get("output_node") and isinstance(node["inputs"].get("filename_prefix"), str)]  # fmt: skip
+    return [
+        node_id
+        for node_id, node in prompt.items()
+        if known[node["class_type"]].get("output_node") and isinstance(node["inputs"].get("filename_prefix"), str)
+    ]
 
 
 def descendants(prompt: Prompt, start: str) -> set[str]:
@@ -156,7 +172,9 @@ def descendants(prompt: Prompt, start: str) -> set[str]:
     while rest:
         current = rest.pop()
         for node_id, node in prompt.items():
-            if node_id not in found and any(isinstance(each, list) and each[:1] == [current] for each in node["inputs"].values()):
+            if node_id not in found and any(
+                isinstance(each, list) and each[:1] == [current] for each in node["inputs"].values()
+            ):
                 found.add(node_id)
                 rest.append(node_id)
     return found
@@ -164,7 +182,9 @@ def descendants(prompt: Prompt, start: str) -> set[str]:
 
 def _mark(value: Any) -> int:
     text = value.name if isinstance(value, File) else json.dumps(value)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1  # fits into sqlite and arrays
+    return (
+        int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    )  # fits into sqlite and arrays
 
 
 def in_order(marks: Sequence[Sequence[int]], rows: int) -> array:

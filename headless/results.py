@@ -100,12 +100,20 @@ def write_table(folder: Path, ledger: Ledger) -> str:
         return _write_csv(folder, ledger)
     columns = _columns(ledger.results())
     kinds = {"int": pyarrow.int64(), "float": pyarrow.float64(), "bool": pyarrow.bool_(), "str": pyarrow.string()}
-    schema = pyarrow.schema([
-        ("key", pyarrow.string()), ("state", pyarrow.string()), ("files", pyarrow.list_(pyarrow.string())),
-        ("seconds", pyarrow.float64()), ("worker", pyarrow.string()), ("tries", pyarrow.int64()),
-        ("nodes", pyarrow.int64()), ("reused", pyarrow.int64()), ("error", pyarrow.string()),
-        *((f"input.{name}", kinds[kind]) for name, kind in columns.items()),
-    ])  # fmt: skip
+    schema = pyarrow.schema(
+        [
+            ("key", pyarrow.string()),
+            ("state", pyarrow.string()),
+            ("files", pyarrow.list_(pyarrow.string())),
+            ("seconds", pyarrow.float64()),
+            ("worker", pyarrow.string()),
+            ("tries", pyarrow.int64()),
+            ("nodes", pyarrow.int64()),
+            ("reused", pyarrow.int64()),
+            ("error", pyarrow.string()),
+            *((f"input.{name}", kinds[kind]) for name, kind in columns.items()),
+        ]
+    )
 
     def write(opened: IO[bytes]) -> None:
         with parquet.ParquetWriter(opened, schema) as writer:
@@ -151,16 +159,24 @@ def _columns(results: Iterable[Result]) -> dict[str, str]:
             if value is not None:
                 too_large = type(value) is int and not -LARGEST <= value < LARGEST
                 kinds.add("str" if too_large else type(value).__name__)
-    return {name: next(iter(kinds)) if len(kinds) == 1 else "float" if kinds == {"int", "float"} else "str"
-            for name, kinds in found.items()}  # fmt: skip
+    return {
+        name: next(iter(kinds)) if len(kinds) == 1 else "float" if kinds == {"int", "float"} else "str"
+        for name, kinds in found.items()
+    }
 
 
 def _entry(result: Result, columns: dict[str, str]) -> dict[str, Any]:
     entry: dict[str, Any] = {
-        "key": result.key, "state": result.state, "files": [name for name, _ in result.files],
-        "seconds": result.seconds, "worker": result.worker, "tries": result.tries, "nodes": result.nodes,
-        "reused": result.reused, "error": result.error,
-    }  # fmt: skip
+        "key": result.key,
+        "state": result.state,
+        "files": [name for name, _ in result.files],
+        "seconds": result.seconds,
+        "worker": result.worker,
+        "tries": result.tries,
+        "nodes": result.nodes,
+        "reused": result.reused,
+        "error": result.error,
+    }
     for name, kind in columns.items():
         value = result.row.get(name)
         entry[f"input.{name}"] = value if value is None or kind != "str" else str(value)
@@ -213,4 +229,11 @@ def _card(folder: Path, result: Result) -> dict:
         small = thumbnail_of(folder, name)
         files.append([name, kind, f"{THUMBNAILS}/{small.name}" if small.exists() else name])
     shown = {"seconds": result.seconds, "tries": result.tries if result.tries > 1 else None}
-    return {"key": result.key, "state": result.state, "files": files, "row": result.row, "error": result.error, "run": shown}
+    return {
+        "key": result.key,
+        "state": result.state,
+        "files": files,
+        "row": result.row,
+        "error": result.error,
+        "run": shown,
+    }

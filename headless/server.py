@@ -1,7 +1,7 @@
 """One ComfyUI over HTTP: what it knows, files to it, a prompt, and what came of it.
 
-A websocket tells what happens meanwhile. A server that says nothing for `patience` seconds while it has a prompt of ours
-is taken to hang.
+A websocket tells what happens meanwhile. A server that says nothing for `patience` seconds while it has a prompt of
+ours is taken to hang.
 """
 
 from __future__ import annotations
@@ -242,7 +242,9 @@ def saved(outputs: dict) -> list[dict]:
     lists = [value for output in outputs.values() for value in output.values() if isinstance(value, list)]
     files = [entry for values in lists for entry in values if isinstance(entry, dict) and entry.get("filename")]
     unique = {(entry["filename"], entry.get("subfolder", ""), entry.get("type")): entry for entry in files}.values()
-    return [entry for entry in unique if entry.get("type") == "output"] or [entry for entry in unique if entry.get("type") == "temp"]
+    return [entry for entry in unique if entry.get("type") == "output"] or [
+        entry for entry in unique if entry.get("type") == "temp"
+    ]
 
 
 def _raise(messages: list, job: Job) -> None:
@@ -252,7 +254,11 @@ def _raise(messages: list, job: Job) -> None:
         text = " ".join(str(error.get("exception_message", "")).split())
         node = job.prompt.get(str(error.get("node_id")), {})
         title = node.get("_meta", {}).get("title") or error.get("node_type", "a node")
-        if "OutOfMemory" in str(error.get("exception_type")) or "out of memory" in text.lower() or "Allocation on device" in text:
+        if (
+            "OutOfMemory" in str(error.get("exception_type"))
+            or "out of memory" in text.lower()
+            or "Allocation on device" in text
+        ):
             raise OutOfMemory("its memory did not suffice", True)
         if says_full(text):
             raise DiskFull
@@ -268,5 +274,9 @@ def refusal(answer: dict, job: Job) -> str:
         for node_id, node in (answer.get("node_errors") or {}).items()
         for error in node["errors"]
     ]
-    message = (answer.get("error") or {}).get("message", "ComfyUI does not take the job") if isinstance(answer.get("error"), dict) else str(answer.get("error"))
+    message = (
+        (answer.get("error") or {}).get("message", "ComfyUI does not take the job")
+        if isinstance(answer.get("error"), dict)
+        else str(answer.get("error"))
+    )
     return "; ".join(errors) or message

@@ -66,7 +66,9 @@ def _cell(value: Any, place: str, column: str) -> Any:
         value = value.isoformat()
     if isinstance(value, str):
         if len(value) > CELL:
-            raise Refused(f"{place}: the cell in column '{column}' has {len(value):,} characters, the most is {CELL:,}.")
+            raise Refused(
+                f"{place}: the cell in column '{column}' has {len(value):,} characters, the most is {CELL:,}."
+            )
         if "\0" in value:
             raise Refused(f"{place}: the cell in column '{column}' holds a NUL character.")
         if any("\ud800" <= character <= "\udfff" for character in value):
@@ -94,8 +96,10 @@ def _csv(file: Path) -> Iterator[Row]:
                 if not cells:  # an empty line
                     continue
                 if len(cells) != len(columns):
-                    raise Refused(f"{file.name}, line {reader.line_num}: {len(cells)} cells for {len(columns)} columns. "
-                                  "A text with a comma in it wants quotation marks.")  # fmt: skip
+                    raise Refused(
+                        f"{file.name}, line {reader.line_num}: {len(cells)} cells, {len(columns)} columns. "
+                        "A text with a comma in it wants quotation marks."
+                    )
                 yield dict(zip(columns, cells, strict=True))
         except csv.Error as error:
             place = f"{file.name}, line {reader.line_num}"
@@ -129,7 +133,7 @@ def _json_lines(file: Path) -> Iterator[Row]:
             except (ValueError, RecursionError) as error:
                 raise Refused(f"{file.name}, line {number}: this is no JSON ({error}).") from None
             if not isinstance(row, dict):
-                raise Refused(f"{file.name}, line {number}: a line is one object, as in {{\"prompt\": \"a doll\"}}.")
+                raise Refused(f'{file.name}, line {number}: a line is one object, as in {{"prompt": "a doll"}}.')
             yield row
 
 

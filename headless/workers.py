@@ -1,14 +1,15 @@
 """Workers: a ComfyUI process of this machine, or a ComfyUI that runs already. Each does a job at a time, in turn.
 
-    await worker.start()            again after a loss
-    outcome = await worker.run(job)
-    await worker.stop()
+await worker.start()            again after a loss
+outcome = await worker.run(job)
+await worker.stop()
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import os
 import re
 import shutil
@@ -24,7 +25,12 @@ from .errors import DiskFull, Refused, WorkerLost, says_full
 from .plan import Job
 from .server import Outcome, Server
 
-OURS = ("--port", "--output-directory", "--temp-directory", "--auto-launch")  # arguments that each worker gets its own of
+OURS = (
+    "--port",
+    "--output-directory",
+    "--temp-directory",
+    "--auto-launch",
+)  # arguments that each worker gets its own of
 LOG_TAIL = 12  # lines
 END = 10  # seconds that ComfyUI has to end by itself
 
@@ -71,7 +77,7 @@ class LocalWorker:
         self.name, self.comfy, self.device, self.threads = name, comfy, device, threads
         self._process: subprocess.Popen | None = None
         self._server: Server | None = None
-        self._folder: Path | None = None
+        self.folder: Path | None = None  # its log, its pictures; gone when it ends
         self._left: collections.deque[tuple[str, ...]] = collections.deque()
 
     @property
@@ -81,12 +87,18 @@ class LocalWorker:
     async def start(self) -> None:
         await self.stop()
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix="dit-headless-"))
+            self.folder = Path(tempfile.mkdtemp(prefix="dit-headless-"))
             port = free_port()
-            with (self._folder / "log.txt").open("wb") as log:
+            with (self.folder / "log.txt").open("wb") as log:
                 self._process = subprocess.Popen(
-                    self._command(port), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
-                    cwd=self.comfy.folder, env=self._environment(), start_new_session=True)  # fmt: skip
+                    self._command(port),
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    cwd=self.comfy.folder,
+                    env=self._environment(),
+                    start_new_session=True,
+                )
             await self._connect(f"http://127.0.0.1:{port}")
         except OSError as error:
             await self.stop()
@@ -96,21 +108,32 @@ class LocalWorker:
             raise
 
     async def known(self) -> dict:
-        return await self._server.known()
+        try:
+            return await self._server.known()
+        except WorkerLost:
+            if (code := await self._code()) is not None:
+                raise self._failed(f"ComfyUI {_ended(code)}") from None
+            raise
+
+    async def _code(self) -> int | None:
+        """How the process ended, if it did. Its connections break a moment before."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(self._process.wait, 2)
+        return self._process.poll()
 
     async def run(self, job: Job) -> Outcome:
         try:
             outcome = await self._server.run(job)
         except WorkerLost as error:
-            if (code := self._process.poll()) is not None:
+            if (code := await self._code()) is not None:
                 raise WorkerLost(f"ComfyUI {_ended(code)}", error.started) from None
             raise
         self._tidy(tuple(name for name, _ in outcome.files))
         return outcome
 
     async def stop(self) -> None:
-        server, process, folder = self._server, self._process, self._folder
-        self._server = self._process = self._folder = None
+        server, process, folder = self._server, self._process, self.folder
+        self._server = self._process = self.folder = None
         self._left.clear()
         if server is not None:
             await server.close()
@@ -129,13 +152,21 @@ class LocalWorker:
     def _command(self, port: int) -> list[str]:
         arguments = self.comfy.arguments
         own = ["--port", str(port), "--disable-auto-launch"]
-        own += ["--output-directory", str(self._folder / "output"), "--temp-directory", str(self._folder)]
+        own += ["--output-directory", str(self.folder / "output"), "--temp-directory", str(self.folder)]
         if "--database-url" not in arguments:  # several workers must not share a file
             own += ["--database-url", "sqlite:///:memory:"]
         if self.device is not None and "--cuda-device" not in arguments:
             own += ["--cuda-device", str(self.device)]
         guard = Path(__file__).with_name("guard.py")
-        return [self.comfy.python, "-u", str(guard), str(Path(self.comfy.folder) / "main.py"), *own, *arguments]
+        return [
+            self.comfy.python,
+            "-u",
+            str(guard),
+            str(self.folder),
+            str(Path(self.comfy.folder) / "main.py"),
+            *own,
+            *arguments,
+        ]
 
     def _environment(self) -> dict[str, str]:
         return os.environ if self.threads is None else {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
@@ -157,19 +188,19 @@ class LocalWorker:
         self._server = server
 
     def _failed(self, sentence: str) -> Exception:
-        text = (self._folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+        text = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
         if says_full(text):
             return DiskFull()
         lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
         return WorkerLost("\n".join([f"{sentence}. The end of its log:", *lines[-LOG_TAIL:]]))
 
     def _tidy(self, names: tuple[str, ...]) -> None:
-        """Files that have been fetched go, those of the last jobs excepted: ComfyUI may name them again from its cache."""
+        """Files that have been fetched go, save those of the last jobs: ComfyUI may name them again from its cache."""
         self._left.append(names)
         if len(self._left) > 4:
             kept = {name for each in list(self._left)[1:] for name in each}
             for name in set(self._left.popleft()) - kept:
-                for path in (self._folder / "output").rglob(Path(name).name.replace("[", "[[]")):
+                for path in (self.folder / "output").rglob(Path(name).name.replace("[", "[[]")):
                     path.unlink(missing_ok=True)
 
 

@@ -53,9 +53,14 @@ def read(file: Path) -> Workflow:
 
 
 def is_prompt(found: Any) -> bool:
-    return isinstance(found, dict) and bool(found) and all(
-        isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
-        for node in found.values())  # fmt: skip
+    return (
+        isinstance(found, dict)
+        and bool(found)
+        and all(
+            isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
+            for node in found.values()
+        )
+    )
 
 
 def is_graph(found: Any) -> bool:
@@ -107,8 +112,12 @@ def converted(workflow: Workflow, known: dict) -> Prompt:
     prompt = workflow.prompt if workflow.prompt is not None else _convert(workflow.graph or {}, known)
     for node_id, node in prompt.items():
         if node["class_type"] not in known:
-            raise Refused(f"ComfyUI does not know the node '{node['class_type']}' (number {node_id}). Install its pack.")
-        node.setdefault("_meta", {}).setdefault("title", known[node["class_type"]].get("display_name") or node["class_type"])
+            raise Refused(
+                f"ComfyUI does not know the node '{node['class_type']}' (number {node_id}). Install its pack."
+            )
+        node.setdefault("_meta", {}).setdefault(
+            "title", known[node["class_type"]].get("display_name") or node["class_type"]
+        )
     return prompt
 
 
@@ -120,8 +129,10 @@ def _convert(graph: dict, known: dict) -> Prompt:
     try:
         prompt = as_the_page(graph, known)
     except Exception as error:  # whatever a converter of others stumbles over
-        raise Refused(f"comfy-cli cannot convert this workflow: {error}. In ComfyUI's page choose Workflow > Export (API), "
-                      "and use that file.") from None  # fmt: skip
+        raise Refused(
+            f"comfy-cli cannot convert this workflow: {error}. Choose Workflow > Export (API) in ComfyUI's page, "
+            "and use that file."
+        ) from None
     if not prompt:
         raise Refused("Nothing in this workflow runs: all its nodes are muted, or notes.")
     return prompt
@@ -131,8 +142,10 @@ def converter() -> Callable[[dict, dict], Prompt]:
     try:
         from comfy_cli.workflow_to_api import convert_ui_to_api
     except ImportError:
-        raise Refused("A workflow as the page saves it needs comfy-cli: pip install comfy-cli. Or choose Workflow > Export "
-                      "(API) in ComfyUI's page, and use that file.") from None  # fmt: skip
+        raise Refused(
+            "A workflow as the page saves it needs comfy-cli: pip install comfy-cli. Or choose Workflow > "
+            "Export (API) in ComfyUI's page, and use that file."
+        ) from None
     return convert_ui_to_api
 
 
@@ -165,7 +178,9 @@ def inputs_of(node: dict, known: dict) -> dict[str, list]:
     """A node's inputs with their specifications; those that its node list does not spell out have none."""
     spec = known.get(node["class_type"], {}).get("input", {})
     declared = {**spec.get("required", {}), **spec.get("optional", {})}
-    return {name: declared.get(name, []) for name in (*declared, *(each for each in node["inputs"] if each not in declared))}
+    return {
+        name: declared.get(name, []) for name in (*declared, *(each for each in node["inputs"] if each not in declared))
+    }
 
 
 def _types(graph: dict) -> Iterator[tuple[str, str]]:

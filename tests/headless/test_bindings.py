@@ -57,7 +57,11 @@ def test_a_node_is_found_by_title_number_or_kind(setting, node, field):
 @pytest.mark.parametrize(
     ("setting", "columns", "words"),
     [
-        ("Positiv prompt.text={a}", ["a"], r"No node is named 'Positiv prompt'. Near misses: Positive prompt|#2 \(Positive"),
+        (
+            "Positiv prompt.text={a}",
+            ["a"],
+            r"No node is named 'Positiv prompt'. Near misses: Positive prompt|#2 \(Positive",
+        ),
         ("KSampler.sed={a}", ["a"], "'KSampler' has no input 'sed'. Near misses: seed"),
         ("KSampler.seed={sead}", ["seed", "a"], "no column 'sead'. Near misses: seed"),
         ("KSampler.model={a}", ["a"], "takes a wire"),
@@ -72,7 +76,7 @@ def test_what_is_not_there_is_refused_with_near_misses(setting, columns, words):
 def test_a_name_of_two_nodes_is_refused_with_their_numbers():
     two = prompt()
     two["2"]["_meta"]["title"] = "Words"
-    with pytest.raises(Refused, match="2 nodes are named 'Words': #2, #3. Write the number"):
+    with pytest.raises(Refused, match=r"2 nodes are 'Words': #2, #3\. Write its number"):
         bind(["Words.text={a}"], two, KNOWN, ["a"])
 
 
@@ -160,15 +164,20 @@ def test_a_file_of_comfyuis_own_is_taken_as_it_is(folder):
 
 def test_values_and_files_go_into_a_prompt_of_their_own(folder):
     before = prompt()
-    bindings = bind(["KSampler.seed={s}", "Load Image.image={p}", "Apply Control.mask={m}"], before, KNOWN, ["s", "p", "m"])
+    bindings = bind(
+        ["KSampler.seed={s}", "Load Image.image={p}", "Apply Control.mask={m}"], before, KNOWN, ["s", "p", "m"]
+    )
     star = folder.find("star one.png")
     made, files = apply(before, bindings, [9, star, star], loader_ids(before, bindings))
     assert before == prompt()
     assert files == [star, star]
     assert made["6"]["inputs"]["seed"] == 9
     assert made["4"]["inputs"]["image"] == f"headless/{star.name}"
-    assert made["9"] == {"class_type": "LoadImageMask", "_meta": {"title": "Apply Control.mask"},
-                         "inputs": {"image": f"headless/{star.name}", "channel": "red"}}  # fmt: skip
+    assert made["9"] == {
+        "class_type": "LoadImageMask",
+        "_meta": {"title": "Apply Control.mask"},
+        "inputs": {"image": f"headless/{star.name}", "channel": "red"},
+    }
     assert made["5"]["inputs"]["mask"] == ["9", 0]
 
 

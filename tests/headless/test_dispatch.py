@@ -61,9 +61,17 @@ def go(ledger, plays, *, jobs=6, workers=2, tries=3, starts=(), save=None):
     async def run():
         stubs = [Stub(f"w{n}", plays, starts[n] if n < len(starts) else ()) for n in range(workers)]
         line = Line(ledger.open_positions(), workers)
-        dispatch = Dispatch(ledger, line, stubs, lambda at: Job(at, keys[at], {}, ()),
-                            save or (lambda *job: results.save(ledger.folder, *job)),
-                            tries=tries, say=said.append, ended=ended.append, pause=0)  # fmt: skip
+        dispatch = Dispatch(
+            ledger,
+            line,
+            stubs,
+            lambda at: Job(at, keys[at], {}, ()),
+            save or (lambda *job: results.save(ledger.folder, *job)),
+            tries=tries,
+            say=said.append,
+            ended=ended.append,
+            pause=0,
+        )
         try:
             await asyncio.wait_for(dispatch.run(), 30)
         except (AllLost, DiskFull) as error:

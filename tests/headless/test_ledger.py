@@ -1,7 +1,5 @@
 """What is done stays done; what has changed, failed or vanished is done again; nothing is counted twice."""
 
-import sqlite3
-
 import pytest
 
 from dit_toolkit.headless import results
@@ -13,11 +11,18 @@ from dit_toolkit.headless.server import Outcome
 
 
 def rows(*keys, digest="d"):
-    return [Planned(f"row {n}", key, f"{digest}{key}", {"seed": n}, [n, File("/a.png", "a.png")]) for n, key in enumerate(keys)]
+    return [
+        Planned(f"row {n}", key, f"{digest}{key}", {"seed": n}, [n, File("/a.png", "a.png")])
+        for n, key in enumerate(keys)
+    ]
 
 
 def finish(ledger, position, key, state="done", data=b"picture"):
-    files = results.save(ledger.folder, key, Outcome((("x.png", data),), 1.0, 3, 1), ledger.files_of(key)) if state == "done" else ()
+    files = (
+        results.save(ledger.folder, key, Outcome((("x.png", data),), 1.0, 3, 1), ledger.files_of(key))
+        if state == "done"
+        else ()
+    )
     ledger.write(position, Result(key, {}, state, files, 1.0, "w", 1, 3, 1, None if state == "done" else "why"))
 
 
@@ -84,13 +89,11 @@ def test_a_file_that_is_no_ledger_is_left_alone(tmp_path):
         Ledger(tmp_path)
 
 
-def test_a_full_disk_is_told_from_other_errors(ledger, monkeypatch):
+def test_a_full_disk_is_told_from_other_errors(ledger):
     ledger.fill(rows("a"))
     ledger._data.execute("pragma max_page_count = 1")  # sqlite's own way of being full
-    with pytest.raises((DiskFull, sqlite3.Error)) as caught:
-        for _ in range(1000):
-            ledger.write(0, Result("a", {}, "failed", error="x" * 10_000))
-    assert caught.type is DiskFull
+    with pytest.raises(DiskFull):
+        ledger.write(0, Result("a", {}, "failed", error="x" * 100_000))
 
 
 def test_a_million_rows_are_planned(tmp_path):

@@ -23,8 +23,31 @@ def test_a_key_that_is_a_file_name_is_taken(key):
     assert checked_key(f" {key} ", "row 1") == key
 
 
-@pytest.mark.parametrize("key", ["", None, "../a", "a/b", "a\\b", "C:a", "a\nb", "a\x7f", ".a", "-a", "~a", "a.", "con", "NUL.png",
-                                 "a__2", "x" * 121, "é" * 61, "a\u202eb", 'a"b', "a|b"])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        None,
+        "../a",
+        "a/b",
+        "a\\b",
+        "C:a",
+        "a\nb",
+        "a\x7f",
+        ".a",
+        "-a",
+        "~a",
+        "a.",
+        "con",
+        "NUL.png",
+        "a__2",
+        "x" * 121,
+        "é" * 61,
+        "a\u202eb",
+        'a"b',
+        "a|b",
+    ],
+)
 def test_a_key_that_leads_elsewhere_is_refused(key):
     with pytest.raises(Refused, match="row 1: the key"):
         checked_key(key, "row 1")
@@ -35,7 +58,7 @@ def test_the_key_is_what_is_asked_for_or_called_so_or_the_number(tmp_path):
     assert planned(tmp_path, text, key="name")[1][0].key == "x"
     assert planned(tmp_path, text)[1][0].key == "7"
     assert planned(tmp_path, text.replace("id", "number"))[1][0].key == "000001"
-    with pytest.raises(Refused, match="no column 'nme'. Near misses: name"):
+    with pytest.raises(Refused, match=r"no column 'nme'\. Near misses: name"):
         planned(tmp_path, text, key="nme")
 
 
@@ -70,7 +93,7 @@ def test_a_job_is_named_by_its_key_where_it_saves(tmp_path):
 
 
 def slow_runs(plan, rows):
-    """Node runs by definition: a node runs again if its own inputs differ from the last job's, or one before it runs."""
+    """Node runs by definition: a node runs again if its own inputs differ from the last job's, or a source runs."""
     total, before = 0, None
     for row in rows:
         now = plan.job(0, row.key, row.values).prompt

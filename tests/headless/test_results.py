@@ -27,11 +27,15 @@ def picture(side):
 
 
 def names(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "jobs" not in path.name)
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "jobs" not in path.name
+    )
 
 
 def test_files_are_named_by_the_key(tmp_path):
-    made = results.save(tmp_path, "doll", outcome(("x_00001_.png", b"12"), ("../../y.webm", b"345"), ("z.p/hp", b"6")), [])
+    made = results.save(
+        tmp_path, "doll", outcome(("x_00001_.png", b"12"), ("../../y.webm", b"345"), ("z.p/hp", b"6")), []
+    )
     assert made == (("files/doll.png", 2), ("files/doll__2.webm", 3), ("files/doll__3.bin", 1))
     assert names(tmp_path) == [name for name, _ in made]
 
@@ -59,11 +63,9 @@ def test_a_disk_that_fills_leaves_no_half_of_a_file(tmp_path, monkeypatch, where
 
     if where != "write":
         monkeypatch.setattr(os, where, full)
+    write = full if where == "write" else lambda opened: opened.write(b"after")
     with pytest.raises(DiskFull):
-        if where == "write":
-            results.write_whole(tmp_path / "files" / "doll.png", full)
-        else:
-            results.save(tmp_path, "doll", outcome(("x.png", b"after")), [])
+        results.write_whole(tmp_path / "files" / "doll.png", write, sync=True)
     monkeypatch.undo()
     assert names(tmp_path) == ["files/doll.png"]
     assert (tmp_path / "files" / "doll.png").read_bytes() == b"before"
@@ -86,8 +88,20 @@ def test_the_table_has_a_row_a_job(tmp_path, ledger):
 
     assert results.write_table(tmp_path, ledger) == "results.parquet"
     first, second = parquet.read_table(tmp_path / "results.parquet").to_pylist()
-    assert (first["key"], first["state"], first["files"], first["seconds"], first["input.sum"]) == ("a", "done", ["files/a.png"], 1.5, "=1+1")
-    assert (second["key"], second["state"], second["files"], second["seconds"], second["input.sum"]) == ("b", "open", [], None, "2")
+    assert (first["key"], first["state"], first["files"], first["seconds"], first["input.sum"]) == (
+        "a",
+        "done",
+        ["files/a.png"],
+        1.5,
+        "=1+1",
+    )
+    assert (second["key"], second["state"], second["files"], second["seconds"], second["input.sum"]) == (
+        "b",
+        "open",
+        [],
+        None,
+        "2",
+    )
 
 
 def test_a_spreadsheet_runs_nothing_of_the_table(tmp_path, ledger):

@@ -97,7 +97,9 @@ CACHED = ("execution_cached", {"nodes": ["1", "2", "no node of ours"]})
 
 
 def failed(text, kind="ValueError"):
-    return [["execution_error", {"node_id": "6", "node_type": "Sampler", "exception_type": kind, "exception_message": text}]]
+    return [
+        ["execution_error", {"node_id": "6", "node_type": "Sampler", "exception_type": kind, "exception_message": text}]
+    ]
 
 
 def test_a_job_gives_its_files_and_what_was_spared():
@@ -125,13 +127,17 @@ def test_what_comfyui_says_tells_a_jobs_fault_from_a_workers(messages, error, wo
 
 
 def test_a_prompt_that_is_refused_fails_with_the_nodes_words():
-    refuse = {"error": {"message": "Prompt outputs failed validation"},
-              "node_errors": {"6": {"errors": [{"message": "Value not in list", "details": "sampler: 'x'"}]}}}  # fmt: skip
+    refuse = {
+        "error": {"message": "Prompt outputs failed validation"},
+        "node_errors": {"6": {"errors": [{"message": "Value not in list", "details": "sampler: 'x'"}]}},
+    }
     with pytest.raises(JobFailed, match=r"^KSampler: Value not in list \(sampler: 'x'\)$"):
         run(Played(refuse=refuse))
 
 
-@pytest.mark.parametrize("noise", [(), [event for _ in range(40) for event in (("monitor", {"prompt_id": None}), 0.05)]])
+@pytest.mark.parametrize(
+    "noise", [(), [event for _ in range(40) for event in (("monitor", {"prompt_id": None}), 0.05)]]
+)
 def test_a_server_that_says_nothing_of_our_job_hangs(noise):
     """Whatever else it says: packs that watch the machine speak all the time."""
     with pytest.raises(WorkerLost, match=r"said nothing for 0\.5 s") as caught:

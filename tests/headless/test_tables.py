@@ -19,18 +19,30 @@ def read(path):
     return [row for _, row in rows_of(path)]
 
 
-@pytest.mark.parametrize("text", ["prompt,seed\na doll,7\n", "prompt;seed\na doll;7\n", "prompt\tseed\r\na doll\t7\r\n",
-                                  "\ufeffprompt, seed\n\na doll,7"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prompt,seed\na doll,7\n",
+        "prompt;seed\na doll;7\n",
+        "prompt\tseed\r\na doll\t7\r\n",
+        "\ufeffprompt, seed\n\na doll,7",
+    ],
+)
 def test_a_csv_is_read_as_spreadsheets_write_it(tmp_path, text):
     assert read(table(tmp_path, text)) == [{"prompt": "a doll", "seed": "7"}]
 
 
 def test_a_cell_may_hold_commas_quotes_and_lines(tmp_path):
-    assert read(table(tmp_path, 'prompt\n"a ""doll"", waving\non two lines"\n')) == [{"prompt": 'a "doll", waving\non two lines'}]
+    assert read(table(tmp_path, 'prompt\n"a ""doll"", waving\non two lines"\n')) == [
+        {"prompt": 'a "doll", waving\non two lines'}
+    ]
 
 
 def test_a_formula_is_a_text(tmp_path):
-    assert read(table(tmp_path, "prompt\n=HYPERLINK(1)\n@SUM(A1)\n")) == [{"prompt": "=HYPERLINK(1)"}, {"prompt": "@SUM(A1)"}]
+    assert read(table(tmp_path, "prompt\n=HYPERLINK(1)\n@SUM(A1)\n")) == [
+        {"prompt": "=HYPERLINK(1)"},
+        {"prompt": "@SUM(A1)"},
+    ]
 
 
 def test_json_lines_keep_their_types(tmp_path):
@@ -58,14 +70,14 @@ def test_a_folder_is_its_files_by_name(tmp_path):
     [
         ("prompt\na\0b\n", "NUL"),
         ("prompt\n" + "x" * (tables.CELL + 1) + "\n", "1,000,000 characters"),
-        ("prompt,seed\na doll\n", "1 cells for 2 columns"),
+        ("prompt,seed\na doll\n", "1 cells, 2 columns"),
         ("prompt,prompt\na,b\n", "two columns are named 'prompt'"),
         ("prompt,\na,b\n", "column 2 has no name"),
         ("prompt\n", "no rows"),
         ("", "no rows"),
         ("prompt\ncafé\n".encode("latin-1"), "UTF-8"),
     ],
-)  # fmt: skip
+)
 def test_a_csv_that_cannot_be_meant_is_refused(tmp_path, text, words):
     with pytest.raises(Refused, match=words):
         read(table(tmp_path, text))
@@ -90,7 +102,10 @@ def test_a_json_line_that_cannot_be_meant_is_refused(tmp_path, line, words):
 
 
 def test_a_cell_of_a_hundred_megabytes_is_refused(tmp_path):
-    for name, text in (("jobs.csv", "prompt\n" + "x" * 100_000_000), ("jobs.jsonl", '{"prompt": "' + "x" * 100_000_000)):
+    for name, text in (
+        ("jobs.csv", "prompt\n" + "x" * 100_000_000),
+        ("jobs.jsonl", '{"prompt": "' + "x" * 100_000_000),
+    ):
         with pytest.raises(Refused, match="characters"):
             read(table(tmp_path, text, name))
 

@@ -42,13 +42,29 @@ class Jobs:
         (folder / "jobs.csv").write_text("\n".join(["key,outline,prompt,seed", *rows]) + "\n")
 
     def command(self, out: Path, *options, arguments=()) -> list[str]:
-        command = [sys.executable, str(ROOT / "headless"), "run", str(self.folder / "small.json"), "--table",
-                   str(self.folder / "jobs.csv"), "--out", str(out), *BOUND, *options]  # fmt: skip
+        command = [
+            sys.executable,
+            str(ROOT / "headless"),
+            "run",
+            str(self.folder / "small.json"),
+            "--table",
+            str(self.folder / "jobs.csv"),
+            "--out",
+            str(out),
+            *BOUND,
+            *options,
+        ]
         return [*command, "--", *arguments] if arguments else command
 
     def run(self, out: Path, *options, arguments=()) -> subprocess.CompletedProcess:
-        return subprocess.run(self.command(out, *options, arguments=arguments), capture_output=True, text=True,
-                              cwd=self.folder, env=environment(), timeout=300)  # fmt: skip
+        return subprocess.run(
+            self.command(out, *options, arguments=arguments),
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+            env=environment(),
+            timeout=300,
+        )
 
 
 def environment() -> dict[str, str]:
@@ -67,7 +83,11 @@ def pictures(out: Path) -> dict[str, bytes]:
 def check_complete(out: Path) -> None:
     """Every row is there once: all done, save the one that no node can read."""
     rows = parquet.read_table(out / "results.parquet").to_pylist()
-    assert [row["key"] for row in rows] == [*(f"k{n:02d}" for n in range(3)), CUT, *(f"k{n:02d}" for n in range(3, GOOD))]
+    assert [row["key"] for row in rows] == [
+        *(f"k{n:02d}" for n in range(3)),
+        CUT,
+        *(f"k{n:02d}" for n in range(3, GOOD)),
+    ]
     assert Counter(row["state"] for row in rows) == {"done": GOOD, "failed": 1}
     assert {name for row in rows for name in row["files"]} == {f"files/{name}" for name in pictures(out)}
     (failed,) = [row for row in rows if row["state"] == "failed"]
@@ -153,10 +173,44 @@ def test_killed_workers_and_a_killed_driver_lose_nothing(undisturbed, jobs, serv
     assert pictures(out) == pictures(undisturbed)
 
 
+def running(base: Path) -> list[int]:
+    """Processes of the ComfyUIs with this base directory, wherever they were started from."""
+    found = subprocess.run(
+        ["pgrep", "-f", f"guard.py .* --base-directory {base} "], capture_output=True, text=True
+    ).stdout
+    return [int(each) for each in found.split()]
+
+
+@pytest.mark.long
+def test_on_ray_killed_comfyuis_and_killed_actors_lose_nothing(undisturbed, jobs, tmp_path):
+    out, base = tmp_path / "out", tmp_path / "base"
+    command = jobs.command(out, "--ray", "local", "--workers", "2", "--threads", "1", arguments=local(base))
+    driver = subprocess.Popen(command, cwd=jobs.folder, env=environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: len(pictures(out)) >= 1, driver)
+        first, second = running(base)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: len(pictures(out)) >= 4, driver)
+        actor = subprocess.run(["ps", "-o", "ppid=", "-p", str(second)], capture_output=True, text=True).stdout
+        os.kill(int(actor), signal.SIGKILL)
+        _, said = driver.communicate(timeout=300)
+    finally:
+        driver.kill()
+    assert driver.returncode == 1, said
+    assert "ComfyUI was killed (signal 9)" in said
+    assert "Ray lost it" in said
+    assert not running(base)
+    check_complete(out)
+    assert pictures(out) == pictures(undisturbed)
+
+
 def small_disk() -> list[str] | None:
     """A command that runs another with a disk of its own, or None where this user may have none."""
     for prefix in (["unshare", "-m"], ["unshare", "-rm"]):
-        if shutil.which("unshare") and subprocess.run([*prefix, "mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", "/mnt"]).returncode == 0:
+        if (
+            shutil.which("unshare")
+            and subprocess.run([*prefix, "mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", "/mnt"]).returncode == 0
+        ):
             return prefix
     return None
 
@@ -167,9 +221,10 @@ def test_a_full_disk_stops_with_one_sentence_and_loses_no_finished_job(undisturb
         pytest.skip("this user may not mount a small disk: needs Linux with unshare; tests/headless plays a full one")
     small, kept = tmp_path / "small", tmp_path / "kept"
     small.mkdir()
-    script = 'mount -t tmpfs -o size="$1" tmpfs "$2"; shift; out="$1"; kept="$2"; shift 2; "$@"; code=$?; cp -a "$out" "$kept"; exit $code'
-    size = "160k"
-    command = [*prefix, "sh", "-c", script, "sh", size, str(small), str(kept), *jobs.command(small, "--server", server.url)]
+    mounted = 'mount -t tmpfs -o size=160k tmpfs "$1"; out="$1"; kept="$2"; shift 2'
+    script = f'{mounted}; "$@"; code=$?; cp -a "$out" "$kept"; exit $code'
+    told = jobs.command(small, "--server", server.url)
+    command = [*prefix, "sh", "-c", script, "sh", str(small), str(kept), *told]
     done = subprocess.run(command, capture_output=True, text=True, cwd=jobs.folder, env=environment(), timeout=300)
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("is full") == 1, done.stderr
@@ -186,8 +241,9 @@ def test_a_full_disk_stops_with_one_sentence_and_loses_no_finished_job(undisturb
 
 def test_ctrl_c_ends_in_order(jobs, server, tmp_path):
     out = tmp_path / "out"
-    driver = subprocess.Popen(jobs.command(out, "--server", server.url), cwd=jobs.folder, env=environment(),
-                              stderr=subprocess.PIPE, text=True)  # fmt: skip
+    driver = subprocess.Popen(
+        jobs.command(out, "--server", server.url), cwd=jobs.folder, env=environment(), stderr=subprocess.PIPE, text=True
+    )
     wait_until(lambda: len(pictures(out)) >= 1, driver)
     driver.send_signal(signal.SIGINT)
     _, said = driver.communicate(timeout=60)
@@ -233,8 +289,18 @@ def test_a_dry_run_shows_three_jobs_and_leaves_nothing(jobs, server, tmp_path):
 @pytest.mark.parametrize("stem", [stem for stem in workflows.stems() if workflows.is_embedded(stem)])
 def test_an_example_runs_from_the_file_of_the_page(stem, server, tmp_path):
     (tmp_path / "one.csv").write_text("id\nonly\n")
-    command = [sys.executable, str(ROOT / "headless"), "run", str(WORKFLOWS / f"{stem}.json"), "--table", str(tmp_path / "one.csv"),
-               "--out", str(tmp_path / "out"), "--server", server.url]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "headless"),
+        "run",
+        str(WORKFLOWS / f"{stem}.json"),
+        "--table",
+        str(tmp_path / "one.csv"),
+        "--out",
+        str(tmp_path / "out"),
+        "--server",
+        server.url,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=900)
     assert done.returncode == 0, done.stderr
     assert "will carry their prompt" not in done.stderr
