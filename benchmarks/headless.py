@@ -1,12 +1,12 @@
-"""What `headless/` costs over queueing directly, what a second worker brings, and where the driver becomes the limit.
+"""What `headless/` costs over direct queueing, what a second worker brings, where the driver becomes the limit.
 
-    python -m benchmarks.headless                200 jobs of the embedded default, in each way: about an hour on two cores
+    python -m benchmarks.headless                200 jobs of the embedded default, in each way: an hour on two cores
     python -m benchmarks.headless --jobs 40      fewer
     python -m benchmarks.headless --only scale   the simulation: Ray's own scheduler, a stub in the place of ComfyUI
 
-Every ComfyUI has one thread. Direct queueing and the command take turns on one server. The rate is that between the first
-file and the last, so the start of workers is not in it. Where other programs use the cores too, rates say little: the
-driver's own processor time is written beside them, and that of the server for the same jobs.
+Every ComfyUI has one thread. Direct queueing and the command take turns on one server. The rate is that between the
+first file and the last, so the start of workers is not in it. Where other programs use the cores, rates say little: the
+processor time of the driver and of the server for the same jobs is written beside them.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def by_command(folder: Path, jobs: int, first: int, *options: str, server: Serve
     flow.write_text(json.dumps(prompts(1)[0]))
     where = ("--server", server.url) if server else ()
     arguments = () if server else ("--", "--cpu", "--base-directory", str(folder / "base"), "--disable-api-nodes")
-    command = [sys.executable, str(places.ROOT / "headless"), "run", str(flow), "--table", str(table), "--out", str(out),
-               "--set", "KSampler.seed={seed}", *where, *options, *arguments]  # fmt: skip
+    command = [sys.executable, str(places.ROOT / "headless"), "run", str(flow), "--table", str(table)]
+    command += ["--out", str(out), "--set", "KSampler.seed={seed}", *where, *options, *arguments]
     process = psutil.Process(server._process.pid) if server else None
     before = process.cpu_times() if process else None
     own = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -117,8 +117,6 @@ def against_direct(jobs: int, rounds: int) -> dict:
                 say("directly", found["directly"][-1])
                 found.setdefault("one server", []).append(by_command(folder, jobs, first + 500, server=server))
                 say("one server", found["one server"][-1])
-            few = by_command(folder, 1, 10**7, server=server) if jobs > 1 else {}
-        found["start"] = [few]
         for name, options in (
             ("1 worker", ("--workers", "1")),
             ("2 workers", ("--workers", "2")),
@@ -144,9 +142,9 @@ class Played:
     def __init__(self, seconds: list[float]):
         self.seconds = seconds
 
-    async def run(self, job: Job) -> Outcome:
-        await asyncio.sleep(self.seconds[job.position % len(self.seconds)])
-        return Outcome((("x.png", os.urandom(PICTURE)),), 1.0, len(job.prompt), 0)
+    async def run(self, position: int, prompt: dict) -> bytes:
+        await asyncio.sleep(self.seconds[position % len(self.seconds)])
+        return os.urandom(PICTURE)
 
 
 class Stub:
@@ -164,7 +162,8 @@ class Stub:
 
     async def run(self, job: Job) -> Outcome:
         async with self._one:
-            return await self.actor.run.remote(job)
+            data = await self.actor.run.remote(job.position, job.prompt)
+        return Outcome((("x.png", data),), 1.0, len(job.prompt), 0)
 
 
 def simulate(ray, workers: int, seconds: list[float]) -> dict:
@@ -203,7 +202,8 @@ from array import array
 from pathlib import Path
 from dit_toolkit.headless.ledger import Ledger
 from dit_toolkit.headless.plan import Plan, in_order
-prompt, known, table, out = json.loads(Path(sys.argv[1]).read_text()), json.loads(Path(sys.argv[2]).read_text()), *map(Path, sys.argv[3:])
+prompt, known = (json.loads(Path(each).read_text()) for each in sys.argv[1:3])
+table, out = map(Path, sys.argv[3:])
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
 plan = Plan(prompt, known, ["#6.text={prompt}", "KSampler.seed={seed}"], table)
 ledger, marks = Ledger(out), [array("q") for _ in plan.ranked()]

@@ -108,6 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refused as refused:
         print(refused, file=sys.stderr)
         return 1
+    except DiskFull:
+        print("The disk is full: no ComfyUI can start.", file=sys.stderr)
+        return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
         print("Stopped.", file=sys.stderr)
         return STOPPED
@@ -308,6 +311,8 @@ class Command:
                 "room and give the same command again.",
                 1,
             )
+        except OSError as error:
+            sentence, code = f"The results cannot be written: {error}. Nothing that is done is lost.", 1
         except AllLost as lost:
             sentence, code = f"No worker is left. {lost}", 1
         except (asyncio.CancelledError, KeyboardInterrupt):

@@ -39,24 +39,16 @@ def connect(address: str) -> Any:
 
 
 class Actor:
-    """What runs on the other machine."""
+    """What runs on the other machine. `comfy`: folder, Python and arguments of its ComfyUI, as the command was told."""
 
-    def __init__(
-        self,
-        name: str,
-        folder: str | None,
-        python: str | None,
-        arguments: Sequence[str],
-        patience: float,
-        threads: int | None,
-    ):
-        comfy = Comfy.found(folder, python, tuple(arguments), patience)
-        self.worker = LocalWorker(name, comfy, threads=threads)  # Ray has set which devices it sees
+    def __init__(self, name: str, comfy: tuple, patience: float, threads: int | None):
+        self.name, self.comfy, self.patience, self.threads = name, comfy, patience, threads
+        self.worker: LocalWorker
 
-    async def start(self) -> tuple[str, int]:
-        """The machine it is on, and the process of its ComfyUI."""
+    async def start(self) -> None:
+        comfy = Comfy.found(*self.comfy, self.patience)
+        self.worker = LocalWorker(self.name, comfy, threads=self.threads)  # Ray has set which devices it sees
         await self.worker.start()
-        return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", ""), self.worker.pid or 0
 
     async def known(self) -> dict:
         return await self.worker.known()
@@ -88,8 +80,11 @@ class RayWorker:
     async def start(self) -> None:
         await self.stop()
         remote = self.ray.remote(**self.needs, max_concurrency=8, max_restarts=0)(Actor)
-        self._actor = remote.remote(self.name, *self.comfy, self.patience, self.threads)
-        await self._asked(self._actor.start.remote(), PLACED + max(self.patience, 60) + 60)
+        self._actor = remote.remote(self.name, self.comfy, self.patience, self.threads)
+        try:
+            await self._asked(self._actor.start.remote(), PLACED + max(self.patience, 60) + 60)
+        except Refused as error:  # by that machine
+            raise WorkerLost(str(error)) from None
 
     async def known(self) -> dict:
         return await self._asked(self._actor.known.remote(), None)
