@@ -19,7 +19,7 @@ help:
 	@echo 'make check       the seconds before a commit: lint, and the tests of models/'
 	@echo 'make lint        ruff and pyright'
 	@echo 'make serve       ComfyUI with this pack, on port $(PORT) (PORT=... for another)'
-	@echo 'make bench       the race of the accelerators; the cost of attention, of EasyControl, of DiT4SR, of DynamiCtrl, of loading the pack'
+	@echo 'make bench       the race of the accelerators; the cost of attention, of EasyControl, of DiT4SR, of DynamiCtrl, of loading the pack; tables of jobs'
 	@echo 'make figures     the figures of README, docs and model card, from the results files'
 	@echo 'make pictures    the pictures of README, help pages and workflows (PICTURES=... for some of them)'
 	@echo 'make train-tiny  train the embedded models again'
@@ -69,7 +69,7 @@ serve: setup
 	@$(PY) -m scripts.server '$(PORT)'
 
 bench: setup
-	$(call timed,Benchmarks,$(PY) -m benchmarks.load && $(PY) -m benchmarks.easycontrol && $(PY) -m benchmarks.dit4sr && $(PY) -m benchmarks.dynamictrl && $(PY) -m benchmarks.attention && $(PY) -m benchmarks.accelerators)
+	$(call timed,Benchmarks,$(PY) -m benchmarks.load && $(PY) -m benchmarks.easycontrol && $(PY) -m benchmarks.dit4sr && $(PY) -m benchmarks.dynamictrl && $(PY) -m benchmarks.attention && $(PY) -m benchmarks.accelerators && $(PY) -m benchmarks.headless)
 
 figures: setup
 	@$(PY) -m scripts.figures

@@ -1,6 +1,6 @@
 """What `headless/` costs over direct queueing, what a second worker brings, where the driver becomes the limit.
 
-    python -m benchmarks.headless                200 jobs of the embedded default, in each way: an hour on two cores
+    python -m benchmarks.headless               200 jobs of the embedded default, in each way: half an hour on two cores
     python -m benchmarks.headless --jobs 40      fewer
     python -m benchmarks.headless --only scale   the simulation: Ray's own scheduler, a stub in the place of ComfyUI
 

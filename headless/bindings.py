@@ -366,11 +366,9 @@ def apply(
     return made, files
 
 
-def loader_ids(prompt: Prompt, bindings: Iterable[Binding]) -> dict[int, str]:
-    """Ids for the nodes that load a picture or a mask, by the binding's place in the list."""
-    taken = max(
-        (int(part) for node_id in prompt for part in node_id.split(":") if part.isascii() and part.isdecimal()),
-        default=0,
-    )
+def loader_ids(prompt: Prompt, bindings: Iterable[Binding], above: int = 0) -> dict[int, str]:
+    """Ids for the nodes that load pictures and masks, by the binding's place. `above`: the highest of the graph."""
+    numbers = [int(part) for node_id in prompt for part in node_id.split(":") if part.isascii() and part.isdecimal()]
+    taken = max([above, *numbers])
     wanted = [number for number, binding in enumerate(bindings) if binding.kind in LOADERS]
     return {number: str(taken + 1 + place) for place, number in enumerate(wanted)}

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .errors import DiskFull, Refused, WorkerLost
 from .graph import Graph
 from .ledger import Ledger, Result
 from .line import Line
-from .plan import Plan, in_order
+from .plan import Plan, Planned, in_order
 from .progress import Progress, span
 from .workers import Comfy, LocalWorker, ServerWorker, Worker, devices
 
@@ -136,7 +136,14 @@ class Command:
             known = await self._known(workers, begun)
             prompt = workflow.converted(flow, known)
             plan = Plan(
-                prompt, known, options.settings, options.table, name=flow.name, key=options.key, files=options.files
+                prompt,
+                known,
+                options.settings,
+                options.table,
+                name=flow.name,
+                key=options.key,
+                files=options.files,
+                above=workflow.highest_id(flow.graph),
             )
             graph = Graph.of(flow, plan)
             if options.dry_run:
@@ -228,7 +235,7 @@ class Command:
             raise Refused(f"The disk that holds {self.out} is full. Nothing was run.") from None
         try:
             marks: list[array] = [array("q") for _ in plan.ranked()]
-            rows = ledger.fill(plan.marked(marks))
+            rows = await asyncio.to_thread(ledger.fill, self._until_stopped(plan.marked(marks)))
             todo = ledger.open_positions(self.options.again)
             progress = Progress(len(todo), rows - len(todo))
             self._announce(plan, marks, todo, rows, len(workers), graph, progress, ledger.gone())
@@ -241,6 +248,13 @@ class Command:
             raise Refused(f"The disk that holds {self.out} is full. Nothing was run.") from None
         finally:
             ledger.close()
+
+    def _until_stopped(self, rows: Iterable[Planned]) -> Iterator[Planned]:
+        """There may be a million, and Ctrl-C is to work meanwhile."""
+        for row in rows:
+            if self.stopped:
+                raise Refused("Stopped. Nothing was run.")
+            yield row
 
     def _announce(
         self,

@@ -55,7 +55,7 @@ class Ledger:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._data = sqlite3.connect(folder / NAME, isolation_level=None, timeout=0)
+            self._data = sqlite3.connect(folder / NAME, isolation_level=None, timeout=0, check_same_thread=False)
             self._data.execute("pragma locking_mode = exclusive")
             self._data.execute("pragma journal_mode = wal")
             self._data.execute("pragma synchronous = normal")

@@ -58,6 +58,7 @@ class Plan:
         name: str = "Results",
         key: str | None = None,
         files: Path | None = None,
+        above: int = 0,
     ):
         self.prompt, self.known, self.table = prompt, known, table
         self.title = f"{name}: {table.stem}"
@@ -67,7 +68,7 @@ class Plan:
             check_column(key, self.columns)
         self.key = key or next((name for name in KEYS if name in self.columns), None)
         self.files = Files(files or (table if table.is_dir() else table.parent))
-        self.loaders = loader_ids(prompt, self.bindings)
+        self.loaders = loader_ids(prompt, self.bindings, above)
         self.savers = savers(prompt, known)
         fixed = json.dumps([essence(prompt), [[b.node, b.input, b.kind] for b in self.bindings]], sort_keys=True)
         self.seal = hashlib.sha256(fixed.encode()).digest()

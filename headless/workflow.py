@@ -6,8 +6,10 @@ running server; a PNG that ComfyUI saved, which holds the first, the second or b
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import logging
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -104,6 +106,15 @@ def _unpacked(data: bytes) -> bytes:
     return found
 
 
+def highest_id(graph: dict | None) -> int:
+    """Of its nodes, notes and those inside subgraphs included."""
+    if graph is None:
+        return 0
+    rooms = [graph, *graph.get("definitions", {}).get("subgraphs", [])]
+    ids = [node["id"] for room in rooms for node in room["nodes"] if isinstance(node.get("id"), int)]
+    return max([graph.get("last_node_id") or 0, *ids])
+
+
 # From the graph to the prompt
 
 
@@ -161,7 +172,10 @@ def as_the_page(graph: dict, known: dict) -> Prompt:
         if isinstance(shown, list) and isinstance(values, list) and len(shown) == len(values):
             pairs = list(zip(shown, values, strict=True))
             node["widgets_values"] = [value for (owner, _), value in pairs if str(owner) == "-1" or value is not None]
-    prompt = converter()(mended, known)
+    with complaints() as said:
+        prompt = converter()(mended, known)
+    if said:
+        raise ValueError("; ".join(said))
     for node in prompt.values():
         inputs = node["inputs"]
         for name, spec in inputs_of(node, known).items():
@@ -172,6 +186,26 @@ def as_the_page(graph: dict, known: dict) -> Prompt:
             elif spec[:1] == ["IMAGECOMPARE"] and inputs[name] is None:
                 inputs[name] = COMPARED
     return prompt
+
+
+@contextlib.contextmanager
+def complaints() -> Iterator[list[str]]:
+    """What comfy-cli logs while it converts: nodes that it leaves out, values that it cannot place."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    listener, logger = Listener(logging.WARNING), logging.getLogger("comfy_cli.workflow_to_api")
+    before = logger.propagate
+    logger.propagate = False
+    logger.addHandler(listener)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(listener)
+        logger.propagate = before
 
 
 def inputs_of(node: dict, known: dict) -> dict[str, list]:

@@ -405,6 +405,40 @@ def workflow_table(found: Tree) -> str:
     return markdown(["workflow", "needs", "seconds"], rows, "|---|---|---:|")
 
 
+WAYS = {
+    "directly": "queued directly on one server",
+    "one server": "the command, the same server",
+    "1 worker": "the command, one worker of its own",
+    "2 workers": "the command, two workers",
+    "1 worker, Ray": "one worker on Ray",
+    "2 workers, Ray": "two workers on Ray",
+}
+
+
+def headless_ways(found: Tree) -> str:
+    rows = []
+    for name, title in WAYS.items():
+        rounds = found["headless"]["ways"][name]
+
+        def mean(key: str, count: int = 1, form: str = ".2f", rounds=rounds) -> str:
+            known = [each[key] / count for each in rounds if key in each]
+            return f"{sum(known) / len(known):{form}}" if known else ""
+
+        driver = mean("driver_cpu", found["headless"]["jobs"], ".3f")
+        rows.append([title, mean("jobs_per_minute", form=".0f"), mean("server_cpu_per_job"), driver])
+    head = ["way", "jobs per minute", "processor seconds a job: ComfyUI", "the driver"]
+    return markdown(head, rows, "|---|---:|---:|---:|")
+
+
+def headless_scale(found: Tree) -> str:
+    rows = []
+    for row in found["headless"]["scale"]["workers"]:
+        cells = f"{row['rows_per_second']:.1f}", f"{row['ideal']:.1f}", f"{1000 * row['driver_cpu_per_row']:.1f}"
+        rows.append([f"{row['workers']:,}", *cells])
+    head = ["workers", "rows per second", "if the driver took no time", "driver's processor time per row, ms"]
+    return markdown(head, rows, "|---:|---:|---:|---:|")
+
+
 def blueprints(_: Tree) -> str:
     found = sorted(places.BLUEPRINTS.glob("*.json"))
     return "\n".join(f"- *{path.stem}*" for path in found)
@@ -424,6 +458,8 @@ TABLES: dict[str, Callable[[Tree], str]] = {
     "dynamictrl, plot": plot("dynamictrl", "DynamiCtrl: what poses cost, accelerators, and context windows"),
     "families": families,
     "workflows": workflow_table,
+    "headless ways": headless_ways,
+    "headless scale": headless_scale,
     "blueprints": blueprints,
 }
 NEEDS_COMFYUI = {"families"}
