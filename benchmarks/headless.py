@@ -2,6 +2,7 @@
 
     python -m benchmarks.headless               200 jobs of the embedded default, in each way: half an hour on two cores
     python -m benchmarks.headless --jobs 40      fewer
+    python -m benchmarks.headless --only conversion  workflows of strangers, against the page's conversion
     python -m benchmarks.headless --only scale   the simulation: Ray's own scheduler, a stub in the place of ComfyUI
 
 Every ComfyUI has one thread. Direct queueing and the command take turns on one server. The rate is that between the
@@ -18,24 +19,28 @@ import datetime
 import json
 import os
 import platform
+import random
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata, resources
 from pathlib import Path
 
 import psutil
 
-from dit_toolkit.headless import results
+from dit_toolkit.headless import results, workflow
 from dit_toolkit.headless.dispatch import Dispatch
+from dit_toolkit.headless.errors import Refused
 from dit_toolkit.headless.ledger import Ledger
 from dit_toolkit.headless.line import Line
 from dit_toolkit.headless.on_ray import connect
 from dit_toolkit.headless.plan import Job, Planned
 from dit_toolkit.headless.server import Outcome
 from dit_toolkit.scripts import places, workflows
+from dit_toolkit.scripts.browser import Browser
 from dit_toolkit.scripts.server import Server
 
 RESULTS = places.ROOT / "benchmarks" / "results"
@@ -45,6 +50,8 @@ SPAN = 20.0  # seconds that a simulation is to take
 ACTORS = 2  # processes that play workers: 1,000 processes would be a test of this machine's memory
 PICTURE = 20_000  # bytes, as the embedded default's pictures are
 MILLION = 1_000_000
+TEMPLATES = "comfyui_workflow_templates_json"
+TRIED = 60  # templates
 
 
 def prompts(jobs: int) -> list[dict]:
@@ -250,24 +257,73 @@ def scale(seconds: list[float], rows: int) -> dict:
     return found
 
 
+# whether strangers' workflows are converted as the page does it
+
+
+def conversion(number: int) -> dict:
+    """ComfyUI's own templates whose nodes are all known: as many as asked for, drawn with a seed."""
+    folder = Path(str(resources.files(TEMPLATES) / "templates"))
+    every = sorted(path for path in folder.glob("*.json") if workflow.is_graph(json.loads(path.read_text("utf-8"))))
+    random.Random(0).shuffle(every)
+    found: dict = {"equal": 0, "refused": {}, "different": {}}
+    with tempfile.TemporaryDirectory() as name, Server(places.prepare_base(Path(name)), cpu=True, quiet=True) as server:
+        known = server.client.object_info()
+        with Browser() as browser:
+            page = browser.open(server.url)
+            for path in every:
+                flow = workflow.read(path)
+                if any(kind not in known and kind not in workflow.VIRTUAL for kind, _ in workflow.types_of(flow.graph)):
+                    continue
+                if found["equal"] + len(found["refused"]) + len(found["different"]) == number:
+                    break
+                page.load_workflow(flow.graph)
+                by_page = page.prompt()
+                if not by_page:  # notes alone
+                    continue
+                try:
+                    ours = workflow.converted(flow, known)
+                except Refused as refused:
+                    found["refused"][path.stem] = str(refused)
+                    continue
+                if differing := differences(workflow.essence(ours), workflow.essence(by_page)):
+                    found["different"][path.stem] = differing
+                else:
+                    found["equal"] += 1
+    return found | {"tried": number, "templates": metadata.version(TEMPLATES.replace("_", "-"))}
+
+
+def differences(ours: dict, by_page: dict) -> list[str]:
+    """The inputs that differ, by their nodes' types."""
+    found = {f"{node[0]} is missing" for node_id, node in by_page.items() if node_id not in ours}
+    found |= {f"{node[0]} is too many" for node_id, node in ours.items() if node_id not in by_page}
+    for node_id in ours.keys() & by_page.keys():
+        kind, inputs = ours[node_id]
+        others = by_page[node_id][1]
+        found |= {f"{kind}.{name}" for name in inputs.keys() | others.keys() if inputs.get(name) != others.get(name)}
+    return sorted(found)
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.headless")
     parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows", type=int, default=MILLION, help="of the table whose memory is measured")
-    parser.add_argument("--only", choices=("direct", "scale"))
+    parser.add_argument("--only", choices=("direct", "scale", "conversion"))
     options = parser.parse_args(arguments)
     path = RESULTS / f"headless-{datetime.date.today()}-cpu.json"
     report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     report |= {"machine": {"processor": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}}
-    if options.only != "scale":
+    if options.only in (None, "conversion"):
+        report["conversion"] = conversion(TRIED)
+        print(json.dumps(report["conversion"], indent=1))
+    if options.only in (None, "direct"):
         found = against_direct(options.jobs, options.rounds)
         report["job_seconds"] = [round(each, 3) for each in found["2 workers"][0]["job_seconds"]]
         for rows in found.values():
             for row in rows:
                 row.pop("job_seconds", None)
         report |= {"jobs": options.jobs, "rounds": options.rounds, "ways": found}
-    if options.only != "direct":
+    if options.only in (None, "scale"):
         report["scale"] = scale(report.get("job_seconds") or [2.0], options.rows)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(path.relative_to(places.ROOT))

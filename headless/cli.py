@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import signal
 import sys
+import tempfile
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -199,32 +201,33 @@ class Command:
         ]
 
     async def _known(self, workers: Sequence[Worker], begun: dict[str, asyncio.Task]) -> dict:
-        """The node list of the first worker that answers."""
-        last = ""
-        for worker in workers:
+        """The node list of the first worker that answers. Each is started twice, if need be."""
+        last: dict[str, str] = {}
+        for worker in (*workers, *workers):
+            if worker.name in last or worker.name not in begun:
+                begun[worker.name] = asyncio.create_task(worker.start())
             try:
-                await asyncio.shield(begun.get(worker.name) or worker.start())
+                await asyncio.shield(begun[worker.name])
                 return await worker.known()
             except WorkerLost as error:
-                last += f"\n{worker.name}: {error}"
-        raise Refused(f"No worker could be started.{last}")
+                last[worker.name] = f"\n{worker.name}: {error}"
+        raise Refused(f"No worker could be started.{''.join(last.values())}")
 
     def _dry_run(self, plan: Plan) -> int:
-        number = 0
-        for number, planned in enumerate(plan.rows(), 1):
-            if number <= SHOWN:
-                print(f"job {planned.key}")
-                for binding, value in zip(plan.bindings, planned.values, strict=True):
-                    shown = (
-                        f"file {value.path}"
-                        if isinstance(value, File)
-                        else "as in the workflow"
-                        if value is None
-                        else json.dumps(value, ensure_ascii=False)
-                    )
-                    print(f"  {binding.label} = {shown}")
+        for planned in itertools.islice(plan.rows(), SHOWN):
+            print(f"job {planned.key}")
+            for binding, value in zip(plan.bindings, planned.values, strict=True):
+                print(f"  {binding.label} = {self._shown(value)}")
+        with tempfile.TemporaryDirectory() as folder, contextlib.closing(Ledger(Path(folder))) as ledger:
+            number = ledger.fill(plan.rows())
         print(f"{number} jobs, all in order. Nothing was run.")
         return 0
+
+    @staticmethod
+    def _shown(value: Any) -> str:
+        if isinstance(value, File):
+            return f"file {value.path}"
+        return "as in the workflow" if value is None else json.dumps(value, ensure_ascii=False)
 
     async def _through(
         self, plan: Plan, graph: Graph, workers: Sequence[Worker], begun: dict[str, asyncio.Task]
@@ -238,12 +241,11 @@ class Command:
             rows = await asyncio.to_thread(ledger.fill, self._until_stopped(plan.marked(marks)))
             todo = ledger.open_positions(self.options.again)
             progress = Progress(len(todo), rows - len(todo))
-            self._announce(plan, marks, todo, rows, len(workers), graph, progress, ledger.gone())
-            order = array(
-                "L",
-                (todo[at] for at in in_order([array("q", (column[p] for p in todo)) for column in marks], len(todo))),
-            )
-            return await self._work(plan, graph, ledger, order, rows, workers, begun, progress)
+            columns = [array("q", (column[position] for position in todo)) for column in marks]
+            order = in_order(columns, len(todo))
+            self._announce(plan, graph, progress, ledger.gone(), columns, order)
+            line = Line(array("L", (todo[at] for at in order)), len(workers))
+            return await self._work(plan, graph, ledger, line, workers, begun, progress)
         except DiskFull:
             raise Refused(f"The disk that holds {self.out} is full. Nothing was run.") from None
         finally:
@@ -257,31 +259,19 @@ class Command:
             yield row
 
     def _announce(
-        self,
-        plan: Plan,
-        marks: list[array],
-        todo: array,
-        rows: int,
-        workers: int,
-        graph: Graph,
-        progress: Progress,
-        gone: int,
+        self, plan: Plan, graph: Graph, progress: Progress, gone: int, columns: Sequence[array], order: Sequence[int]
     ) -> None:
-        done = rows - len(todo)
-        progress.say(f"{rows} jobs, {done} of them done before." if done else f"{rows} jobs.")
+        rows = progress.rest + progress.before
+        progress.say(f"{rows} jobs, {progress.before} of them done before." if progress.before else f"{rows} jobs.")
         if gone:
-            progress.say(
-                f"{gone} earlier results are of rows that this table no longer has. Their files stay where they are."
-            )
+            progress.say(f"{gone} earlier results are of rows that the table no longer has. Their files stay.")
         if graph.why_not:
             progress.say(f"The pictures will carry their prompt, not the page's graph: {graph.why_not}")
-        if len(todo) > 1:
-            columns = [array("q", (column[p] for p in todo)) for column in marks]
-            table, sorted_ = plan.runs(columns, range(len(todo))), plan.runs(columns, in_order(columns, len(todo)))
-            whole = (len(plan.prompt) + len(plan.loaders)) * len(todo)
+        if len(order) > 1:
+            whole = (len(plan.prompt) + len(plan.loaders)) * len(order)
             progress.say(
-                f"ComfyUI keeps what a job shares with the last: {sorted_:,} of {whole:,} node runs are left, "
-                f"{table:,} in the table's own order."
+                f"ComfyUI keeps what a job shares with the last: {plan.runs(columns, order):,} of {whole:,} node runs "
+                f"are left, {plan.runs(columns, range(len(order))):,} in the table's own order."
             )
 
     async def _work(
@@ -289,12 +279,12 @@ class Command:
         plan: Plan,
         graph: Graph,
         ledger: Ledger,
-        order: array,
-        rows: int,
+        line: Line,
         workers: Sequence[Worker],
         begun: dict[str, asyncio.Task],
         progress: Progress,
     ) -> int:
+        """Run what is left; say how it went."""
         tally = Tally()
 
         def ended(result: Result) -> None:
@@ -307,10 +297,10 @@ class Command:
 
         start, sentence, code = time.monotonic(), "", 0
         try:
-            if order:
+            if len(line):
                 await Dispatch(
                     ledger,
-                    Line(order, len(workers)),
+                    line,
                     workers,
                     make,
                     lambda *job: results.save(self.out, *job),
@@ -333,11 +323,11 @@ class Command:
             sentence, code = "Stopped. The same command goes on from here.", STOPPED
         progress.close()
         spent = time.monotonic() - start
-        counts = ledger.counts()
+        counts, rows, listed = ledger.counts(), progress.rest + progress.before, "the results"
         try:
-            ledger_table = results.write_table(self.out, ledger)
+            listed = results.write_table(self.out, ledger)
             results.write_gallery(self.out, ledger, plan.title, rows)
-            shown = f"Results: {self.out / 'index.html'} and {ledger_table}."
+            shown = f"Results: {self.out / 'index.html'} and {listed}."
         except DiskFull:
             sentence = sentence or f"The disk that holds {self.out} is full: the pictures are there, their list is not."
             shown, code = "", code or 1
@@ -355,7 +345,7 @@ class Command:
         for key, error in tally.failures[:FAILURES]:
             print(f"  {key}: {error}", file=sys.stderr)
         if len(tally.failures) > FAILURES:
-            print(f"  and {len(tally.failures) - FAILURES} more, in {ledger_table}.", file=sys.stderr)
+            print(f"  and {len(tally.failures) - FAILURES} more, in {listed}.", file=sys.stderr)
         return code or (1 if counts["failed"] or counts["open"] else 0)
 
 

@@ -134,7 +134,7 @@ def converted(workflow: Workflow, known: dict) -> Prompt:
 
 def _convert(graph: dict, known: dict) -> Prompt:
     converter()
-    for kind, where in _types(graph):
+    for kind, where in types_of(graph):
         if kind not in known and kind not in VIRTUAL:
             raise Refused(f"ComfyUI does not know the node '{kind}' ({where}). Install its pack.")
     try:
@@ -217,7 +217,7 @@ def inputs_of(node: dict, known: dict) -> dict[str, list]:
     }
 
 
-def _types(graph: dict) -> Iterator[tuple[str, str]]:
+def types_of(graph: dict) -> Iterator[tuple[str, str]]:
     """The types of its nodes that run, with where each is. Those of subgraphs are ids of definitions."""
     defined = graph.get("definitions", {}).get("subgraphs", [])
     ids = {each["id"] for each in defined}
