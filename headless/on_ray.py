@@ -25,6 +25,7 @@ PLACED = 120  # seconds until Ray must have found a place for an actor
 def connect(address: str) -> Any:
     """Ray, connected: to a cluster, to the one of this machine ("auto"), or to one that ends with us ("local")."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray would give way to every other program
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
