@@ -33,8 +33,8 @@ STOPPED = 130  # exit code after Ctrl-C
 EXAMPLE = """
 example, in the folder of ComfyUI:
   python custom_nodes/dit-toolkit/headless run "custom_nodes/dit-toolkit/workflows/CPU 01 canny edges to picture.json"
-      --table custom_nodes/dit-toolkit/headless/example/jobs.csv --workers 2
-      --set "#6.text={prompt}" --set "KSampler.seed={seed}" --set "Apply EasyControl.image={outline}"
+      --table custom_nodes/dit-toolkit/headless/example/jobs.csv --files custom_nodes/dit-toolkit/web/examples
+      --workers 2 --set "#6.text={prompt}" --set "KSampler.seed={seed}" --set "Apply EasyControl.image={outline}"
 
 exit codes: 0 all jobs are done, 1 some failed, or nothing could run, 130 stopped by Ctrl-C
 """

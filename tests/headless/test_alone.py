@@ -1,12 +1,14 @@
 """`headless/` runs by itself: without torch, without ComfyUI, and without the other rooms, which never ask for it."""
 
 import ast
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
-from dit_toolkit.headless import tables
+from dit_toolkit.headless import cli, tables
 from dit_toolkit.scripts.places import DEMO_INPUTS, ROOT
 
 FILES = sorted((ROOT / "headless").rglob("*.py"))
@@ -75,6 +77,21 @@ def test_the_example_table_names_pictures_that_are_shipped():
     assert len(rows) == 20
     assert len({row["key"] for row in rows}) == 20
     assert all((DEMO_INPUTS / row["outline"]).is_file() for row in rows)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/headless.md"])
+def test_the_example_of_a_page_names_files_that_are_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    command = re.search(r"python custom_nodes/dit-toolkit/headless (run \"[^`\n]+)", text)[1]
+    options = cli.parser().parse_args(shlex.split(command))
+    for path in (options.workflow, options.table, options.files):
+        assert (ROOT / path.relative_to("custom_nodes/dit-toolkit")).exists(), path
+    assert options.settings == cli_settings()
+
+
+def cli_settings() -> list[str]:
+    """What the command's own help binds."""
+    return re.findall(r'--set "([^"]+)"', cli.EXAMPLE)
 
 
 def test_it_is_shipped():
