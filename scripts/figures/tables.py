@@ -420,12 +420,12 @@ def headless_ways(found: Tree) -> str:
     for name, title in WAYS.items():
         rounds = found["headless"]["ways"][name]
 
-        def mean(key: str, count: int = 1, form: str = ".2f", rounds=rounds) -> str:
-            known = [each[key] / count for each in rounds if key in each]
-            return f"{sum(known) / len(known):{form}}" if known else ""
+        def each(key: str, form: str, rounds=rounds) -> str:
+            return ", ".join(f"{row[key]:{form}}" for row in rounds if key in row)
 
-        driver = mean("driver_cpu", found["headless"]["jobs"], ".3f")
-        rows.append([title, mean("jobs_per_minute", form=".0f"), mean("server_cpu_per_job"), driver])
+        driver = [row["driver_cpu"] / found["headless"]["jobs"] for row in rounds if "driver_cpu" in row]
+        shown = ", ".join(f"{seconds:.3f}" for seconds in driver)
+        rows.append([title, each("jobs_per_minute", ".0f"), each("server_cpu_per_job", ".2f"), shown])
     head = ["way", "jobs per minute", "processor seconds a job: ComfyUI", "the driver"]
     return markdown(head, rows, "|---|---:|---:|---:|")
 
