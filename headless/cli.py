@@ -126,11 +126,11 @@ class Command:
         self.stopped = False
 
     async def run(self) -> int:
-        self._listen()
         options = self.options
         flow = workflow.read(options.workflow)
         tables.files_of(options.table)
         workers = self._workers()
+        self._listen()  # only now: Ray has ways of its own with signals
         begun: dict[str, asyncio.Task] = {}
         try:
             first = workers[:1] if options.dry_run else workers
