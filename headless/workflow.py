@@ -172,7 +172,7 @@ def as_the_page(graph: dict, known: dict) -> Prompt:
         if isinstance(shown, list) and isinstance(values, list) and len(shown) == len(values):
             pairs = list(zip(shown, values, strict=True))
             node["widgets_values"] = [value for (owner, _), value in pairs if str(owner) == "-1" or value is not None]
-    with complaints() as said:
+    with complaints(known) as said:
         prompt = converter()(mended, known)
     if said:
         raise ValueError("; ".join(said))
@@ -189,13 +189,18 @@ def as_the_page(graph: dict, known: dict) -> Prompt:
 
 
 @contextlib.contextmanager
-def complaints() -> Iterator[list[str]]:
-    """What comfy-cli logs while it converts: nodes that it leaves out, values that it cannot place."""
+def complaints(known: dict) -> Iterator[list[str]]:
+    """What comfy-cli logs while it converts: nodes that it leaves out, values that it cannot place.
+
+    A node that is known and takes no values may hold some all the same: what it showed last.
+    """
     said: list[str] = []
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
+            shown = "Could not map widget_values" in record.getMessage() and {*record.args} & known.keys()
+            if not shown:
+                said.append(record.getMessage())
 
     listener, logger = Listener(logging.WARNING), logging.getLogger("comfy_cli.workflow_to_api")
     before = logger.propagate
