@@ -237,6 +237,7 @@ class Command:
         except DiskFull:
             raise Refused(f"The disk that holds {self.out} is full. Nothing was run.") from None
         try:
+            results.tidy(self.out)
             marks: list[array] = [array("q") for _ in plan.ranked()]
             rows = await asyncio.to_thread(ledger.fill, self._until_stopped(plan.marked(marks)))
             todo = ledger.open_positions(self.options.again)

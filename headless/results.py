@@ -49,6 +49,13 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], sync: bool = Fals
     return size
 
 
+def tidy(folder: Path) -> None:
+    """Halves of files that a killed run left, go. Nobody else writes here: the ledger is locked."""
+    for place in (folder, folder / FILES, folder / THUMBNAILS):
+        for part in place.glob(".*.part"):
+            part.unlink(missing_ok=True)
+
+
 def save(folder: Path, key: str, outcome: Outcome, earlier: Iterable[str]) -> tuple[tuple[str, int], ...]:
     """A job's files under its key; returns names and sizes. What it left `earlier`, under other names, goes."""
     names = []

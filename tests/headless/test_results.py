@@ -71,6 +71,15 @@ def test_a_disk_that_fills_leaves_no_half_of_a_file(tmp_path, monkeypatch, where
     assert (tmp_path / "files" / "doll.png").read_bytes() == b"before"
 
 
+def test_halves_of_files_that_a_killed_run_left_go(tmp_path):
+    results.save(tmp_path, "doll", outcome(("x.png", picture(800))), [])
+    before = names(tmp_path)
+    for place in (tmp_path, tmp_path / "files", tmp_path / "thumbnails"):
+        (place / ".123.part").write_bytes(b"half")
+    results.tidy(tmp_path)
+    assert names(tmp_path) == before
+
+
 HOSTILE = {"prompt": "</script><img src=x onerror=alert(1)>&amp;", "sum": "=1+1", "{{data}}": "{{title}}"}
 
 
