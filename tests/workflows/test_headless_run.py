@@ -151,7 +151,7 @@ def test_a_second_start_does_what_failed_or_changed_and_nothing_else(undisturbed
 def test_killed_workers_and_a_killed_driver_lose_nothing(undisturbed, jobs, server, tmp_path):
     out = tmp_path / "out"
     arguments = local(tmp_path / "base")
-    command = jobs.command(out, "--workers", "2", "--threads", "1", arguments=arguments)
+    command = jobs.command(out, "--workers", "2", arguments=arguments)  # as many threads as the server has
     driver = subprocess.Popen(command, cwd=jobs.folder, env=environment(), stderr=subprocess.PIPE, text=True)
     try:
         wait_until(lambda: len(pictures(out)) >= 1, driver)
