@@ -19,6 +19,7 @@ the picture into tiles: to the others, each tile is a call (`Run.cut`).
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -131,6 +132,7 @@ class Run:
     x: the sampler's input in the current evaluation, in the same shape; None between two.
     names: the guider's name for each prompt, by uuid.
     memory: what features ask of core and hold.
+    guidance: the guider's scale of classifier-free guidance; 1 where there is none, or where nobody knows.
 
     Reading a value from a GPU stops the program until the GPU has done all that is queued. So the noise level is read
     for all features together (`sigma`), and what stays the same in a run is made once (`once`, `seen`).
@@ -146,6 +148,7 @@ class Run:
         guider: Any = None,
     ):
         self.model = model
+        self.guidance = guidance_of(guider)
         self.memory = Memory(None if noise is None else noise.shape, guider)
         self.names = dict(names or {})
         self.noise = noise
@@ -313,6 +316,12 @@ def attached(model: ModelPatcher) -> tuple[Any, ...]:
 def descriptions_in(model_options: dict) -> tuple[Any, ...]:
     """The descriptions in the options of a MODEL, or of its run."""
     return tuple(each.description for each in model_options["transformer_options"].get(KEY, ()))
+
+
+def guidance_of(guider: Any) -> float:
+    """The scale of classifier-free guidance, of guiders that call it `cfg` as core's do."""
+    scale = getattr(guider, "cfg", None)
+    return float(scale) if isinstance(scale, (int, float)) and math.isfinite(scale) else 1.0
 
 
 def chunk_of(options: dict) -> Chunk:

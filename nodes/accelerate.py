@@ -143,6 +143,9 @@ class Autotune(io.ComfyNode):
             + ("" if trial.speedup is None else f", {trial.speedup:.2f} x faster")
             for number, trial in enumerate(found, 1)
         ]
+        runs = 1 + sum(trial.computed for trial in found)
+        spent = round(found[0].evaluations * runs)
+        lines.append(f"Trying took {spent} computed evaluations, as many as {runs:.1f} full runs.")
         points = [(1 / trial.computed, trial.psnr_db, trial.setting.words) for trial in found]
         chosen = next((i for i, trial in enumerate(found) if trial.setting.words == setting.words), None)
         chart = trade_off(points, floor, chosen)

@@ -6,7 +6,9 @@ Papers: TaylorSeer, arXiv:2503.06923; CG-Taylor, arXiv:2508.02240; Delta-DiT, ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from comfy_api.latest import io
@@ -21,7 +23,7 @@ from ..host.part_of_run import PartOfRun
 from ..models.accelerate.cg_taylor import Compared, FirstBlockGate, Reduce
 from ..models.accelerate.delta_dit import Stages
 from ..models.accelerate.input_change import InputChange
-from ..models.accelerate.policies import Guard, Interval, Listed, Policy
+from ..models.accelerate.policies import Guard, Interval, Listed, Policy, Spread
 from ..models.accelerate.taylorseer import FORECASTS, Forecaster
 from .inputs import (
     UNSET,
@@ -40,7 +42,11 @@ from .inputs import (
 CATEGORY = "DiT Toolkit/model/patch"
 ANY_MODEL = "Any diffusion model, with whatever LoRAs and patches it has."
 NO_REPORT = "There is no report: the node that accelerates the model is bypassed, muted or not connected."
-SPACINGS = {"to the last step": True, "as published": False}  # Interval.to_end
+SPACINGS: dict[str, Callable[[int, int], Policy]] = {  # of interval and first_full
+    "by noise and step": Spread,
+    "to the last step": partial(Interval, to_end=True),
+    "as published": Interval,
+}
 Compare = Literal[Compared, "input change"]
 
 
@@ -57,9 +63,9 @@ def range_inputs() -> list[io.Input]:
     )
 
 
-def order_input(name: str, tooltip: str, *, advanced: bool = UNSET) -> io.Input:
+def order_input(name: str, tooltip: str, default: int = 1, *, advanced: bool = UNSET) -> io.Input:
     """Of a forecast."""
-    return io.Int.Input(name, default=1, min=0, max=4, advanced=advanced, tooltip=tooltip)
+    return io.Int.Input(name, default=default, min=0, max=4, advanced=advanced, tooltip=tooltip)
 
 
 def last_full_input(default: int) -> io.Input:
@@ -96,19 +102,22 @@ class TaylorSeer(io.ComfyNode):
                 interval(3, 20),
                 order_input("order",
                             "0 repeats the last result, 1 follows its slope, 2 its bend. "
-                            "Higher ones want small steps."),
-                io.Int.Input("first_full", default=3, min=1, max=50,
+                            "Higher ones want small steps.", 2),
+                io.Int.Input("first_full", default=1, min=1, max=50,
                              tooltip="Evaluations always computed at the start, where the layout is decided."),
                 last_full_input(0),
-                choice("spacing", SPACINGS, "to the last step", advanced=True,
-                       tooltip="to the last step: stretch the interval a little so that the last evaluation is "
-                       "computed, which gives finer details. as published: count from the start."),
-                choice("tap", TapName, "auto", advanced=True,
-                       tooltip="What is forecast. auto: the last block's result where the model allows it, else the "
-                       "prediction. every module: as the authors do it, FLUX.1 only; needs gigabytes."),
-                choice("forecast", FORECASTS, "Taylor (paper)", advanced=True,
+                choice("spacing", SPACINGS, "by noise and step", advanced=True,
+                       tooltip="by noise and step: one in every few on average, more of them where the noise falls "
+                       "fastest. to the last step: even gaps, the last evaluation is computed. as published: count "
+                       "from the start."),
+                choice("tap", TapName, "prediction", advanced=True,
+                       tooltip="What is forecast. prediction: the model's output, of every model. auto: the last "
+                       "block's result where the model allows it, else the prediction. every module: as the authors do "
+                       "it, FLUX.1 only; needs gigabytes."),
+                choice("forecast", FORECASTS, "Newton, damped", advanced=True,
                        tooltip="Taylor counts evaluations, as in the paper. Newton is exact at uneven steps, and may "
-                       "follow the noise level (sigma) instead."),
+                       "follow the noise level (sigma) instead. Damped: follows the slope less, the wider the gaps "
+                       "and the higher the CFG."),
                 io.String.Input("schedule", default="", advanced=True,
                                 tooltip="Instead of interval and first_full: the evaluations to compute, such as 0-3, "
                                 "6, 9, 12, or a mask such as 1110010. Empty: the interval."),
@@ -140,8 +149,7 @@ class TaylorSeer(io.ComfyNode):
     ) -> io.NodeOutput:
         check(cls, locals())
         listed = bool(schedule.strip())
-        policy = Listed.parse(schedule) if listed else Interval(interval, first_full, SPACINGS[spacing])
-        form, coordinate = FORECASTS[forecast]
+        policy = Listed.parse(schedule) if listed else SPACINGS[spacing](interval, first_full)
         chosen = tap_for(model, tap, "Apply TaylorSeer", bytes_of(max_memory))
         report = StepCacheReport(
             "TaylorSeer", f"TaylorSeer at the {chosen.name}, order {order}, {forecast}", cls.hidden.unique_id
@@ -150,13 +158,13 @@ class TaylorSeer(io.ComfyNode):
             "TaylorSeer",
             policy,
             chosen,
-            Forecaster(order, form, coordinate, derivatives_from=0 if listed else first_full - 1),
+            replace(FORECASTS[forecast], order=order, derivatives_from=0 if listed else first_full - 1),
             Guard(last_full),
             PartOfRun(start_percent, end_percent),
             offload,
             report,
         )
-        if isinstance(policy, Interval) and policy.every == 1:
+        if not listed and interval == 1:
             return io.NodeOutput(model, replace(report, off=True))
         return io.NodeOutput(attach(model, cache), report)
 
@@ -228,7 +236,6 @@ class ConfidenceGatedTaylor(io.ComfyNode):
         threshold = float(threshold)  # JSON takes no numbers of numpy
         words = f"Confidence-Gated Taylor by {compare}, threshold {threshold:g}, order {last_order}, {forecast}"
         report = StepCacheReport("Confidence-Gated Taylor", words, cls.hidden.unique_id)
-        form, coordinate = FORECASTS[forecast]
         policy: Policy
         tap: Tap
         if compare == "input change":
@@ -243,7 +250,7 @@ class ConfidenceGatedTaylor(io.ComfyNode):
             "Confidence-Gated Taylor",
             policy,
             tap,
-            Forecaster(last_order, form, coordinate),
+            replace(FORECASTS[forecast], order=last_order),
             Guard(last_full, max_consecutive or None),
             PartOfRun(start_percent, end_percent),
             offload,

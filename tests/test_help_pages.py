@@ -168,6 +168,7 @@ def test_presets_are_in_full_those_of_the_reference():
     tables = {**PRESETS, "others": OTHERS, "embedded": EMBEDDED}
     for name, table_of in tables.items():
         for quality, setting in zip(QUALITIES, table_of, strict=True):
-            end = "to the end" if setting.to_end else "as published"
-            lines.append(f"{name}, {quality}: {setting.words}, last_full {setting.last_full}, {end}. {setting.source}")
+            spacing = "by noise and step" if setting.spread else "as published"
+            numbers = f"{setting.words}, last_full {setting.last_full}, {spacing}"
+            lines.append(f"{name}, {quality}: {numbers}. {setting.source}")
     assert REFERENCE.read_text(encoding="utf-8").splitlines() == lines

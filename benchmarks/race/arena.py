@@ -7,7 +7,7 @@ shows. And random weights in FLUX.1's shape, whose blocks cost what FLUX.1's cos
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -25,26 +25,33 @@ from dit_toolkit.host import embedded
 from dit_toolkit.training import world
 
 SIDE = 96  # pixels: what the embedded model was trained at
-SCENES = 31  # seed of the held-out scenes
+SCENES = 31  # seed of the held-out scenes that are judged
+CALIBRATION = 7031  # seed of others, which settings may be chosen on; their noise is counted from here too
 LEVELS = (1, 1, 1, 1)  # all difficulties alike; two dolls were not trained
 
 
 @dataclass(frozen=True)
 class Heat:
-    """One picture to make: CONDITIONING of one prompt, and noise `[1, 16, h, w]`."""
+    """One picture to make: CONDITIONING of one prompt, noise `[1, 16, h, w]`, and the negative prompt for guidance."""
 
     prompt: Any
     noise: Tensor
+    negative: Any = None
 
 
 @dataclass
 class Arena:
-    """`decode`: a latent as the sampler gives it to a picture `[H, W, 3]` in 0..1, where there is one to look at."""
+    """Where a race is run.
+
+    decode: a latent as the sampler gives it to a picture `[H, W, 3]` in 0..1, where there is one to look at.
+    calibration: pictures that nobody judges, for methods that measure the model first.
+    """
 
     name: str
     model: ModelPatcher
     heats: list[Heat]
     decode: Callable[[Tensor], np.ndarray] | None = None
+    calibration: list[Heat] = field(default_factory=list)
 
     @cached_property
     def device(self) -> torch.device:
@@ -62,32 +69,46 @@ class Arena:
 
         return twin_of(self.model, self.transformer)
 
-    def sample(self, model: ModelPatcher, heat: Heat, steps: int, sampler: str) -> Tensor:
-        """What KSampler makes of it at cfg 1, where ComfyUI evaluates the positive prompt only."""
+    def sample(self, model: ModelPatcher, heat: Heat, steps: int, sampler: str, cfg: float = 1.0) -> Tensor:
+        """What KSampler makes of it. At cfg 1 ComfyUI evaluates the positive prompt only."""
         prompt, noise = heat.prompt, heat.noise
+        negative = prompt if heat.negative is None else heat.negative
         empty = torch.zeros_like(noise)
         return comfy.sample.sample(
-            model, noise, steps, 1.0, sampler, "simple", prompt, prompt, empty, disable_pbar=True, seed=0
+            model, noise, steps, cfg, sampler, "simple", prompt, negative, empty, disable_pbar=True, seed=0
         )
+
+
+def together(heats: list[Heat]) -> Heat:
+    """All pictures as one batch, for methods that skip by plan and not by what they see: the same pictures, sooner."""
+    prompts = [heat.prompt[0] for heat in heats]
+    texts = torch.cat([text for text, _ in prompts])
+    extra = {**prompts[0][1], "pooled_output": torch.cat([extra["pooled_output"] for _, extra in prompts])}
+    return Heat([[texts, extra]], torch.cat([heat.noise for heat in heats]), heats[0].negative)
 
 
 def noise_of(seed: int, height: int, width: int) -> Tensor:
     return torch.randn(1, 16, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def tiny(pictures: int) -> Arena:
-    """The embedded model, and held-out prompts of its world, each with its seed."""
+def tiny(pictures: int, calibration: int = 1) -> Arena:
+    """The embedded model, and held-out prompts of its world, each with its seed; the negative prompt is empty."""
     model, clip, vae = embedded.load_model(), embedded.load_clip(), embedded.load_vae()
-    stream = world.scenes(SCENES, LEVELS, test=True)
-    heats = []
-    for seed in range(pictures):
-        prompt = clip.encode_from_tokens_scheduled(clip.tokenize(world.caption(next(stream))))
-        heats.append(Heat(prompt, noise_of(seed, SIDE // 8, SIDE // 8)))
+
+    def encode(text: str) -> Any:
+        return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+    negative = encode("")
+
+    def heats(scenes: int, noise: int, count: int) -> list[Heat]:
+        stream = world.scenes(scenes, LEVELS, test=True)
+        prompts = [encode(world.caption(next(stream))) for _ in range(count)]
+        return [Heat(prompt, noise_of(noise + i, SIDE // 8, SIDE // 8), negative) for i, prompt in enumerate(prompts)]
 
     def decode(latent: Tensor) -> np.ndarray:
         return vae.decode(latent)[0].clamp(0, 1).cpu().numpy()
 
-    return Arena("tiny_flux", model, heats, decode)
+    return Arena("tiny_flux", model, heats(SCENES, 0, pictures), decode, heats(CALIBRATION, CALIBRATION, calibration))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from dit_toolkit.host.accelerate.accelerate import QUALITIES
 from dit_toolkit.nodes import step_cache
 from dit_toolkit.nodes.accelerate import AccelerateDiT
 
-from .arena import Arena
+from .arena import Arena, Heat
 from .diffusers_flux import cached
 
 COMFYUI, DIFFUSERS, CACHE_DIT = "ComfyUI", "diffusers", "cache-dit"
@@ -37,6 +37,16 @@ class Task:
     sampler: str
     steps: int
     evaluations: int
+    cfg: float = 1.0
+
+    @property
+    def key(self) -> tuple:
+        """What a calibration holds for."""
+        return self.arena.name, self.sampler, self.steps, self.cfg
+
+    @property
+    def calibration(self) -> list[Heat]:
+        return self.arena.calibration or self.arena.heats[:1]
 
 
 Entry = tuple[ModelPatcher, int]  # a MODEL, and the steps it is sampled with
@@ -76,11 +86,11 @@ NO_CACHE = Contender("No cache", DIFFUSERS, (None,), "", lambda task, _: (task.a
 # ComfyUI's own
 
 
-def easycache(task: Task, threshold: float) -> Entry:
-    return with_easycache(task.arena.model, threshold), task.steps
+def easycache(task: Task, threshold: float, start: float = 0.15) -> Entry:
+    return with_easycache(task.arena.model, threshold, start), task.steps
 
 
-def with_easycache(model: ModelPatcher, threshold: float) -> ModelPatcher:
+def with_easycache(model: ModelPatcher, threshold: float, start: float = 0.15) -> ModelPatcher:
     """EasyCache with its input copied. It adds in place, and on 0.30.0 that spoils float32 runs."""
 
     def copy_input(executor, x, *args, **kwargs):
@@ -88,15 +98,15 @@ def with_easycache(model: ModelPatcher, threshold: float) -> ModelPatcher:
 
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "race.copy", copy_input)  # first added, outermost
-    return core_node(nodes_easycache.EasyCacheNode, model, threshold)
+    return core_node(nodes_easycache.EasyCacheNode, model, threshold, start)
 
 
-def lazycache(task: Task, threshold: float) -> Entry:
-    return core_node(nodes_easycache.LazyCacheNode, task.arena.model, threshold), task.steps
+def lazycache(task: Task, threshold: float, start: float = 0.15) -> Entry:
+    return core_node(nodes_easycache.LazyCacheNode, task.arena.model, threshold, start), task.steps
 
 
-def core_node(node: Any, model: ModelPatcher, threshold: float) -> ModelPatcher:
-    output = node.execute(model, reuse_threshold=threshold, start_percent=0.15, end_percent=0.95, verbose=False)
+def core_node(node: Any, model: ModelPatcher, threshold: float, start: float) -> ModelPatcher:
+    output = node.execute(model, reuse_threshold=threshold, start_percent=start, end_percent=0.95, verbose=False)
     return output.args[0]
 
 
@@ -117,7 +127,7 @@ def diffusers_cache(config: Callable[[Task, Any], Any]) -> Callable[[Task, Any],
             finally:
                 transformer.disable_cache()
 
-        return cached(task.arena.twin, enabled), task.steps
+        return cached(task.arena.twin, enabled, task.arena.transformer.place), task.steps
 
     return run
 
@@ -133,13 +143,14 @@ EVERY_MODULE = {
 
 
 def taylorseer(order: int, **which: Any) -> Callable[[Task, Any], Entry]:
-    def config(task: Task, interval: int):
-        from diffusers import TaylorSeerCacheConfig
+    return diffusers_cache(lambda task, interval: taylorseer_config(task, interval, order, **which))
 
-        dtype = task.arena.transformer.dtype  # its default of bfloat16 would handicap it on a float32 model
-        return TaylorSeerCacheConfig(interval, max_order=order, taylor_factors_dtype=dtype, **which)
 
-    return diffusers_cache(config)
+def taylorseer_config(task: Task, interval: int, order: int, **which: Any):
+    from diffusers import TaylorSeerCacheConfig
+
+    dtype = task.arena.transformer.dtype  # its default of bfloat16 would handicap it on a float32 model
+    return TaylorSeerCacheConfig(interval, max_order=order, taylor_factors_dtype=dtype, **which)
 
 
 def first_block_cache(task: Task, threshold: float):
@@ -148,16 +159,19 @@ def first_block_cache(task: Task, threshold: float):
     return FirstBlockCacheConfig(threshold)
 
 
-_ratios: dict[tuple, list[float]] = {}  # MagCache's calibration, by arena, sampler and steps
+_ratios: dict[tuple, list[float]] = {}  # MagCache's calibration, by `Task.key`
 
 
-def mag_cache(task: Task, threshold: float):
+def mag_cache(task: Task, threshold: float, most: int = 5, retention: float = 0.1):
     from diffusers import MagCacheConfig
 
-    key = (task.arena.name, task.sampler, task.steps)
-    if key not in _ratios:
-        _ratios[key] = calibrate(task)
-    return MagCacheConfig(threshold, 5, 0.1, task.evaluations, _ratios[key])
+    return MagCacheConfig(threshold, most, retention, task.evaluations, ratios_of(task))
+
+
+def ratios_of(task: Task) -> list[float]:
+    if task.key not in _ratios:
+        _ratios[task.key] = calibrate(task)
+    return _ratios[task.key]
 
 
 def calibrate(task: Task) -> list[float]:
@@ -168,7 +182,7 @@ def calibrate(task: Task) -> list[float]:
     transformer.enable_cache(MagCacheConfig(num_inference_steps=task.evaluations, calibrate=True))
     try:
         with contextlib.redirect_stdout(said):
-            task.arena.sample(task.arena.twin, task.arena.heats[0], task.steps, task.sampler)
+            task.arena.sample(task.arena.twin, task.calibration[0], task.steps, task.sampler, task.cfg)
     finally:
         transformer.disable_cache()
     return json.loads(next(line for line in said.getvalue().splitlines() if line.startswith("[1")))
@@ -177,42 +191,52 @@ def calibrate(task: Task) -> list[float]:
 # cache-dit
 
 
-def dbcache(order: int | None) -> Callable[[Task, Any], Entry]:
-    """DBCache with one block in front, the smallest it knows; `order` of its Taylor calibrator, or None without."""
+def dbcache(calibrator: str) -> Callable[[Task, Any], Entry]:
+    return lambda task, threshold: with_dbcache(task, calibrator, residual_diff_threshold=threshold)
 
-    def run(task: Task, threshold: float) -> Entry:
-        import cache_dit
 
-        transformer = task.arena.transformer
-        warm_up = min(4, task.evaluations // 4)
+def with_dbcache(task: Task, calibrator: str, warm_up: int = 4, **values: Any) -> Entry:
+    """DBCache with one block in front, the smallest it knows. `calibrator`: of the forecast, `calibrators` has them."""
+    import cache_dit
 
-        @contextmanager
-        def enabled() -> Iterator[None]:
-            config = cache_dit.DBCacheConfig(
-                Fn_compute_blocks=1,
-                Bn_compute_blocks=0,
-                max_warmup_steps=warm_up,
-                residual_diff_threshold=threshold,
-                num_inference_steps=task.evaluations,
-                enable_separate_cfg=False,
-            )
-            taylor = None if order is None else cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order)
-            attributes, children = dict(vars(transformer)), dict(transformer._modules)
-            cache_dit.enable_cache(transformer, cache_config=config, calibrator_config=taylor)
-            try:
-                yield
-            finally:
-                cache_dit.disable_cache(transformer)
-                # It leaves a forward of its own behind, and the lists of blocks in another order: First Block Cache
-                # would take the last block for the first.
-                transformer._modules.clear()
-                transformer._modules.update(children)
-                vars(transformer).clear()
-                vars(transformer).update(attributes)
+    transformer = task.arena.transformer
 
-        return cached(task.arena.twin, enabled), task.steps
+    @contextmanager
+    def enabled() -> Iterator[None]:
+        config = cache_dit.DBCacheConfig(
+            Fn_compute_blocks=1,
+            Bn_compute_blocks=0,
+            max_warmup_steps=min(warm_up, task.evaluations // 4),
+            num_inference_steps=task.evaluations,
+            enable_separate_cfg=task.cfg > 1,
+            **values,
+        )
+        attributes, children = dict(vars(transformer)), dict(transformer._modules)
+        cache_dit.enable_cache(transformer, cache_config=config, calibrator_config=calibrators()[calibrator])
+        try:
+            yield
+        finally:
+            cache_dit.disable_cache(transformer)
+            # It leaves a forward of its own behind, and the lists of blocks in another order: First Block Cache
+            # would take the last block for the first.
+            transformer._modules.clear()
+            transformer._modules.update(children)
+            vars(transformer).clear()
+            vars(transformer).update(attributes)
 
-    return run
+    return cached(task.arena.twin, enabled, transformer.place), task.steps
+
+
+def calibrators() -> dict[str, Any]:
+    import cache_dit
+
+    return {
+        "held": None,
+        "order 1": cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1),
+        "order 2": cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=2),
+        "FoCa": cache_dit.FoCaCalibratorConfig(),
+        "DMD": cache_dit.DMDCalibratorConfig(),
+    }
 
 
 # Ours, as the nodes make them
@@ -272,8 +296,8 @@ PEERS = [
         True,
     ),
     Contender("MagCache", DIFFUSERS, (0.1, 0.2, 0.6), "threshold {:g}", diffusers_cache(mag_cache), (0.1,), True),
-    Contender("DBCache", CACHE_DIT, (0.12, 0.3, 1.0), "threshold {:g}", dbcache(None), (1.0,), True),
-    Contender("DBCache + Taylor", CACHE_DIT, (0.12, 0.3, 1.0), "threshold {:g}", dbcache(1), (1.0,), True),
+    Contender("DBCache", CACHE_DIT, (0.12, 0.3, 1.0), "threshold {:g}", dbcache("held"), (1.0,), True),
+    Contender("DBCache + Taylor", CACHE_DIT, (0.12, 0.3, 1.0), "threshold {:g}", dbcache("order 1"), (1.0,), True),
 ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -17,6 +18,16 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 KEY = "race.diffusers"
+
+
+@dataclass
+class Place:
+    """Where a run is, for caches that ask: the evaluation of so many, and whose prompt is computed."""
+
+    evaluation: int = -1
+    evaluations: int | None = None
+    prompt: str = "cond"
+
 
 ALIKE = {
     "img_in": "x_embedder",
@@ -104,26 +115,50 @@ def transformer_of(model: ModelPatcher, device: torch.device) -> FluxTransformer
             axes_dims_rope=tuple(flux.params.axes_dim),
         )
     transformer.load_state_dict(diffusers_state(state), assign=True)
+    transformer.place = Place()
     return transformer.requires_grad_(False).eval()
 
 
 def twin_of(model: ModelPatcher, transformer: FluxTransformer2DModel) -> ModelPatcher:
-    """`model`, sampled by ComfyUI as always, with `transformer` in the place of its own."""
+    """`model`, sampled by ComfyUI as always, with `transformer` in the place of its own.
 
-    def forward(executor, x, timestep, context, y=None, guidance=None, *args, **kwargs) -> Tensor:
-        flux = executor.class_obj
+    ComfyUI computes both prompts of guidance in one call. diffusers' pipelines ask twice, the positive prompt first,
+    and every cache keeps the two apart; so here.
+    """
+
+    def forward(
+        executor,
+        x,
+        timestep,
+        context,
+        y=None,
+        guidance=None,
+        ref_latents=None,
+        control=None,
+        transformer_options=None,
+        **kwargs,
+    ) -> Tensor:
+        flux, place = executor.class_obj, transformer.place
         tokens, places = flux.process_img(x)
-        with transformer.cache_context("cond"):  # as diffusers' pipelines do
-            (out,) = transformer(
-                hidden_states=tokens,
-                encoder_hidden_states=context,
-                pooled_projections=y[:, : flux.params.vec_in_dim],
-                timestep=timestep,
-                img_ids=places[0],
-                txt_ids=places.new_zeros(context.shape[1], 3),
-                guidance=guidance,
-                return_dict=False,
-            )
+        prompts = (transformer_options or {}).get("cond_or_uncond", [0])  # 0 is the positive prompt
+        rows = len(x) // len(prompts)
+        place.evaluation += 1
+        found = {}
+        for part in sorted(range(len(prompts)), key=lambda part: prompts[part]):
+            place.prompt, here = ("cond", "uncond")[prompts[part]], slice(part * rows, (part + 1) * rows)
+            where = {"step_index": place.evaluation, "sigma": float(timestep[part * rows])}
+            with transformer.cache_context(place.prompt, **where, num_inference_steps=place.evaluations):
+                (found[part],) = transformer(
+                    hidden_states=tokens[here],
+                    encoder_hidden_states=context[here],
+                    pooled_projections=y[here, : flux.params.vec_in_dim],
+                    timestep=timestep[here],
+                    img_ids=places[0],
+                    txt_ids=places.new_zeros(context.shape[1], 3),
+                    guidance=None if guidance is None else guidance[here],
+                    return_dict=False,
+                )
+        out = torch.cat([found[i] for i in sorted(found)])
         h, w = x.shape[-2] // 2, x.shape[-1] // 2
         return out.unflatten(1, (h, w)).unflatten(-1, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
@@ -132,10 +167,11 @@ def twin_of(model: ModelPatcher, transformer: FluxTransformer2DModel) -> ModelPa
     return twin
 
 
-def cached(twin: ModelPatcher, cache: Callable[[], AbstractContextManager]) -> ModelPatcher:
+def cached(twin: ModelPatcher, cache: Callable[[], AbstractContextManager], place: Place) -> ModelPatcher:
     """`twin` with a cache that is switched on for each picture and off after it, as nothing of one concerns another."""
 
     def run(executor, *args, **kwargs):
+        place.evaluation = -1
         with cache():
             return executor(*args, **kwargs)
 

@@ -75,7 +75,7 @@ def is_among(storage: torch.UntypedStorage, given: tuple) -> bool:
     return any(x.untyped_storage()._cdata == storage._cdata for x in tensors)
 
 
-def timed(arena: Arena, model: ModelPatcher, heat: Heat, steps: int, sampler: str) -> float:
+def timed(arena: Arena, model: ModelPatcher, heat: Heat, steps: int, sampler: str, cfg: float = 1.0) -> float:
     """Seconds of the sampler's loop, from the first evaluation to the last."""
     seconds = []
 
@@ -87,7 +87,7 @@ def timed(arena: Arena, model: ModelPatcher, heat: Heat, steps: int, sampler: st
 
     model = model.clone()
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, clock)  # innermost: a cache is set up before
-    arena.sample(model, heat, steps, sampler)
+    arena.sample(model, heat, steps, sampler, cfg)
     return seconds[0]
 
 
@@ -121,19 +121,29 @@ class Seen:
     peak: int
 
 
-def look(arena: Arena, model: ModelPatcher, steps: int, sampler: str) -> Seen:
+def look(
+    arena: Arena,
+    model: ModelPatcher,
+    steps: int,
+    sampler: str,
+    cfg: float = 1.0,
+    heats: list[Heat] | None = None,
+    memory: bool = True,
+) -> Seen:
+    """`heats`: all of the arena's if None. Counting `memory` takes time."""
     pictures, work, peak = [], 0, 0
-    for heat in arena.heats:
+    heats = arena.heats if heats is None else heats
+    for heat in heats:
         with Multiplications() as counter:
-            if heat is arena.heats[0]:
-                with Memory() as memory:
-                    latent = arena.sample(model, heat, steps, sampler)
-                peak = memory.peak
+            if memory and heat is heats[0]:
+                with Memory() as counted:
+                    latent = arena.sample(model, heat, steps, sampler, cfg)
+                peak = counted.peak
             else:
-                latent = arena.sample(model, heat, steps, sampler)
+                latent = arena.sample(model, heat, steps, sampler, cfg)
         work += counter.total
         if arena.decode is not None:
-            pictures.append(arena.decode(latent))
+            pictures += [arena.decode(each) for each in latent.split(1)]
     return Seen(pictures, work, peak)
 
 

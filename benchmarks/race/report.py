@@ -20,7 +20,9 @@ class Row:
 
     peer: whose it is, None for ours. computed: part of the multiplications of all linear layers that ran, so that a
     gate's own block and a model's head count as what they are. speedup: over the same modules without a cache.
-    efficiency: `speedup` over the ideal one, `1 / computed`. Pictures: None when there is none, or no difference.
+    efficiency: `speedup` over the ideal one, `1 / computed`. of: the steps of the run that was to be made cheaper;
+    fewer steps have fewer `steps`. cfg: scale of the guidance, 1 for none. Pictures: None when there is none, or no
+    difference.
     """
 
     method: str
@@ -34,6 +36,8 @@ class Row:
     foreground_db: float | None
     ssim: float | None
     extra_bytes: int
+    of: int = 28
+    cfg: float = 1.0
 
     @property
     def name(self) -> str:
@@ -52,6 +56,8 @@ class Row:
             "model": self.model,
             "sampler": self.sampler,
             "steps": self.steps,
+            "of": self.of,
+            "cfg": self.cfg,
             "computed": round(self.computed, 4),
             "speedup": round(self.speedup, 3),
             "efficiency": round(self.efficiency, 3),
@@ -94,27 +100,35 @@ def grouped(rows: Iterable[Row], key) -> dict:
     return groups
 
 
+def run_of(row: Row) -> tuple[str, str, int, float]:
+    """What rows have in common that may be compared."""
+    return row.model, row.sampler, row.of, row.cfg
+
+
+def title_of(model: str, sampler: str, steps: int, cfg: float) -> str:
+    return f"{model}, {sampler}, {steps} steps, cfg {cfg:g}"
+
+
 def plot(rows: list[Row], file: Path) -> Path:
-    """Quality over speed-up, one line per method, one panel per sampler. Ours are drawn through, the others dashed."""
+    """Quality over speed-up, one line per method, one panel per run. Ours are drawn through, the others dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = grouped(rows, lambda row: (row.model, row.sampler))
+    panels = grouped(rows, run_of)
     legend = 2.8  # inches
     width = 5.6 * len(panels) + legend
     figure, axes = pyplot.subplots(1, len(panels), figsize=(width, 6), squeeze=False, sharey=True)
     names = list(dict.fromkeys(row.name for row in rows))
     ours = [name for name in names if not name.endswith(")")]
     handles = {}
-    for ax, ((model, sampler), members) in zip(axes[0], panels.items(), strict=True):
+    for ax, (run, members) in zip(axes[0], panels.items(), strict=True):
         for name, line in grouped(members, lambda row: row.name).items():
             line = sorted(line, key=lambda row: -row.computed)
             speed, quality = [row.speedup for row in line], [row.psnr_db for row in line]
             (handles[name],) = ax.plot(speed, quality, label=name, **style_of(name, names, ours))
-        steps = max(row.steps for row in members)
-        ax.set(xlabel="measured speed-up", title=f"{model}, {sampler}, {steps} steps")
+        ax.set(xlabel="measured speed-up", title=title_of(*run))
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("PSNR to the picture without a cache, dB")
     figure.tight_layout(rect=(0, 0, 1 - legend / width, 1))
@@ -146,11 +160,10 @@ RULE = "|---|---|---:|---:|---:|---:|---:|---:|---:|"
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, one table for each model and sampler, fewest computed last."""
+    """Markdown, one table for each model, sampler, steps and cfg, fewest computed last."""
     parts = []
-    for (model, sampler), members in grouped(rows, lambda row: (row.model, row.sampler)).items():
-        steps = max(row.steps for row in members)
-        parts.append(f"**{model}, {sampler}, {steps} steps**\n\n{HEAD}\n{RULE}")
+    for run, members in grouped(rows, run_of).items():
+        parts.append(f"**{title_of(*run)}**\n\n{HEAD}\n{RULE}")
         parts[-1] += "".join(f"\n{cells(row)}" for row in sorted(members, key=lambda row: -row.computed))
     return "\n\n".join(parts)
 

@@ -19,6 +19,7 @@ def race(
     rounds: int,
     fresh: int,
     tell: Callable[[Row], None],
+    cfg: float = 1.0,
 ) -> None:
     """Tell the row of every contender as soon as it is measured, that of no cache first.
 
@@ -26,8 +27,8 @@ def race(
         rounds: timed runs of each setting; the median counts.
         fresh: contenders' runs to each run without a cache that they are compared with.
     """
-    task = Task(arena, sampler, steps, evaluations_of(arena, steps, sampler))
-    plain = look(arena, arena.model, steps, sampler)
+    task = Task(arena, sampler, steps, evaluations_of(arena, steps, sampler), cfg)
+    plain = look(arena, arena.model, steps, sampler, cfg)
     tell(row_of(task, "No cache", COMFYUI, steps, plain, plain, plain, 1.0))
 
     own: dict[bool, tuple[Seen, Pace]] = {}  # without a cache: in ComfyUI's modules, and in diffusers'
@@ -35,22 +36,22 @@ def race(
     def without(twin: bool) -> tuple[Seen, Pace]:
         if twin not in own:
             model = arena.twin if twin else arena.model
-            seen = look(arena, model, steps, sampler) if twin else plain
-            own[twin] = seen, Pace(lambda heat: timed(arena, model, heat, steps, sampler), fresh)
+            seen = look(arena, model, steps, sampler, cfg) if twin else plain
+            own[twin] = seen, Pace(lambda heat: timed(arena, model, heat, steps, sampler, cfg), fresh)
         return own[twin]
 
     for contender in contenders:
         for knob in contender.knobs:
             model, taken = contender.run(task, knob)
             base, pace = without(contender.twin)
-            seen = look(arena, model, taken, sampler)
-            clock = partial(clocked, arena, model, taken, sampler)
+            seen = look(arena, model, taken, sampler, cfg)
+            clock = partial(clocked, arena, model, taken, sampler, cfg)
             gain = speedup(pace, clock, arena.heats, rounds)
             tell(row_of(task, contender.method(knob), contender.peer, taken, seen, base, plain, gain))
 
 
-def clocked(arena, model, steps, sampler, heat) -> float:
-    return timed(arena, model, heat, steps, sampler)
+def clocked(arena, model, steps, sampler, cfg, heat) -> float:
+    return timed(arena, model, heat, steps, sampler, cfg)
 
 
 def row_of(
@@ -70,4 +71,6 @@ def row_of(
         quality.foreground_db,
         quality.ssim,
         seen.peak - base.peak,
+        task.steps,
+        task.cfg,
     )

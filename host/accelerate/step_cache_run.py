@@ -28,7 +28,8 @@ from torch import Tensor
 
 from ...models.accelerate.cg_taylor import FirstBlockGate
 from ...models.accelerate.input_change import Change, InputChange
-from ...models.accelerate.policies import COMPUTE, FORECAST, PROBE, Choice, Moment
+from ...models.accelerate.policies import COMPUTE, FORECAST, PROBE, Choice, Moment, Spread
+from ...models.accelerate.schedules import ENOUGH, spread
 from ...models.accelerate.taylorseer import Forecaster, Point, weighted_sum
 from ..memory import Bytes, Plan, Prompt, Shape
 from ..offers import Offer, offer
@@ -194,13 +195,15 @@ class StepCacheRun:
         self.error: float | None = None
         self.computed = self.forecast = 0  # chunks of this evaluation, by choice
         self.began = time.perf_counter()  # when the evaluation began
+        self.plan = self.planned()
+        self.forecaster = settings.forecaster.for_run(self.count(), run.guidance, is_multistep(run.sampler))
         self.short = self.steps is not None and len(self.steps) <= settings.policy.min_full + 1
         if self.steps is None:
             self.report.notes.append("The schedule does not fall evenly to its end, so the last steps are not guarded.")
         if self.short:
             self.report.notes.append("Too few steps for a forecast: everything is computed.")
         logger.debug("%s: %s, tap %s, %s, %s, %s", settings.method, settings.policy, settings.tap.name,
-                     settings.forecaster, settings.guard, settings.part)  # fmt: skip
+                     self.forecaster, settings.guard, settings.part)  # fmt: skip
 
     def install(self, model_options: dict) -> None:
         self.settings.tap.install(self, model_options)
@@ -253,7 +256,30 @@ class StepCacheRun:
         policy = self.settings.policy
         if name == FIRST_BLOCK and isinstance(policy, FirstBlockGate):
             return Forecaster(0 if policy.compare == "residual" else policy.order)
-        return self.settings.forecaster
+        return self.forecaster
+
+    # schedule
+
+    def planned(self) -> dict[int, bool]:
+        """Which evaluations of this run a `Spread` computes; empty without one, or where the schedule does not tell."""
+        policy, run = self.settings.policy, self.run
+        if not isinstance(policy, Spread) or self.total is None or run.model is None:
+            return {}
+        levels = noise_shares(run.model.get_model_object("model_sampling"), sigmas_of(run.sigmas, run.sampler))
+        computed = spread(levels, policy.count(self.total), run.guidance, is_multistep(run.sampler))
+        return {index: index in computed for index in range(self.total)}
+
+    def count(self) -> int:
+        """How many evaluations of this run will be computed. A gate does not know, and counts as enough."""
+        if self.plan:
+            return sum(self.plan.values())
+        if self.total is None or isinstance(self.settings.policy, (FirstBlockGate, InputChange)):
+            return ENOUGH
+        full: list[int] = []
+        for index in range(self.total):
+            choice, _ = self.settings.policy.choose(Moment(index, index - full[-1] if full else 0, None, self.total))
+            full += [index] if choice is COMPUTE else []
+        return len(full)
 
     @cached_property
     def levels(self) -> Any:
@@ -303,7 +329,7 @@ class StepCacheRun:
 
     def reset(self, why: str) -> None:
         """Forget everything, as at the start of a run."""
-        self.index, self.last_full, self.total = -1, None, None
+        self.index, self.last_full, self.total, self.plan = -1, None, None, {}
         for lane in self.run.lanes_of(self):
             lane.clear()
         self.resets += 1
@@ -315,7 +341,7 @@ class StepCacheRun:
 
     def choose(self) -> tuple[Choice, str]:
         since = 0 if self.last_full is None else self.index - self.last_full
-        moment = Moment(self.index, since, self.left(), self.total)
+        moment = Moment(self.index, since, self.left(), self.total, self.plan.get(self.index))
         if self.short:
             return COMPUTE, "short"
         if not self.settings.part.includes(self.sigma, self.levels):
@@ -457,6 +483,7 @@ PER_STEP = {  # samplers with several evaluations a step; their last step has on
     "sample_seeds_2": 2,
     "sample_seeds_3": 3,
 }
+AT_THE_END = ("sample_heun", "sample_exp_heun_2_x0", "sample_exp_heun_2_x0_sde")  # where the second evaluation lies
 IRREGULAR = ("sample_heunpp2", "dpm_adaptive_function")
 
 
@@ -469,6 +496,47 @@ def evaluations_of(steps: Sequence[float] | None, sampler: str, ends: bool = Tru
         return None
     each = PER_STEP.get(sampler, 1)
     return each * (len(steps) - 1) + (1 if ends else each)
+
+
+MULTISTEP = (
+    "dpmpp_2m",
+    "dpmpp_3m",
+    "res_multistep",
+    "ipndm",
+    "deis",
+    "lms",
+    "unipc",
+    "gradient_estimation",
+    "sa_solver",
+)
+
+
+def is_multistep(sampler: str) -> bool:
+    """Whether a sampler remembers earlier evaluations, and follows their slope."""
+    return sampler.removeprefix("sample_").startswith(MULTISTEP)
+
+
+def sigmas_of(sigmas: Sequence[float], sampler: str) -> list[float]:
+    """The noise level of every evaluation of a run over a falling schedule that `evaluations_of` can count.
+
+    Where in its step a second evaluation lies depends on the sampler; for those that are not of Heun's kind, evenly.
+    """
+    each = PER_STEP.get(sampler, 1)
+    parts = max(1, each - 1) if sampler in AT_THE_END else each
+    found = [high + (low - high) * k / parts for high, low in pairwise(sigmas) for k in range(each)]
+    return found[: len(found) - each + 1] if sigmas[-1] == 0 else found
+
+
+def noise_shares(model_sampling: Any, sigmas: Sequence[float]) -> list[float]:
+    """The share of noise in the latent at these noise levels, 0 to 1: sigma itself for flow, `s / (1 + s)` for EPS."""
+    one, zero = torch.ones(1), torch.zeros(1)
+    found = []
+    for sigma in sigmas:
+        level = torch.tensor([sigma])
+        noise = float(model_sampling.noise_scaling(level, one, zero))
+        picture = float(model_sampling.noise_scaling(level, zero, one))
+        found.append(noise / (noise + picture))
+    return found
 
 
 def fractional_step(sigmas: Sequence[float], sigma: float) -> float:

@@ -32,6 +32,7 @@ class Moment:
     since_full: int  # evaluations since the last computed one, at least 1; 0 if there was none
     left: int | None = None  # steps of the schedule after this one; None if the schedule does not tell
     total: int | None = None  # evaluations of the whole run; None if unknown
+    planned: bool | None = None  # whether the plan of this run computes it; None without a plan: see `Spread`
 
 
 class Policy(Protocol):
@@ -84,6 +85,36 @@ class Interval:
         start, stop = self.first_full - 1, total - 1
         gaps = max(1, round((stop - start) / self.every))
         return set(range(self.first_full)) | {start + round(i * (stop - start) / gaps) for i in range(gaps + 1)}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Compute one evaluation in every `every`, spread over step and noise level: `schedules.spread`.
+
+    The plan is made at the start of a run, from its noise levels. Where they are not known, as after a restart in the
+    middle, the evaluations are those of `Interval`. Neutral value: `every=1` computes everything.
+
+    first_full: evaluations computed at the start, whatever the plan says.
+    """
+
+    every: int
+    first_full: int = 1
+
+    def __post_init__(self):
+        Interval(self.every, self.first_full)  # the same limits, and the same sentences
+
+    @property
+    def min_full(self) -> int:
+        return self.first_full
+
+    def count(self, total: int) -> int:
+        """How many of `total` evaluations the plan computes."""
+        return min(total, max(2, round(total / self.every)))
+
+    def choose(self, moment: Moment) -> tuple[Choice, str]:
+        if moment.planned is None or moment.index < self.first_full:
+            return Interval(self.every, self.first_full).choose(moment)
+        return (COMPUTE if moment.planned else FORECAST), "planned"
 
 
 @dataclass(frozen=True)

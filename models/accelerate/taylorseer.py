@@ -7,7 +7,8 @@ computations, summed as a Taylor polynomial at distance a:
 
 `taylor_weights` is that recursion, as the authors run it. It divides by the last gap at every order. So at even gaps it
 is exact for straight lines, but not for parabolas: for `s^2`, even gaps N and distance a it is off by -N*a.
-`newton_weights` is the polynomial through the same points, exact up to its degree at any spacing.
+`newton_weights` is the polynomial through the same points, exact up to its degree at any spacing. `damped_weights`
+follows its slope and bend in part only.
 
 Shapes: both give the weights of a sum, one float for each point, so features may have any shape. `weighted_sum`
 computes the sum. Units: TaylorSeer counts in evaluations; Newton's form takes any coordinate, such as sigma.
@@ -16,12 +17,14 @@ computes the sum. Units: TaylorSeer counts in evaluations; Newton's form takes a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import factorial, log
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from .schedules import UNDAMPED, Damping, damping_of
 
 
 def taylor_weights(points: Sequence[int], at: int, order: int, derivatives_from: int = 0) -> list[float]:
@@ -74,6 +77,17 @@ def newton_weights(points: Sequence[float], at: float, order: int) -> list[float
     return weights + [0.0] * (len(points) - len(used))
 
 
+def damped_weights(points: Sequence[float], at: float, order: int, damping: Damping) -> list[float]:
+    """`newton_weights` that follow the slope, the bend and what is above it in part only.
+
+    With `N_i` the polynomial of degree i:  `N_0 + slope * (N_1 - N_0 + bend * (N_2 - N_1 + N_3 - N_2 + ...))`.
+    """
+    held, line = (newton_weights(points, at, degree) for degree in (0, min(order, 1)))
+    full = newton_weights(points, at, order)
+    slope, bend = damping.slope, damping.bend
+    return [h + slope * (a - h + bend * (f - a)) for h, a, f in zip(held, line, full, strict=True)]
+
+
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """`sum_k weights[k] * tensors[k]`, summed in float32, in the dtype of the tensors.
 
@@ -115,16 +129,28 @@ class Forecaster:
     coordinate: of the polynomial in Newton's form. TaylorSeer's recursion always counts evaluations. "step" is the same
         with samplers that evaluate once a step, and is right too with samplers that evaluate twice.
     derivatives_from: see `taylor_weights`.
+    damped: ask for the damping of each run, in Newton's form: `for_run`.
+    damping: that of this run.
     """
 
     order: int = 1
     form: Form = "taylor"
     coordinate: Coordinate = "index"
     derivatives_from: int = 0
+    damped: bool = False
+    damping: Damping = UNDAMPED
 
     def __post_init__(self):
         if self.order < 0:
             raise ValueError(f"order must be 0 or more, got {self.order}.")
+
+    def for_run(self, count: int, guidance: float, multistep: bool = False) -> Forecaster:
+        """Itself for a run with `count` computed evaluations, with no more points than its damping leaves a use for."""
+        if not self.damped:
+            return self
+        damping = damping_of(count, guidance, multistep)
+        most = 0 if damping.slope == 0 else 1 if damping.bend == 0 else self.order
+        return replace(self, order=min(self.order, most), damping=damping)
 
     def coordinate_of(self, point: Point) -> float:
         """The coordinate of a point."""
@@ -138,7 +164,10 @@ class Forecaster:
         """One weight for each of `points`, newest first, no two `too_near`."""
         if self.form == "taylor":
             return taylor_weights([p.index for p in points], at.index, self.order, self.derivatives_from)
-        return newton_weights([self.coordinate_of(p) for p in points], self.coordinate_of(at), self.order)
+        coordinates, here = [self.coordinate_of(p) for p in points], self.coordinate_of(at)
+        if self.damping == UNDAMPED:
+            return newton_weights(coordinates, here, self.order)
+        return damped_weights(coordinates, here, self.order, self.damping)
 
     def too_near(self, a: Point, b: Point) -> bool:
         """Whether two points are too near each other for a meaningful difference."""
@@ -146,9 +175,10 @@ class Forecaster:
         return abs(x - y) <= 1e-5 * max(abs(x), abs(y), 1e-3)
 
 
-FORECASTS: dict[str, tuple[Form, Coordinate]] = {  # by their names for users
-    "Taylor (paper)": ("taylor", "index"),
-    "Newton, steps": ("newton", "step"),
-    "Newton, sigma": ("newton", "sigma"),
-    "Newton, log sigma": ("newton", "log sigma"),
+FORECASTS: dict[str, Forecaster] = {  # by their names for users, all but the order
+    "Newton, damped": Forecaster(form="newton", coordinate="step", damped=True),
+    "Taylor (paper)": Forecaster(),
+    "Newton, steps": Forecaster(form="newton", coordinate="step"),
+    "Newton, sigma": Forecaster(form="newton", coordinate="sigma"),
+    "Newton, log sigma": Forecaster(form="newton", coordinate="log sigma"),
 }

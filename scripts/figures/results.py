@@ -50,12 +50,18 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def raced(rows: list[dict], sampler: str) -> Tree:
+def run_rows(rows: list[dict], sampler: str, steps: int = 28, cfg: float = 1.0) -> list[dict]:
+    """The rows of one run. Older files name neither steps nor guidance: they had 28 and none."""
+    return [r for r in rows if (r["sampler"], r.get("of", 28), r.get("cfg", 1.0)) == (sampler, steps, cfg)]
+
+
+def raced(rows: list[dict], sampler: str, steps: int = 28, cfg: float = 1.0) -> Tree:
     """For each racer its best row near a half, a third and a fifth, and its efficiency in FLUX.1's shape."""
     tree: Tree = {}
+    judged = run_rows(rows, sampler, steps, cfg)
     for name, (whose, method, timed) in RACERS.items():
         peer = None if whose == "ours" else whose
-        own = [row for row in rows if row["peer"] == peer and row["sampler"] == sampler]
+        own = [row for row in judged if row["peer"] == peer]
         line: Tree = {"whose": whose}
         for part, (low, high) in RANGES.items():
             near = [row for row in of(own, method, "tiny_flux") if low <= row["computed"] <= high]
@@ -65,6 +71,17 @@ def raced(rows: list[dict], sampler: str) -> Tree:
         for row in of(timings, timed, "flux1-shape (random)"):
             line["efficiency"] = row["efficiency"]
         tree[name] = line
+    return tree
+
+
+def curves(report: dict) -> Tree:
+    """What each method of the tuned race keeps at the fixed fractions, by run, then method and choice of settings."""
+    tree: Tree = {}
+    for line in report["curves"]:
+        run = f"{line['sampler']}, {line['steps']} steps, cfg {line['cfg']:g}"
+        whose = f" ({line['peer']})" if line["peer"] else ""
+        kept = {name: value for name, value in line["at"].items() if value is not None}
+        tree.setdefault(run, {})[f"{line['method']}{whose}, {line['choice']}"] = kept
     return tree
 
 
@@ -81,8 +98,11 @@ def tree(folder: Path = RESULTS) -> Tree:
         rows = read(path)
         found["race"] = raced(rows, "euler")
         found["race with dpmpp_2m"] = raced(rows, "dpmpp_2m")
-        fast = [row for row in rows if row["method"] == "Accelerate DiT, fast" and row["sampler"] == "euler"]
+        fast = [row for row in run_rows(rows, "euler") if row["method"] == "Accelerate DiT, fast"]
         found["race"]["Accelerate DiT, fast"] = fast[0]
+    if path := newest("tuned", folder):
+        report = read(path)
+        found["race curves"] = curves(report) | {"pictures": report["pictures"], "lines": report["curves"]}
     if path := newest("easycontrol", folder):
         found["easycontrol cost"] = {f"{row['conditions']} {row['form']}": row for row in read(path)["rows"]}
     if path := newest("attention", folder):

@@ -282,6 +282,17 @@ def race(found: Tree) -> str:
     return markdown(["method", "whose", "about 1/2", "about 1/3", "about 1/5", "efficiency"], rows)
 
 
+def race_curves(found: Tree) -> str:
+    """The tuned race with the sampler and the number of steps that most people take, without guidance and with it."""
+    if "race curves" not in found:
+        return "*Not measured yet: `python -m benchmarks.accelerators --part tuned` writes the results file.*"
+    from dit_toolkit.benchmarks.race.curves import table
+
+    pictures, lines = found["race curves"]["pictures"], found["race curves"]["lines"]
+    counts = f"Settings were chosen on {pictures['calibration']} pictures and judged on {pictures['judged']} others."
+    return f"{counts}\n\n{table([each for each in lines if (each['sampler'], each['steps']) == ('euler', 28)])}"
+
+
 def easycontrol(found: Tree) -> str:
     head = ["conditions", "form", "ms per step", "x no condition", "first step, ms", "max difference"]
     rows = []
@@ -448,6 +459,7 @@ TABLES: dict[str, Callable[[Tree], str]] = {
     **QUALITY,
     "in context, sets": sets,
     "race": race,
+    "race, curves": race_curves,
     "race, plot": plot("race", "quality over measured speed-up, one line per method"),
     "easycontrol cost": easycontrol,
     "attention": attention,

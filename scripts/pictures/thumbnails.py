@@ -192,10 +192,10 @@ def emblem(prompt: Prompt) -> list[Picture]:
         return [panels(prompt[ids(prompt, "DiTPanelLayout")[0]]["inputs"])]
     if "DiTClear" in kinds:
         return [disc()]
-    if kinds & {"DiTCGTaylor", "DiTAccelerate"}:
+    if "DiTCGTaylor" in kinds:
         return [sheet.bars("1111100010000100001000010001", 440, 180)]
-    if kinds & {"DiTTaylorSeer", "DiTDeltaDiT"}:
-        return [sheet.bars("1110010010010010010010010010", 440, 180)]
+    if kinds & {"DiTTaylorSeer", "DiTAccelerate"}:  # one in three of 28, by noise and step
+        return [sheet.bars("1000010001000100010010010101", 440, 180)]
     return []
 
 

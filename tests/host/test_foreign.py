@@ -230,11 +230,19 @@ def test_tap_auto_takes_the_prediction_where_blocks_are_out_of_reach(tiny_flux, 
 
 
 @pytest.mark.parametrize("quality", QUALITIES)
-def test_accelerate_takes_a_method_that_needs_no_blocks(quality):
-    wide = load_flux(flux_state(hidden=WIDE))
-    assert preset(wide, quality).method == "Confidence-Gated Taylor"
-    theirs = foreign.without_options(wide)
-    fast = accelerated(theirs, preset(theirs, quality), StepCacheReport("Test"))
+@pytest.mark.parametrize("schnell", [False, True])
+def test_accelerate_takes_a_method_that_needs_no_blocks(quality, schnell):
+    state = flux_state(hidden=WIDE)
+    if schnell:  # its presets need blocks
+        state = {name: weight for name, weight in state.items() if not name.startswith("guidance_in")}
+        assert preset(load_flux(state), quality).method in ("none", "Delta-DiT")
+    theirs = foreign.without_options(load_flux(state))
+    setting = preset(theirs, quality)
+    if schnell and quality == "quality":
+        assert setting.method == "none"
+        return
+    assert setting.method == "TaylorSeer"
+    fast = accelerated(theirs, setting, StepCacheReport("Test"))
     assert torch.isfinite(sample(fast, 8)).all()
     assert "." in strip(fast)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -24,9 +26,9 @@ def test_off_gives_the_model_back(tiny_flux):
 def test_it_says_what_it_picked_and_where_the_numbers_come_from():
     wide = tiny.load_flux(tiny.flux_state(hidden=tiny.WIDE))  # of one head it would be the embedded model
     model, report, picked = run_node(AccelerateDiT, model=wide, quality="fast")
-    assert "Confidence-Gated Taylor, threshold 0.13" in picked
+    assert "TaylorSeer, interval 5, first_full 1, Newton, damped 2" in picked
     assert "FLUX.1, fast" in picked
-    assert "arXiv:2508.02240" in picked
+    assert "nobody has measured it on this one" in picked
     assert isinstance(attached(model)[0], StepCache)
     assert attached(wide) == ()
     assert picked in report.text()
@@ -47,7 +49,11 @@ def test_autotune_returns_a_model_a_list_of_trials_and_a_chart():
     )  # fmt: skip
     with torch.inference_mode():
         patched, report, picked, chart = run_node(Autotune, model=model, vae=vae, **values)
-        assert len(picked.splitlines()) == 3
+        assert len(picked.splitlines()) == 4
+        parts = [int(part) / 100 for part in re.findall(r"(\d+)% computed", picked)]
+        spent, runs = re.findall(r"Trying took (\d+) .*, as many as (.*) full runs\.$", picked)[0]
+        assert int(spent) == round(12 + 12 * sum(parts))
+        assert float(runs) == round(1 + sum(parts), 1)
         assert chart.shape[0] == 1
         assert attached(patched)
         tiny.sample(patched, 12, noise=tiny.latent(size=(12, 12)), positive=prompt, negative=prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ from dit_toolkit.models.accelerate.policies import (  # noqa: E402
     Guard,
     Interval,
     Listed,
+    Spread,
 )
 from dit_toolkit.models.accelerate.taylorseer import FORECASTS, Forecaster  # noqa: E402
 from dit_toolkit.nodes.step_cache import (  # noqa: E402
+    SPACINGS,
     AccelerationReport,
     ConfidenceGatedTaylor,
     DeltaDiT,
@@ -98,6 +101,7 @@ def test_settings_of_taylorseer_reach_the_cache(tiny_flux):
         "last_full": 2,
         "tap": "prediction",
         "spacing": "as published",
+        "forecast": "Taylor (paper)",
     }
     values |= {"start_percent": 0.1, "end_percent": 0.9, "offload": True}
     settings = settings_of(run_node(TaylorSeer, model=tiny_flux, **values)[0])
@@ -105,10 +109,10 @@ def test_settings_of_taylorseer_reach_the_cache(tiny_flux):
     assert settings.forecaster == Forecaster(2, derivatives_from=4)
     assert (settings.guard, settings.part, settings.offload) == (Guard(2), PartOfRun(0.1, 0.9), True)
     assert isinstance(settings.tap, PredictionTap)
+    spaced = [settings_of(run_node(TaylorSeer, model=tiny_flux, spacing=name)[0]).policy for name in SPACINGS]
+    assert spaced == [Spread(3), Interval(3, 1, to_end=True), Interval(3, 1)]
     listed = settings_of(run_node(TaylorSeer, model=tiny_flux, schedule=" 0-2, 5 ")[0])
     assert listed.policy == Listed.parse("0-2,5")
-    spread = settings_of(run_node(TaylorSeer, model=tiny_flux, interval=4, spacing="to the last step")[0])
-    assert spread.policy == Interval(4, 3, to_end=True)
 
 
 def test_a_schedule_takes_the_place_of_first_full(tiny_flux):
@@ -120,7 +124,7 @@ def test_a_schedule_takes_the_place_of_first_full(tiny_flux):
 @pytest.mark.parametrize("name", FORECASTS)
 def test_every_form_of_forecast_can_be_chosen(tiny_flux, name):
     model, _ = run_node(TaylorSeer, model=tiny_flux, forecast=name, order=2)
-    assert (settings_of(model).forecaster.form, settings_of(model).forecaster.coordinate) == FORECASTS[name]
+    assert settings_of(model).forecaster == replace(FORECASTS[name], order=2)
     assert torch.isfinite(sample(model, 9, sampler="heun")).all()
 
 
@@ -170,6 +174,17 @@ def test_settings_of_delta_dit_reach_the_cache(tiny_flux):
     assert isinstance(settings.tap, SpanTap)
     assert settings.tap.stages == Stages(0.5, 0.25)
     assert (settings.policy, settings.guard, settings.forecaster.order) == (Interval(3, 2), Guard(1), 1)
+
+
+def test_the_released_baseline_of_delta_dit_skips_the_single_blocks_of_flux(tiny_flux):
+    """19 double and 38 single blocks: interval 3, from the first evaluation on, the same span in the whole run."""
+    model, _ = run_node(DeltaDiT, model=tiny_flux, interval=3, share=0.67, boundary=1.0)
+    settings = settings_of(model)
+    assert settings.tap.stages.span(57, early=True) == (19, 57)
+    assert settings.tap.stages.boundary == 1  # never late
+    assert (settings.policy, settings.forecaster.order) == (Interval(3, 1), 0)
+    sample(model, 9)
+    assert strip(model) == "#..#..#.."
 
 
 @pytest.mark.parametrize(

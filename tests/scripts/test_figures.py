@@ -82,9 +82,32 @@ def test_the_best_setting_near_a_half_stands_for_a_method():
                 "psnr_db": psnr}  # fmt: skip
 
     rows = [row(0.5, 30.0), row(0.6, 31.0), row(0.9, 60.0), row(0.5, 99.0, "MagCache Lite, threshold 1")]
+    rows += [{**row(0.5, 70.0), "cfg": 2.5}, {**row(0.5, 80.0), "of": 20}]
     line = results.raced(rows, "euler")["MagCache"]
-    assert line["half"]["psnr_db"] == 31.0
+    assert line["half"]["psnr_db"] == 31.0  # older files name neither guidance nor steps: none, and 28
+    assert results.raced(rows, "euler", cfg=2.5)["MagCache"]["half"]["psnr_db"] == 70.0
     assert "third" not in line
+
+
+def test_the_tuned_race_appears_with_its_results(tmp_path):
+    line = {"method": "MagCache", "peer": "diffusers", "choice": "tuned", "sampler": "euler", "steps": 28, "cfg": 2.5}
+    at = {"half": 40.0, "third": 33.0, "quarter": None, "fifth": None, "seventh": None}
+    report = {
+        "pictures": {"calibration": 4, "judged": 6},
+        "curves": [{**line, "at": at}, {**line, "at": at, "steps": 20}],
+        "rows": [],
+    }
+    (tmp_path / "tuned-2026-01-01-cpu.json").write_text(json.dumps(report))
+    assert "results file" in tables.race_curves({})
+    found = results.tree(tmp_path)
+    text = tables.race_curves(found)
+    assert text.count("| MagCache | diffusers | tuned | **40.0** | **33.0** | | | |") == 1
+    assert "**euler, 28 steps, cfg 2.5**" in text
+    assert text.startswith("Settings were chosen on 4 pictures and judged on 6 others.")
+    number = "race curves/euler, 28 steps, cfg 2.5/MagCache (diffusers), tuned/third"
+    assert results.look_up(number, found) == 33.0
+    with pytest.raises(KeyError, match="quarter"):
+        results.look_up(number.replace("third", "quarter"), found)
 
 
 def test_dynamictrls_costs_appear_with_their_results():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 
 import comfy.samplers
@@ -11,13 +12,15 @@ from comfy.ldm.flux.layers import timestep_embedding
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from dit_toolkit.host.accelerate import step_cache_run
 from dit_toolkit.host.accelerate.step_cache_taps import LastBlockTap, SpanTap, block_hooks
 from dit_toolkit.host.part_of_run import PartOfRun
 from dit_toolkit.models.accelerate.cg_taylor import FirstBlockGate
 from dit_toolkit.models.accelerate.delta_dit import Stages
 from dit_toolkit.models.accelerate.input_change import InputChange
-from dit_toolkit.models.accelerate.policies import Guard, Interval, Listed
-from dit_toolkit.models.accelerate.taylorseer import Forecaster
+from dit_toolkit.models.accelerate.policies import Guard, Interval, Listed, Spread
+from dit_toolkit.models.accelerate.schedules import Damping, spread
+from dit_toolkit.models.accelerate.taylorseer import FORECASTS, Forecaster
 from dit_toolkit.tests.host import tiny
 from dit_toolkit.tests.host.accelerate.caching import cached, calls, last_run, strip
 from dit_toolkit.tests.host.families import FAMILIES, sample
@@ -486,6 +489,64 @@ def test_schedules_on_a_real_run(tiny_flux, policy, steps, full):
     model = cached(tiny_flux, policy, order=0)
     tiny.sample(model, steps)
     assert [i for i, entry in enumerate(last_run(model).entries) if entry.computed] == full
+
+
+@pytest.mark.parametrize(("sampler", "cfg", "every"), [("euler", 1.0, 3), ("euler", 2.5, 5), ("heun", 1.0, 3)])
+def test_a_plan_comes_from_the_noise_levels_of_the_run(tiny_flux, sampler, cfg, every):
+    model = cached(tiny_flux, Spread(every), order=1)
+    tiny.sample(model, 14, sampler=sampler, cfg=cfg)
+    entries = last_run(model).entries
+    levels = [entry.sigma for entry in entries]
+    assert levels == pytest.approx(step_cache_run.sigmas_of([*dict.fromkeys(levels), 0.0], f"sample_{sampler}"))
+    assert [i for i, entry in enumerate(entries) if entry.computed] == list(
+        spread(levels, round(len(entries) / every), cfg)
+    )
+    assert {entry.reason for entry in entries[1:]} == {"planned"}
+
+
+@pytest.mark.parametrize("sampler", sorted(step_cache_run.PER_STEP))
+def test_the_noise_level_of_every_evaluation_is_known(sampler):
+    """To half a step: where it lies within its step decides nothing."""
+    sigmas = [1.0, 0.75, 0.5, 0.25, 0.0]
+    levels = step_cache_run.sigmas_of(sigmas, sampler)
+    assert len(levels) == step_cache_run.evaluations_of(sigmas[:-1], sampler)
+    assert levels == sorted(levels, reverse=True)
+    assert levels[0] == 1.0
+    assert set(levels) >= set(sigmas[:-1])
+
+
+def test_samplers_that_remember_are_known_by_the_names_of_their_functions():
+    names = ("euler", "heun", "dpmpp_2m", "dpmpp_3m_sde_gpu", "res_multistep", "ipndm_v", "deis", "uni_pc", "sa_solver")
+    functions = {name: comfy.samplers.sampler_object(name).sampler_function.__name__ for name in names}
+    found = {name for name, function in functions.items() if step_cache_run.is_multistep(function)}
+    assert found == set(names) - {"euler", "heun"}
+
+
+@pytest.mark.parametrize(("family", "shares"), [("flux", (1.0, 0.5, 0.1)), ("pixart", (0.5, 1 / 3, 1 / 11))])
+def test_noise_levels_are_shares_of_noise(family, shares):
+    """Sigma itself is one with flow models; with EPS it goes up to some 14 or more."""
+    sampling = FAMILIES[family].load().get_model_object("model_sampling")
+    assert step_cache_run.noise_shares(sampling, (1.0, 0.5, 0.1)) == pytest.approx(shares)
+
+
+@pytest.mark.parametrize(("cfg", "slope"), [(1.0, 1.0), (2.5, 0.5)])
+def test_guidance_damps_the_forecast_of_a_run(tiny_flux, cfg, slope):
+    """Over four computed evaluations of twelve: the forecast by hand, with the prediction tap."""
+    damped = replace(FORECASTS["Newton, damped"], order=1)
+    model = cached(tiny_flux, Spread(3), order=damped)
+    by_hand = replace(damped, damped=False, damping=Damping(slope, 0.0))
+    other = cached(tiny_flux, Spread(3), order=by_hand)
+    assert torch.equal(tiny.sample(model, 12, cfg=cfg), tiny.sample(other, 12, cfg=cfg))
+    assert not torch.equal(
+        tiny.sample(model, 12, cfg=cfg), tiny.sample(cached(tiny_flux, Spread(3), order=0), 12, cfg=cfg)
+    )
+
+
+def test_where_evaluations_cannot_be_counted_the_interval_stands_in_for_the_plan(tiny_flux):
+    """heunpp2 goes back up within each step: no schedule can be planned, and nothing is forecast over a rise."""
+    model = cached(tiny_flux, Spread(3), order=1)
+    assert torch.isfinite(tiny.sample(model, 8, sampler="heunpp2")).all()
+    assert "planned" not in {entry.reason for entry in last_run(model).entries}
 
 
 def test_guards_on_a_real_run(tiny_flux):

@@ -177,7 +177,8 @@ def all_in_full(model: Any) -> Any:
     return re_ttention.attach(model, re_ttention.ReTtention(0.5, Schedule(99), min_tokens=0))
 
 
-TAYLOR = {"interval": 2, "first_full": 2}
+OLD = {"order": 1, "spacing": "to the last step", "forecast": "Taylor (paper)"}  # every other one is computed
+TAYLOR = {"interval": 2, "first_full": 2, **OLD}
 ACCELERATORS = {
     "prediction": Accelerator(
         computing("prediction"), TaylorSeer, {**TAYLOR, "tap": "prediction"}, 27, "##.#.#"
@@ -198,7 +199,7 @@ ACCELERATORS = {
     "Re-ttention": Accelerator(
         all_in_full, ApplyReTtention, {"keep": 0.5, "interval": 2, "first_full": 2, "min_tokens": 0}, 30
     ),
-    "Accelerate DiT": Accelerator(accelerating, AccelerateDiT, {}, 19, "#.#..#"),
+    "Accelerate DiT": Accelerator(accelerating, AccelerateDiT, {"quality": "quality"}, 19, "#.#.#."),
 }  # fmt: skip
 FLOOR = 19  # dB, with any accelerator: 21.3 is the least that was measured over pairs, samplers, batches and precisions
 

@@ -66,7 +66,8 @@ def accelerating(model: ModelPatcher) -> ModelPatcher:
     return accelerate.accelerated(model, replace(picked, amount=1), StepCacheReport("Test"))
 
 
-TAYLOR = {"interval": 2, "first_full": 2, "last_full": 1}
+OLD = {"order": 1, "spacing": "to the last step", "forecast": "Taylor (paper)"}  # every other one is computed
+TAYLOR = {"interval": 2, "first_full": 2, "last_full": 1, **OLD}
 GATED = {"threshold": 2.0, "warm_up": 2, "max_consecutive": 1}
 ACCELERATORS = {
     "prediction": Accelerator(computing("prediction"), TaylorSeer, {**TAYLOR, "tap": "prediction"}, "##.#.#"),
@@ -81,7 +82,7 @@ ACCELERATORS = {
         {**GATED, "compare": "input change"},
         "##.#.#",
     ),
-    "Accelerate DiT": Accelerator(accelerating, AccelerateDiT, {}, "###..#"),
+    "Accelerate DiT": Accelerator(accelerating, AccelerateDiT, {"quality": "quality"}, "#.#.#."),
 }
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from math import factorial, log
 
 import pytest
 import torch
 
+from dit_toolkit.models.accelerate.schedules import UNDAMPED, Damping
 from dit_toolkit.models.accelerate.taylorseer import (
     FORECASTS,
     Forecaster,
     Point,
+    damped_weights,
     newton_weights,
     taylor_weights,
     weighted_sum,
@@ -204,11 +207,46 @@ def test_points_at_one_place_are_told_by_the_coordinate():
     assert not Forecaster(1, "newton", "log sigma").too_near(*one)
 
 
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+@pytest.mark.parametrize("slope", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("bend", [0.0, 0.3, 1.0])
+def test_damping_keeps_a_part_of_what_each_degree_adds(order, slope, bend):
+    """The newest value, plus a part of the line's step away from it, plus a part of the polynomial's away from that."""
+    points, at = [11.0, 7.0, 4.0, 0.0], 14.0
+    held, line, full = (torch.tensor(newton_weights(points, at, degree)) for degree in (0, min(order, 1), order))
+    weights = torch.tensor(damped_weights(points, at, order, Damping(slope, bend)))
+    torch.testing.assert_close(weights, held + slope * (line - held) + slope * bend * (full - line))
+    assert float(weights.sum()) == pytest.approx(1)
+    if slope == 0:
+        assert weights.tolist() == held.tolist()
+
+
+def test_without_damping_the_forecast_is_newtons_bit_for_bit():
+    plain, damped = Forecaster(2, "newton", "step"), replace(FORECASTS["Newton, damped"], order=2)
+    points = [Point(9, 0.3), Point(6, 0.5), Point(0, 1.0)]
+    assert damped.for_run(9, 1.0).damping == UNDAMPED
+    assert damped.for_run(9, 1.0).weights(points, Point(11, 0.2)) == plain.weights(points, Point(11, 0.2))
+    assert plain.for_run(3, 7.0) is plain
+    assert FORECASTS["Taylor (paper)"].for_run(3, 7.0) == Forecaster()
+
+
+@pytest.mark.parametrize(
+    ("count", "guidance", "order"), [(9, 1.0, 2), (9, 2.0, 2), (9, 2.5, 1), (6, 2.5, 1), (3, 2.5, 0)]
+)
+def test_a_run_holds_no_more_points_than_it_reads(count, guidance, order):
+    forecaster = replace(FORECASTS["Newton, damped"], order=2).for_run(count, guidance)
+    assert forecaster.order == order
+    weights = forecaster.weights([Point(9, 0.3), Point(6, 0.5), Point(0, 1.0)], Point(11, 0.2))
+    assert sum(weight != 0 for weight in weights) == order + 1
+
+
 def test_what_users_choose_is_what_they_get():
-    assert set(FORECASTS) == {"Taylor (paper)", "Newton, steps", "Newton, sigma", "Newton, log sigma"}
-    for name, (form, coordinate) in FORECASTS.items():
-        assert name.lower().startswith(form)
-        assert form == "taylor" or name.endswith({"step": "steps"}.get(coordinate, coordinate))
+    newton = {"Newton, steps": "step", "Newton, sigma": "sigma", "Newton, log sigma": "log sigma"}
+    assert set(FORECASTS) == {"Taylor (paper)", "Newton, damped", *newton}
+    assert FORECASTS["Taylor (paper)"] == Forecaster()
+    assert FORECASTS["Newton, damped"] == Forecaster(form="newton", coordinate="step", damped=True)
+    for name, coordinate in newton.items():
+        assert FORECASTS[name] == Forecaster(form="newton", coordinate=coordinate)
 
 
 def test_an_order_that_means_nothing_is_refused():
