@@ -25,7 +25,7 @@ from .ledger import Ledger, Result
 from .line import Line
 from .plan import Plan, Planned, in_order
 from .progress import Progress, span
-from .workers import Comfy, LocalWorker, ServerWorker, Worker, devices
+from .workers import PLACES, Comfy, LocalWorker, ServerWorker, Worker, devices
 
 SHOWN = 3  # jobs of a dry run
 FAILURES = 5  # that are named at the end
@@ -110,8 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refused as refused:
         print(refused, file=sys.stderr)
         return 1
-    except DiskFull:
-        print("The disk is full: no ComfyUI can start.", file=sys.stderr)
+    except DiskFull as full:
+        print(f"{str(full).capitalize() or 'A disk'} is full: no ComfyUI can start.", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
         print("Stopped.", file=sys.stderr)
@@ -165,7 +165,8 @@ class Command:
 
         def stop() -> None:
             self.stopped = True
-            task.cancel()
+            if task is not None:
+                task.cancel()
 
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt does it
@@ -193,7 +194,7 @@ class Command:
             )
             return list(made)
         comfy = Comfy.found(options.comfyui, options.python, options.arguments, options.patience)
-        found = [] if "--cpu" in options.arguments else devices()
+        found = [] if PLACES & {each.partition("=")[0] for each in options.arguments} else devices()
         number = options.workers or len(found) or 1
         return [
             LocalWorker(f"worker-{each + 1}", comfy, found[each % len(found)] if found else None, options.threads)
@@ -310,9 +311,10 @@ class Command:
                     ended=ended,
                     begun=begun,
                 ).run()
-        except DiskFull:
+        except DiskFull as full:
+            disk = str(full).capitalize() or f"The disk that holds {self.out}"
             sentence, code = (
-                f"The disk that holds {self.out} is full. All workers were stopped, what is done is kept: make "
+                f"{disk} is full. All workers were stopped, what is done is kept: make "
                 "room and give the same command again.",
                 1,
             )

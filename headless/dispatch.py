@@ -35,7 +35,7 @@ class Dispatch:
         line: Line,
         workers: Sequence[Worker],
         make: Callable[[int], Job],
-        save: Callable[[str, Outcome], tuple],
+        save: Callable[[str, Outcome, list[str]], tuple],
         *,
         tries: int,
         say: Callable[[str], None],

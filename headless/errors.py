@@ -35,7 +35,7 @@ class OutOfMemory(WorkerLost):
 
 
 class DiskFull(Exception):
-    """No more files can be written."""
+    """No more files can be written. The text says which disk, where it is not that of the results."""
 
 
 def is_full(error: BaseException) -> bool:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import Refused, WorkerLost
+from .bindings import File
+from .errors import DiskFull, Refused, WorkerLost, is_full
 from .plan import Job
 from .server import Outcome
-from .workers import END, Comfy, LocalWorker
+from .workers import END, TEMPORARY, Comfy, LocalWorker
 
 HERE = Path(__file__).resolve().parent
+Told = tuple[str | None, str | None, tuple[str, ...]]  # folder, Python and arguments of ComfyUI
 PLACED = 120  # seconds until Ray must have found a place for an actor
 
 
@@ -31,9 +34,9 @@ def connect(address: str) -> Any:
         import ray
     except ImportError:
         raise Refused("--ray needs Ray: pip install ray") from None
-    where = {"include_dashboard": False} if address == "local" else {"address": address}
+    where: dict[str, Any] = {"include_dashboard": False} if address == "local" else {"address": address}
     try:
-        ray.init(**where, log_to_driver=False, logging_level="error", runtime_env={"py_modules": [str(HERE)]})
+        ray.init(**where, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"py_modules": [str(HERE)]})
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise Refused(f"There is no Ray cluster at {address}: {str(error).splitlines()[0]}") from None
     return ray
@@ -42,7 +45,7 @@ def connect(address: str) -> Any:
 class Actor:
     """What runs on the other machine. `comfy`: folder, Python and arguments of its ComfyUI, as the command was told."""
 
-    def __init__(self, name: str, comfy: tuple, patience: float, threads: int | None):
+    def __init__(self, name: str, comfy: Told, patience: float, threads: int | None):
         self.name, self.comfy, self.patience, self.threads = name, comfy, patience, threads
         self.worker: LocalWorker
 
@@ -55,12 +58,16 @@ class Actor:
         return await self.worker.known()
 
     async def run(self, job: Job, contents: Sequence[bytes]) -> Outcome:
-        files = []
+        folder, files = self.worker.life.folder, []
         for file, content in zip(job.files, contents, strict=True):
-            path = self.worker.folder / file.name
-            if not path.exists():
-                path.write_bytes(content)
-            files.append(type(file)(str(path), file.name))
+            path = folder / file.name
+            try:
+                if not path.exists():
+                    path.write_bytes(content)
+            except OSError as error:
+                path.unlink(missing_ok=True)
+                raise (DiskFull(TEMPORARY) if is_full(error) else WorkerLost(f"{path}: {error.strerror}")) from None
+            files.append(File(str(path), file.name))
         return await self.worker.run(Job(job.position, job.key, job.prompt, tuple(files), job.graph))
 
     async def stop(self) -> None:
@@ -72,7 +79,7 @@ class RayWorker:
 
     again = True
 
-    def __init__(self, ray: Any, name: str, comfy: tuple, patience: float, devices: int, threads: int | None):
+    def __init__(self, ray: Any, name: str, comfy: Told, patience: float, devices: int, threads: int | None):
         self.ray, self.name, self.comfy, self.patience, self.threads = ray, name, comfy, patience, threads
         self.needs = {"num_gpus": 1, "num_cpus": 1} if devices else {"num_cpus": 1}
         self._actor: Any = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -129,11 +130,8 @@ class Plan:
 
 def columns_of(table: Path) -> list[str]:
     """Those of the first row. Other rows that lack one are found when they are read."""
-    rows = tables.rows_of(table)
-    try:
+    with contextlib.closing(tables.rows_of(table)) as rows:
         return list(next(rows)[1])
-    finally:
-        rows.close()
 
 
 def checked_key(value: Any, place: str) -> str:

@@ -80,6 +80,12 @@ class Server:
             await self._session.close()
             self._session = None
 
+    @property
+    def _http(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            raise WorkerLost(f"{self.url} is not connected")
+        return self._session
+
     async def known(self) -> dict:
         """The nodes of this server, with their inputs."""
         try:
@@ -126,7 +132,7 @@ class Server:
     async def _queue(self, job: Job, prompt_id: str) -> None:
         extra = {"extra_pnginfo": {"workflow": job.graph}} if job.graph else {}
         body = {"prompt": job.prompt, "client_id": self._client, "prompt_id": prompt_id, "extra_data": extra}
-        async with self._session.post(f"{self.url}/prompt", json=body) as response:
+        async with self._http.post(f"{self.url}/prompt", json=body) as response:
             if response.status not in (200, 400):
                 raise WorkerLost(f"{self.url} answers with {response.status}")
             answer = await response.json(content_type=None)
@@ -173,13 +179,13 @@ class Server:
         form.add_field("subfolder", UPLOADED)
         form.add_field("type", "input")
         form.add_field("image", data, filename=file.name)
-        async with self._session.post(f"{self.url}/upload/image", data=form) as response:
+        async with self._http.post(f"{self.url}/upload/image", data=form) as response:
             if response.status != 200:
                 raise JobFailed(f"ComfyUI does not take the file {Path(file.path).name} ({response.status})")
             return (await response.json())["name"]
 
     async def _get_json(self, path: str, seconds: float = ANSWER) -> dict:
-        async with self._session.get(self.url + path, timeout=aiohttp.ClientTimeout(total=seconds)) as response:
+        async with self._http.get(self.url + path, timeout=aiohttp.ClientTimeout(total=seconds)) as response:
             if response.status != 200:
                 raise WorkerLost(f"{self.url} answers with {response.status}")
             return await response.json()
@@ -187,7 +193,7 @@ class Server:
     async def _file(self, entry: dict) -> bytes:
         query = urllib.parse.urlencode({name: entry.get(name, "") for name in ("filename", "subfolder", "type")})
         timeout = aiohttp.ClientTimeout(total=None, sock_read=ANSWER)  # a long video may take its time
-        async with self._session.get(f"{self.url}/view?{query}", timeout=timeout) as response:
+        async with self._http.get(f"{self.url}/view?{query}", timeout=timeout) as response:
             if response.status != 200:
                 raise WorkerLost(f"{self.url} does not give the file {entry['filename']} ({response.status})")
             return await response.read()
@@ -199,7 +205,7 @@ class Server:
                 continue
             event = json.loads(message.data)
             kind, data = event.get("type"), event.get("data") or {}
-            run = self._runs.get(data.get("prompt_id"))
+            run = self._runs.get(data.get("prompt_id", ""))
             if run is None or run.ended.done():  # packs that watch the machine speak all the time
                 continue
             self._heard = time.monotonic()
@@ -261,7 +267,7 @@ def _raise(messages: list, job: Job) -> None:
         ):
             raise OutOfMemory("its memory did not suffice", True)
         if says_full(text):
-            raise DiskFull
+            raise DiskFull("a disk that ComfyUI writes to")
         raise JobFailed(f"{title}: {text or error.get('exception_type', 'an error without a text')}")
     if "execution_interrupted" in found:
         raise WorkerLost("it was interrupted from elsewhere", True)

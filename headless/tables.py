@@ -11,7 +11,7 @@ import datetime
 import decimal
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def files_of(table: Path) -> list[Path]:
     return found
 
 
-def rows_of(table: Path) -> Iterator[tuple[str, Row]]:
+def rows_of(table: Path) -> Generator[tuple[str, Row], None, None]:
     """Every row with the place it stands at, for sentences: "jobs.csv, row 3". The header is row 0."""
     number = 0
     for file in files_of(table):

@@ -198,7 +198,7 @@ def complaints(known: dict) -> Iterator[list[str]]:
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            shown = "Could not map widget_values" in record.getMessage() and {*record.args} & known.keys()
+            shown = "Could not map widget_values" in record.getMessage() and {*(record.args or ())} & known.keys()
             if not shown:
                 said.append(record.getMessage())
 
