@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from pyarrow import parquet
 
+from dit_toolkit.headless import cli
 from dit_toolkit.scripts import places, workflows
 from dit_toolkit.scripts.client import PromptInterrupted
 from dit_toolkit.scripts.places import DEMO_INPUTS, ROOT, WORKFLOWS
@@ -21,7 +22,8 @@ from dit_toolkit.scripts.places import DEMO_INPUTS, ROOT, WORKFLOWS
 pytestmark = pytest.mark.comfy
 
 STEM = "CPU 01 canny edges to picture"
-GOOD = 14
+GOOD = 12
+STEPS = 3
 CUT = "cut"  # the key of a row whose picture is damaged: it is accepted, and no node can read it
 BOUND = ("--set", "KSampler.seed={seed}", "--set", "#6.text={prompt}", "--set", "Apply EasyControl.image={outline}")
 
@@ -35,25 +37,19 @@ class Jobs:
             shutil.copy(DEMO_INPUTS / name, folder)
         (folder / "cut.png").write_bytes((folder / "drawn_star.png").read_bytes()[:30])
         prompt = workflows.read_prompt(STEM)
-        next(node for node in prompt.values() if node["class_type"] == "KSampler")["inputs"]["steps"] = 6
+        next(node for node in prompt.values() if node["class_type"] == "KSampler")["inputs"]["steps"] = STEPS
         (folder / "small.json").write_text(json.dumps(prompt))
         rows = [f"k{n:02d},{'drawn_star.png' if n % 3 else 'drawn_fish.png'},a star {n % 2},{n}" for n in range(GOOD)]
         rows.insert(3, f"{CUT},cut.png,a star,1")
         (folder / "jobs.csv").write_text("\n".join(["key,outline,prompt,seed", *rows]) + "\n")
 
+    def words(self, out: Path, *options) -> list[str]:
+        """What comes after the name of the command."""
+        files = [str(self.folder / "small.json"), "--table", str(self.folder / "jobs.csv"), "--out", str(out)]
+        return ["run", *files, *BOUND, *options]
+
     def command(self, out: Path, *options, arguments=()) -> list[str]:
-        command = [
-            sys.executable,
-            str(ROOT / "headless"),
-            "run",
-            str(self.folder / "small.json"),
-            "--table",
-            str(self.folder / "jobs.csv"),
-            "--out",
-            str(out),
-            *BOUND,
-            *options,
-        ]
+        command = [sys.executable, str(ROOT / "headless"), *self.words(out, *options)]
         return [*command, "--", *arguments] if arguments else command
 
     def run(self, out: Path, *options, arguments=()) -> subprocess.CompletedProcess:
@@ -96,10 +92,11 @@ def check_complete(out: Path) -> None:
     assert failed["error"].startswith("Apply EasyControl.image: ")
 
 
-def wait_until(true, process, seconds=240):
+def wait_until(true, process=None, seconds=240):
+    """`process`: what must live meanwhile."""
     deadline = time.monotonic() + seconds
     while not true():
-        assert process.poll() is None, process.communicate()
+        assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -164,7 +161,7 @@ def test_killed_workers_and_a_killed_driver_lose_nothing(undisturbed, jobs, serv
         driver.communicate()
     done = pictures(out)
     assert len([name for name in done if not name.startswith(".")]) < GOOD
-    wait_until(lambda: not any(map(alive, workers)), subprocess.Popen(["sleep", "60"]), 60)  # no ComfyUI is left behind
+    wait_until(lambda: not any(map(alive, workers)))  # no ComfyUI is left behind
 
     again = jobs.run(out, "--server", server.url)
     assert again.returncode == 1, again.stderr
@@ -269,19 +266,19 @@ def test_ctrl_c_ends_in_order(jobs, server, tmp_path):
         (("--files", ".."), "which is not in"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_anything_runs(jobs, server, tmp_path, options, words):
-    done = jobs.run(tmp_path / "out", "--server", server.url, *options)
-    assert done.returncode == 1
-    assert words in done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+def test_what_cannot_be_meant_is_refused_before_anything_runs(jobs, server, tmp_path, capsys, options, words):
+    assert cli.main(jobs.words(tmp_path / "out", "--server", server.url, *options)) == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert len(said.splitlines()) == 1, said
     assert not pictures(tmp_path / "out")
 
 
-def test_a_dry_run_shows_three_jobs_and_leaves_nothing(jobs, server, tmp_path):
-    done = jobs.run(tmp_path / "out", "--server", server.url, "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if line.startswith("job ")] == ["job k00", "job k01", "job k02"]
-    assert "KSampler.seed = 1" in done.stdout
+def test_a_dry_run_shows_three_jobs_and_leaves_nothing(jobs, server, tmp_path, capsys):
+    assert cli.main(jobs.words(tmp_path / "out", "--server", server.url, "--dry-run")) == 0
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if line.startswith("job ")] == ["job k00", "job k01", "job k02"]
+    assert "KSampler.seed = 1" in said
     assert not (tmp_path / "out").exists()
 
 
