@@ -37,6 +37,11 @@ class Run:
     seconds: float | None = None
     reused: set[str] = field(default_factory=set)
 
+    @property
+    def running(self) -> bool:
+        """Whether the server computes it now, as far as it has told: neither before nor after."""
+        return self.started is not None and self.seconds is None
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -114,12 +119,12 @@ class Server:
             seconds = run.seconds if run.seconds is not None else 0.0
             return Outcome(tuple(files), seconds, len(job.prompt), len(run.reused & job.prompt.keys()))
         except BROKEN as error:
-            raise WorkerLost(self._broke(error), run.started is not None) from None
+            raise WorkerLost(self._broke(error), run.running) from None
         except OutOfMemory:
             await self._post("/free", {"unload_models": True, "free_memory": True})
             raise
         except WorkerLost as error:
-            error.started = error.started or run.started is not None
+            error.started = error.started or run.running
             raise
         except asyncio.CancelledError:  # `close` waits for it
             forgetting = asyncio.create_task(self._forget(prompt_id))
@@ -240,7 +245,7 @@ class Server:
     def _break(self, sentence: str) -> None:
         for run in self._runs.values():
             if not run.ended.done():
-                run.ended.set_exception(WorkerLost(sentence, run.started is not None))
+                run.ended.set_exception(WorkerLost(sentence, run.running))
 
 
 def saved(outputs: dict) -> list[dict]:

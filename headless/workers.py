@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -254,7 +255,7 @@ def free_port() -> int:
 def address(arguments: Sequence[str]) -> str:
     """Where this machine reaches a ComfyUI with these arguments: at the address that it listens on."""
     listens = ""
-    for argument, following in zip(arguments, (*arguments[1:], "--"), strict=True):
+    for argument, following in pairwise((*arguments, "--")):
         name, equals, value = argument.partition("=")
         if name == "--listen":
             listens = value if equals else "" if following.startswith("-") else following

@@ -1,4 +1,7 @@
-"""`headless run` on real ComfyUIs: nothing is lost and nothing done twice, whatever is killed in the middle."""
+"""`headless run` on real ComfyUIs: nothing is lost and nothing done twice, whatever is killed in the middle.
+
+Most of it on the server that all tests share. `tests/headless/test_processes.py` plays those that are killed.
+"""
 
 import contextlib
 import json
@@ -145,6 +148,23 @@ def test_a_second_start_does_what_failed_or_changed_and_nothing_else(undisturbed
     check_complete(out)
 
 
+def test_a_killed_driver_loses_nothing(undisturbed, jobs, server, tmp_path):
+    out = tmp_path / "out"
+    driver = subprocess.Popen(
+        jobs.command(out, "--server", server.url), cwd=jobs.folder, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_until(lambda: len(pictures(out)) >= 3, driver)
+    finally:
+        driver.kill()
+        driver.communicate()
+    again = jobs.run(out, "--server", server.url)
+    assert "of them done before." in again.stderr
+    check_complete(out)
+    assert pictures(out) == pictures(undisturbed)
+
+
+@pytest.mark.long
 def test_killed_workers_and_a_killed_driver_lose_nothing(undisturbed, jobs, server, tmp_path):
     out = tmp_path / "out"
     arguments = local(tmp_path / "base")
