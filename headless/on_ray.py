@@ -87,7 +87,7 @@ class RayWorker:
 
     async def start(self) -> None:
         await self.stop()
-        remote = self.ray.remote(**self.needs, max_concurrency=8, max_restarts=0)(Actor)
+        remote = self.ray.remote(**self.needs, max_concurrency=8, max_restarts=0, scheduling_strategy="SPREAD")(Actor)
         self._actor = remote.remote(self.name, self.comfy, self.patience, self.threads)
         try:
             await self._asked(self._actor.start.remote(), PLACED + max(self.patience, 60) + 60)

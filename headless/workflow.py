@@ -176,8 +176,10 @@ def as_the_page(graph: dict, known: dict) -> Prompt:
         prompt = converter()(mended, known)
     if said:
         raise ValueError("; ".join(said))
-    for node in prompt.values():
+    for node_id, node in prompt.items():
         inputs = node["inputs"]
+        if node["class_type"] == "CustomCombo" and (found := node_of(graph, node_id)):
+            inputs.update(_choices(found, inputs))
         for name, spec in inputs_of(node, known).items():
             if name not in inputs or isinstance(inputs[name], list):
                 continue
@@ -186,6 +188,28 @@ def as_the_page(graph: dict, known: dict) -> Prompt:
             elif spec[:1] == ["IMAGECOMPARE"] and inputs[name] is None:
                 inputs[name] = COMPARED
     return prompt
+
+
+def node_of(graph: dict, node_id: str) -> dict | None:
+    """The node of a graph that a prompt knows by this id: inside of subgraphs, one number for each on the way."""
+    defined = {each["id"]: each["nodes"] for each in graph.get("definitions", {}).get("subgraphs", [])}
+    nodes, node = graph["nodes"], None
+    for number in node_id.split(":"):
+        node = next((each for each in nodes if str(each["id"]) == number), None)
+        if node is None:
+            return None
+        nodes = defined.get(node["type"], [])
+    return node
+
+
+def _choices(node: dict, inputs: dict) -> dict:
+    """What Custom Combo holds beside its choice: the choice's place, and all that may be chosen."""
+    values = node.get("widgets_values") or []
+    if not isinstance(values, list) or len(values) < 3:
+        return {}
+    offered, choice = values[2:], inputs.get("choice")
+    index = offered.index(choice) if choice in offered else values[1]
+    return {"index": index} | {f"option{number}": value for number, value in enumerate(offered, 1)}
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,38 @@ def test_a_comfyui_that_does_not_start_is_said_with_the_end_of_its_log(place):
     assert "ComfyUI ended (exit code 3) while it started" in said
     assert "there is no such device" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.long
+def test_on_a_cluster_each_machine_gets_a_worker(place, monkeypatch):
+    """Two machines of Ray's, played on this one. Ray alone would put both workers on the first."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("GATES", str(place.gates))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    place.table("wait one", "red", "wait one more", "blue")
+    cluster = Cluster()
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=4)
+        driver = place.start("--ray", cluster.address, "--comfyui", str(place.folder / "ComfyUI"))
+        try:
+            wait_until(lambda: place.waits("wait one") and place.waits("wait one more"))
+            actors = [parent(each) for each in place.comfyuis()]
+            assert len({parent(actor) for actor in actors}) == 2
+            place.open("one")
+            said = driver.communicate(timeout=LONG)[1]
+        finally:
+            driver.kill()
+    finally:
+        cluster.shutdown()
+    assert driver.returncode == 0, said
+    assert Counter(row["worker"] for row in place.rows().values()).keys() == {"ray-1", "ray-2"}
+    assert not place.comfyuis()
+
+
+def parent(pid: int) -> int:
+    return int(subprocess.run(["ps", "-o", "ppid=", "-p", str(pid)], capture_output=True, text=True).stdout)
 
 
 @pytest.mark.parametrize(

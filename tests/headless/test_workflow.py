@@ -101,6 +101,20 @@ def test_a_node_that_cannot_be_converted_is_named(flow, words):
         workflow.converted(flow, KNOWN)
 
 
+def test_custom_combo_has_the_place_of_its_choice_and_its_options():
+    """The page fills them in. Without them its second output would be 0 whatever was chosen."""
+    slot = {"name": "choice", "type": "COMBO", "widget": {"name": "choice"}}
+    node = {"id": 2, "type": "CustomCombo", "inputs": [slot], "outputs": [], "mode": 0,
+            "widgets_values": ["b", 1, "a", "b", ""]}  # fmt: skip
+    known = {"CustomCombo": {"input": {"required": {"choice": ["COMBO", {"options": []}]}}, "display_name": "Combo"}}
+    made = workflow.converted(workflow.Workflow("", None, {"nodes": [node], "links": []}), known)
+    wanted = {"choice": "b", "index": 1, "option1": "a", "option2": "b", "option3": ""}
+    assert made["2"]["inputs"] == wanted
+    inside = {"nodes": [{"id": 7, "type": "S"}], "definitions": {"subgraphs": [{"id": "S", "nodes": [node]}]}}
+    assert workflow.node_of(inside, "7:2") is node
+    assert workflow.node_of(inside, "7:3") is None
+
+
 # what pictures carry
 
 
