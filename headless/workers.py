@@ -29,6 +29,7 @@ from .server import Outcome, Server
 
 OURS = ("--port", "--output-directory", "--temp-directory", "--auto-launch")  # each worker gets its own
 PLACES = {"--cpu", "--cuda-device", "--directml"}  # arguments that say which device it is
+NO_CARD = ("Found no NVIDIA driver", "Torch not compiled with CUDA enabled", "No CUDA GPUs are available")
 TEMPORARY = "the disk for temporary files"
 LOG_TAIL = 12  # lines
 END = 10  # seconds that ComfyUI has to end by itself
@@ -214,6 +215,10 @@ def _failed(life: Life, sentence: str) -> Exception:
     text = (life.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
     if says_full(text):
         return DiskFull("a disk that ComfyUI writes to")
+    if any(each in text for each in NO_CARD):
+        return Refused(
+            "ComfyUI finds no graphics card here. To run on the processor, end the command with: --threads 1 -- --cpu"
+        )
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
     return WorkerLost("\n".join([f"{sentence}. The end of its log:", *lines[-LOG_TAIL:]]))
 

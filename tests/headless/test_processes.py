@@ -137,6 +137,13 @@ def test_a_comfyui_that_does_not_start_is_said_with_the_end_of_its_log(place):
     assert "Traceback" not in said
 
 
+def test_without_a_card_the_command_says_how_to_do_without(place):
+    place.table("red")
+    said = place.run("--", "--fail", "RuntimeError: Found no NVIDIA driver on your system.")
+    assert len(said.splitlines()) == 1
+    assert said.rstrip().endswith("end the command with: --threads 1 -- --cpu")
+
+
 @pytest.mark.long
 def test_on_a_cluster_each_machine_gets_a_worker(place, monkeypatch):
     """Two machines of Ray's, played on this one. Ray alone would put both workers on the first."""
