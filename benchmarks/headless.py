@@ -1,6 +1,7 @@
 """What `headless/` costs over direct queueing, what a second worker brings, where the driver becomes the limit.
 
     python -m benchmarks.headless               200 jobs of the embedded default, in each way: half an hour on two cores
+                                                (12 steps a job, so that 1,600 of them fit into it)
     python -m benchmarks.headless --jobs 40      fewer
     python -m benchmarks.headless --only conversion  workflows of strangers, against the page's conversion
     python -m benchmarks.headless --only scale   the simulation: Ray's own scheduler, a stub in the place of ComfyUI
@@ -45,9 +46,12 @@ from dit_toolkit.scripts.server import Server
 
 RESULTS = places.ROOT / "benchmarks" / "results"
 STEM = "CPU 01 canny edges to picture"
+STEPS = 12
 WORKERS = (1, 10, 100, 300, 1000)
 SPAN = 20.0  # seconds that a simulation is to take
-ACTORS = 2  # processes that play workers: 1,000 processes would be a test of this machine's memory
+ACTORS = 2  # processes that play workers: 1,000 of them do not fit on one machine
+APART = 10  # workers that are played once more with a process for each, as on a cluster
+MOST = 10_000  # rows of a simulation
 PICTURE = 20_000  # bytes, as the embedded default's pictures are
 MILLION = 1_000_000
 TEMPLATES = "comfyui_workflow_templates_json"
@@ -59,7 +63,7 @@ def prompts(jobs: int) -> list[dict]:
     for seed in range(jobs):
         prompt = workflows.read_prompt(STEM)
         sampler = next(node for node in prompt.values() if node["class_type"] == "KSampler")
-        sampler["inputs"]["seed"] = seed
+        sampler["inputs"] |= {"seed": seed, "steps": STEPS}
         made.append(prompt)
     return made
 
@@ -173,17 +177,18 @@ class Stub:
         return Outcome((("x.png", data),), 1.0, len(job.prompt), 0)
 
 
-def simulate(ray, workers: int, seconds: list[float]) -> dict:
+def simulate(ray, workers: int, seconds: list[float], processes: int = ACTORS) -> dict:
     mean = statistics.fmean(seconds)
-    rows = max(20, min(20_000, int(workers * SPAN / mean)))
+    rows = max(20, min(MOST, int(workers * SPAN / mean)))
     prompt = prompts(1)[0]
-    actors = [ray.remote(num_cpus=0.1, max_concurrency=4096)(Played).remote(seconds) for _ in range(ACTORS)]
+    actors = [ray.remote(num_cpus=0.1, max_concurrency=4096)(Played).remote(seconds) for _ in range(processes)]
+    ray.get([actor.run.remote(0, {}) for actor in actors])  # they are up
     with tempfile.TemporaryDirectory() as name:
         ledger = Ledger(Path(name))
         ledger.fill(Planned("", f"{n:07d}", "", {"seed": n}, [n]) for n in range(rows))
 
         async def run() -> tuple[float, float]:
-            stubs = [Stub(f"w{n}", actors[n % ACTORS]) for n in range(workers)]
+            stubs = [Stub(f"w{n}", actors[n % processes]) for n in range(workers)]
             line = Line(ledger.open_positions(), workers)
 
             def make(position: int) -> Job:
@@ -199,7 +204,7 @@ def simulate(ray, workers: int, seconds: list[float]) -> dict:
         ledger.close()
     for actor in actors:
         ray.kill(actor)
-    return {"workers": workers, "rows": rows, "rows_per_second": rows / spent, "ideal": workers / mean,
+    return {"workers": workers, "processes": processes, "rows": rows, "rows_per_second": rows / spent, "ideal": workers / mean,
             "driver_cpu_per_row": cpu / rows}  # fmt: skip
 
 
@@ -250,6 +255,8 @@ def scale(seconds: list[float], rows: int) -> dict:
         for workers in WORKERS:
             found["workers"].append(simulate(ray, workers, seconds))
             say(f"{workers} workers", found["workers"][-1])
+        found["apart"] = simulate(ray, APART, seconds, APART)
+        say(f"{APART} workers apart", found["apart"])
         found["no pause"] = simulate(ray, 100, [0.001])
         say("no pause", found["no pause"])
     finally:
@@ -322,7 +329,7 @@ def main(arguments: list[str]) -> None:
         for rows in found.values():
             for row in rows:
                 row.pop("job_seconds", None)
-        report |= {"jobs": options.jobs, "rounds": options.rounds, "ways": found}
+        report |= {"jobs": options.jobs, "steps": STEPS, "rounds": options.rounds, "ways": found}
     if options.only in (None, "scale"):
         report["scale"] = scale(report.get("job_seconds") or [2.0], options.rows)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -271,9 +271,10 @@ class Command:
             progress.say(f"The pictures will carry their prompt, not the page's graph: {graph.why_not}")
         if len(order) > 1:
             whole = (len(plan.prompt) + len(plan.loaders)) * len(order)
+            ours, own = plan.runs(columns, order), plan.runs(columns, range(len(order)))
+            compared = "as in the table's own order" if own == ours else f"{own:,} in the table's own order"
             progress.say(
-                f"ComfyUI keeps what a job shares with the last: {plan.runs(columns, order):,} of {whole:,} node runs "
-                f"are left, {plan.runs(columns, range(len(order))):,} in the table's own order."
+                f"ComfyUI keeps what a job shares with the last: {ours:,} of {whole:,} node runs are left, {compared}."
             )
 
     async def _work(

@@ -235,7 +235,8 @@ def _card(folder: Path, result: Result) -> dict:
         kind = "picture" if Path(name).suffix in PICTURES else "video" if Path(name).suffix in VIDEOS else "file"
         small = thumbnail_of(folder, name)
         files.append([name, kind, f"{THUMBNAILS}/{small.name}" if small.exists() else name])
-    shown = {"seconds": result.seconds, "tries": result.tries if result.tries > 1 else None}
+    seconds = None if result.seconds is None else round(result.seconds, 1)
+    shown = {"seconds": seconds, "tries": result.tries if result.tries > 1 else None}
     return {
         "key": result.key,
         "state": result.state,
