@@ -204,8 +204,14 @@ def simulate(ray, workers: int, seconds: list[float], processes: int = ACTORS) -
         ledger.close()
     for actor in actors:
         ray.kill(actor)
-    return {"workers": workers, "processes": processes, "rows": rows, "rows_per_second": rows / spent, "ideal": workers / mean,
-            "driver_cpu_per_row": cpu / rows}  # fmt: skip
+    return {
+        "workers": workers,
+        "processes": processes,
+        "rows": rows,
+        "rows_per_second": rows / spent,
+        "ideal": workers / mean,
+        "driver_cpu_per_row": cpu / rows,
+    }
 
 
 PLAN = """
