@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .workers import END, TEMPORARY, Comfy, LocalWorker
 
 HERE = Path(__file__).resolve().parent
 Told = tuple[str | None, str | None, tuple[str, ...]]  # folder, Python and arguments of ComfyUI
+ANSWER = 10  # seconds for the head of a cluster to be found
 PLACED = 120  # seconds until Ray must have found a place for an actor
 
 
@@ -34,6 +36,12 @@ def connect(address: str) -> Any:
         import ray
     except ImportError:
         raise Refused("--ray needs Ray: pip install ray") from None
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "/" not in address:  # Ray itself would try for minutes
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
+        except (OSError, OverflowError):
+            raise Refused(f"Nothing answers at {address}. Start Ray there, or use --ray local.") from None
     where: dict[str, Any] = {"include_dashboard": False} if address == "local" else {"address": address}
     try:
         ray.init(**where, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"py_modules": [str(HERE)]})

@@ -144,6 +144,11 @@ def test_without_a_card_the_command_says_how_to_do_without(place):
     assert said.rstrip().endswith("end the command with: --threads 1 -- --cpu")
 
 
+def test_a_cluster_that_is_not_there_is_said_at_once(place):
+    place.table("red")
+    assert place.run("--ray", "127.0.0.1:1") == "Nothing answers at 127.0.0.1:1. Start Ray there, or use --ray local.\n"
+
+
 @pytest.mark.long
 def test_on_a_cluster_each_machine_gets_a_worker(place, monkeypatch):
     """Two machines of Ray's, played on this one. Ray alone would put both workers on the first."""
