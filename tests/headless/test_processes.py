@@ -116,7 +116,6 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing_and_leave_nothing(plac
 
 
 def test_a_row_that_kills_is_tried_again_and_takes_no_other_with_it(place):
-    """Not even the one before it, which ComfyUI had done, and whose picture was lost on its way."""
     place.table("red", "kill", "green")
     said = place.run("--workers", "1", "--tries", "2")
     found = place.rows()

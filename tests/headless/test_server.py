@@ -158,6 +158,13 @@ def test_a_connection_that_breaks_is_a_lost_worker():
     assert not caught.value.started
 
 
+def test_a_job_that_had_ended_when_the_connection_broke_was_not_at_fault():
+    """Its pictures are lost, and it is done again. It does not count as a try."""
+    with pytest.raises(WorkerLost) as caught:
+        run(Played([START, ("execution_success", {}), "close"]))
+    assert not caught.value.started
+
+
 def test_a_server_that_is_not_there_is_a_lost_worker():
     with pytest.raises(WorkerLost, match="does not answer"):
         asyncio.run(Server("http://127.0.0.1:9", 60).connect())

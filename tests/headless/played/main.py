@@ -57,6 +57,7 @@ class ComfyUI:
             text = body["prompt"]["2"]["inputs"]["text"]
             await self.tell(body, "execution_start")
             if text == "kill":
+                await asyncio.sleep(0.5)  # a moment later, as models are loaded
                 os.kill(os.getpid(), signal.SIGKILL)
             if text.startswith("wait "):
                 (self.gates / f"{text}.waits").touch()
