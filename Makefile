@@ -19,7 +19,7 @@ help:
 	@echo 'make check       the seconds before a commit: lint, and the tests of models/'
 	@echo 'make lint        ruff and pyright'
 	@echo 'make serve       ComfyUI with this pack, on port $(PORT) (PORT=... for another)'
-	@echo 'make bench       the race of the accelerators; the cost of attention, of EasyControl, of DiT4SR, of DynamiCtrl, of loading the pack'
+	@echo 'make bench       the race of the accelerators; the cost of attention, of EasyControl, of DiT4SR, of DynamiCtrl, of loading the pack; tables of jobs'
 	@echo 'make figures     the figures of README, docs and model card, from the results files'
 	@echo 'make pictures    the pictures of README, help pages and workflows (PICTURES=... for some of them)'
 	@echo 'make train-tiny  train the embedded models again'
@@ -69,7 +69,7 @@ serve: setup
 	@$(PY) -m scripts.server '$(PORT)'
 
 bench: setup
-	$(call timed,Benchmarks,$(PY) -m benchmarks.load && $(PY) -m benchmarks.easycontrol && $(PY) -m benchmarks.dit4sr && $(PY) -m benchmarks.dynamictrl && $(PY) -m benchmarks.attention && $(PY) -m benchmarks.accelerators)
+	$(call timed,Benchmarks,$(PY) -m benchmarks.load && $(PY) -m benchmarks.easycontrol && $(PY) -m benchmarks.dit4sr && $(PY) -m benchmarks.dynamictrl && $(PY) -m benchmarks.attention && $(PY) -m benchmarks.accelerators && $(PY) -m benchmarks.headless)
 
 figures: setup
 	@$(PY) -m scripts.figures
@@ -83,9 +83,12 @@ train-tiny: setup
 
 # The hashed requirements, from the short lists beside them. Needed only to move to newer versions.
 PINS = --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --upgrade --quiet
+# What comfy-cli brings for its other commands, and its converter never imports: 180 MB, and two that report usage.
+LEFT_OUT = $(addprefix --no-emit-package ,imageio-ffmpeg mixpanel posthog)
 pins:
 	cd scripts/requirements && uv pip compile host.in ../../.comfyui/ComfyUI/requirements.txt $(PINS) -o host.txt
 	cd scripts/requirements && uv pip compile dev.in -c host.txt $(PINS) -o dev.txt
+	cd scripts/requirements && uv pip compile headless.in -c host.txt -c dev.txt $(PINS) $(LEFT_OUT) -o headless.txt
 	cd scripts/requirements && uv pip compile uv.in $(PINS) -o uv.txt
 
 clean:

@@ -132,8 +132,8 @@ def apt(package: str) -> None:
 
 
 def packages() -> None:
-    host, dev = PINS / "host.txt", PINS / "dev.txt"
-    stamp, pins = VENV / "made-from", digest(host, dev)
+    wanted = [PINS / f"{name}.txt" for name in ("host", "dev", "headless")]
+    stamp, pins = VENV / "made-from", digest(*wanted)
     ready = python().exists() and (VENV / "pyvenv.cfg").exists()  # a run that was killed may have left half of it
     if ready and made_from(stamp, pins):
         return
@@ -152,7 +152,7 @@ def packages() -> None:
         if stamp.exists():  # a run that is stopped half way must not look finished
             stamp.unlink()
         run(
-            [install, "pip", "sync", "--quiet", "--python", python(), "--require-hashes", host, dev],
+            [install, "pip", "sync", "--quiet", "--python", python(), "--require-hashes", *wanted],
             "The packages could not be installed: set-up needs the network the first time it runs.",
         )
     stamp.write_text(pins, encoding="utf-8")

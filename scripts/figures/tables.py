@@ -425,6 +425,40 @@ def workflow_table(found: Tree) -> str:
     return markdown(["workflow", "needs", "seconds"], rows, "|---|---|---:|")
 
 
+WAYS = {
+    "directly": "queued directly on one server",
+    "one server": "the command, the same server",
+    "1 worker": "the command, one worker of its own",
+    "2 workers": "the command, two workers",
+    "1 worker, Ray": "one worker on Ray",
+    "2 workers, Ray": "two workers on Ray",
+}
+
+
+def headless_ways(found: Tree) -> str:
+    rows = []
+    for name, title in WAYS.items():
+        rounds = found["headless"]["ways"][name]
+
+        def each(key: str, form: str, rounds=rounds) -> str:
+            return ", ".join(f"{row[key]:{form}}" for row in rounds if key in row)
+
+        driver = [row["driver_cpu"] / found["headless"]["jobs"] for row in rounds if "driver_cpu" in row]
+        shown = ", ".join(f"{seconds:.3f}" for seconds in driver)
+        rows.append([title, each("jobs_per_minute", ".0f"), each("server_cpu_per_job", ".2f"), shown])
+    head = ["way", "jobs per minute", "processor seconds a job: ComfyUI", "the driver"]
+    return markdown(head, rows, "|---|---:|---:|---:|")
+
+
+def headless_scale(found: Tree) -> str:
+    rows = []
+    for row in found["headless"]["scale"]["workers"]:
+        cells = f"{row['rows_per_second']:.1f}", f"{row['ideal']:.1f}", f"{1000 * row['driver_cpu_per_row']:.1f}"
+        rows.append([f"{row['workers']:,}", *cells])
+    head = ["workers", "rows per second", "if the driver took no time", "driver's processor time per row, ms"]
+    return markdown(head, rows, "|---:|---:|---:|---:|")
+
+
 def blueprints(_: Tree) -> str:
     found = sorted(places.BLUEPRINTS.glob("*.json"))
     return "\n".join(f"- *{path.stem}*" for path in found)
@@ -446,6 +480,8 @@ TABLES: dict[str, Callable[[Tree], str]] = {
     "dynamictrl, plot": plot("dynamictrl", "DynamiCtrl: what poses cost, accelerators, and context windows"),
     "families": families,
     "workflows": workflow_table,
+    "headless ways": headless_ways,
+    "headless scale": headless_scale,
     "blueprints": blueprints,
 }
 NEEDS_COMFYUI = {"families"}

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 
 from ..places import ROOT, WORKFLOWS
-from . import charts, screens, sheets
+from . import charts, gallery, screens, sheets
 from .studio import Picture, Studio
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif")
@@ -30,7 +30,7 @@ SETS = "web/examples/panel_sets/"  # the training sets that ship: painted, with 
 
 def makers() -> dict[str, Maker]:
     """Sheets, drawings and screenshots, by the path of their file."""
-    return {**charts.files(), **sheets.files(), **screens.files()}
+    return {**charts.files(), **sheets.files(), **screens.files(), **gallery.files()}
 
 
 def thumbnails() -> dict[str, str]:
