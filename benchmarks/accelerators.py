@@ -2,11 +2,12 @@
 
     python -m benchmarks.accelerators                    cost, and the race with euler and 28 steps: half an hour
     python -m benchmarks.accelerators --part quality --samplers euler dpmpp_2m heun --steps 28 20 40      hours
+    python -m benchmarks.accelerators --part quality --model SD3.5 --cfg 1 3                 minutes
     python -m benchmarks.accelerators --only TaylorSeer  methods whose name begins so, next to fewer steps
 
 Quality is judged on the embedded model, without a clock, each method with the settings that it documents and with those
 that are best for it on other prompts. Cost is measured on random weights with all of FLUX.1's blocks. Rows and a plot
-go to benchmarks/results. The race may be stopped and started again: what was measured is in .cache/race-tuned.jsonl.
+go to benchmarks/results. The race may be stopped and started again: what was measured is in .cache/race-tuned*.jsonl.
 Delete the lines of a method that has changed.
 """
 
@@ -26,13 +27,13 @@ import torch
 from dit_toolkit.scripts import places
 
 RESULTS = places.ROOT / "benchmarks" / "results"
-DIARY = places.CACHE / "race-tuned.jsonl"
 COST_STEPS = 10  # in which thresholds and intervals of three skip about two of three
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=["quality", "cost"], help="one of the two; else both")
+    parser.add_argument("--model", choices=["FLUX.1", "SD3.5"], default="FLUX.1", help="the embedded model that races")
     parser.add_argument("--samplers", nargs="+", default=("euler",), metavar="NAME", help="of the race")
     parser.add_argument("--steps", type=int, nargs="+", default=(28,), help="of the race")
     parser.add_argument("--cfg", type=float, nargs="+", default=(1.0, 2.5), help="guidance scales; 1 is none")
@@ -109,8 +110,12 @@ def quality(options: argparse.Namespace, device: torch.device, methods: list, no
     """Saved anew after every sampler, number of steps and guidance scale."""
     from .race import arena, curves, report, tuned
 
-    tiny, diary = arena.tiny(options.pictures, options.calibration), tuned.Diary(DIARY)
-    file = RESULTS / f"tuned-{report.stem(datetime.date.today().isoformat(), device)}.json"
+    kind = "tuned" if options.model == "FLUX.1" else f"tuned-{options.model}"
+    tiny = arena.tiny(options.pictures, options.calibration, options.model)
+    diary = tuned.Diary(places.CACHE / f"race-{kind}.jsonl")
+    file = RESULTS / f"{kind}-{report.stem(datetime.date.today().isoformat(), device)}.json"
+    if options.model != "FLUX.1":
+        methods = [each for each in methods if not each.twin]  # diffusers' modules are FLUX.1's
     rows: list[dict] = []
     for steps in options.steps:
         for sampler in options.samplers:
@@ -120,7 +125,7 @@ def quality(options: argparse.Namespace, device: torch.device, methods: list, no
                     tuned.save(rows, options.calibration, options.pictures, file)
                     note(f"saved as {file.name}")
     lines = curves.curves(rows)
-    if not options.no_save and not options.only:
+    if not options.no_save and not options.only and kind == "tuned":
         first = list(dict.fromkeys(map(curves.run_of, lines)))[: len(options.cfg)]
         report.plot(lines, first, file.with_suffix(".png"))
     print(curves.table(lines))

@@ -24,7 +24,7 @@ from torch import Tensor
 from dit_toolkit.host import embedded
 from dit_toolkit.training import world
 
-SIDE = 96  # pixels: what the embedded model was trained at
+SIDES = {"FLUX.1": 96, "SD3.5": 128}  # pixels: what the embedded models were trained at
 SCENES = 31  # seed of the held-out scenes that are judged
 CALIBRATION = 7031  # seed of others, which settings may be chosen on; their noise is counted from here too
 LEVELS = (1, 1, 1, 1)  # all difficulties alike; two dolls were not trained
@@ -91,9 +91,10 @@ def noise_of(seed: int, height: int, width: int) -> Tensor:
     return torch.randn(1, 16, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def tiny(pictures: int, calibration: int = 1) -> Arena:
-    """The embedded model, and held-out prompts of its world, each with its seed; the negative prompt is empty."""
-    model, clip, vae = embedded.load_model(), embedded.load_clip(), embedded.load_vae()
+def tiny(pictures: int, calibration: int = 1, base: str = "FLUX.1") -> Arena:
+    """An embedded model, and held-out prompts of its world, each with its seed; the negative prompt is empty."""
+    model, clip, vae = embedded.load_model(base), embedded.load_clip(base), embedded.load_vae(base)
+    side = SIDES[base] // 8
 
     def encode(text: str) -> Any:
         return clip.encode_from_tokens_scheduled(clip.tokenize(text))
@@ -103,12 +104,14 @@ def tiny(pictures: int, calibration: int = 1) -> Arena:
     def heats(scenes: int, noise: int, count: int) -> list[Heat]:
         stream = world.scenes(scenes, LEVELS, test=True)
         prompts = [encode(world.caption(next(stream))) for _ in range(count)]
-        return [Heat(prompt, noise_of(noise + i, SIDE // 8, SIDE // 8), negative) for i, prompt in enumerate(prompts)]
+        return [Heat(prompt, noise_of(noise + i, side, side), negative) for i, prompt in enumerate(prompts)]
 
     def decode(latent: Tensor) -> np.ndarray:
         return vae.decode(latent)[0].clamp(0, 1).cpu().numpy()
 
-    return Arena("tiny_flux", model, heats(SCENES, 0, pictures), decode, heats(CALIBRATION, CALIBRATION, calibration))
+    return Arena(
+        f"embedded {base}", model, heats(SCENES, 0, pictures), decode, heats(CALIBRATION, CALIBRATION, calibration)
+    )
 
 
 @dataclass(frozen=True)

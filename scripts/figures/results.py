@@ -22,7 +22,7 @@ Tree = dict[str, Any]
 
 def newest(kind: str, folder: Path = RESULTS) -> Path | None:
     """The last results file of a benchmark on a CPU."""
-    found = [path for path in folder.glob("*.json") if re.fullmatch(rf"{kind}-{DATE}-cpu\.json", path.name)]
+    found = [path for path in folder.glob("*.json") if re.fullmatch(rf"{re.escape(kind)}-{DATE}-cpu\.json", path.name)]
     return max(found, default=None, key=lambda path: path.name)
 
 
@@ -56,6 +56,9 @@ def tree(folder: Path = RESULTS) -> Tree:
     if path := newest("tuned", folder):
         report = read(path)
         found["race curves"] = curves(report) | {"pictures": report["pictures"], "lines": report["curves"]}
+    if path := newest("tuned-SD3.5", folder):
+        report = read(path)
+        found["race on SD3.5"] = curves(report) | {"pictures": report["pictures"], "lines": report["curves"]}
     if path := newest("easycontrol", folder):
         found["easycontrol cost"] = {f"{row['conditions']} {row['form']}": row for row in read(path)["rows"]}
     if path := newest("attention", folder):

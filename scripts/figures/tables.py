@@ -302,6 +302,15 @@ def race_runs(found: Tree) -> str:
     return summary(found["race curves"]["lines"])
 
 
+def race_elsewhere(found: Tree) -> str:
+    """The same on the embedded SD3.5 model; the peers are ComfyUI's own caches."""
+    if "race on SD3.5" not in found:
+        return "*Not measured yet: `python -m benchmarks.accelerators --part quality --model SD3.5` does.*"
+    from dit_toolkit.benchmarks.race.curves import summary
+
+    return summary(found["race on SD3.5"]["lines"])
+
+
 def easycontrol(found: Tree) -> str:
     head = ["conditions", "form", "ms per step", "x no condition", "first step, ms", "max difference"]
     rows = []
@@ -470,6 +479,7 @@ TABLES: dict[str, Callable[[Tree], str]] = {
     "race, cost": race_cost,
     "race, curves": race_curves,
     "race, runs": race_runs,
+    "race, SD3.5": race_elsewhere,
     "race, plot": plot("tuned", "quality over the part that is computed, one line per method"),
     "easycontrol cost": easycontrol,
     "attention": attention,
