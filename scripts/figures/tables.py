@@ -311,6 +311,30 @@ def race_elsewhere(found: Tree) -> str:
     return summary(found["race on SD3.5"]["lines"])
 
 
+def autotune(found: Tree) -> str:
+    if "autotune" not in found:
+        return "*Not measured yet: `python -m benchmarks.autotune` writes the results file.*"
+    rows = []
+    for row in found["autotune"]:
+        default = row["default_db"]
+        judged = f"{row['judged_db']:.1f}"
+        ahead = default is not None and round(row["judged_db"], 1) > round(default, 1)
+        rows.append(
+            [
+                f"{row['model']}, {row['sampler']}, CFG {row['cfg']:g}",
+                f"{row['pictures']}",
+                f"{row['floor']:g}",
+                row["picked"].removeprefix("TaylorSeer, ").partition(", first_full")[0],
+                f"{row['computed']:.2f}",
+                f"**{judged}**" if ahead else judged,
+                "" if default is None else f"{default:.1f}",
+                f"{row['spent']:.1f}",
+            ]
+        )
+    head = ["run", "tuned on", "floor", "picked", "computed", "judged, dB", "defaults, dB", "cost"]
+    return markdown(head, rows)
+
+
 def easycontrol(found: Tree) -> str:
     head = ["conditions", "form", "ms per step", "x no condition", "first step, ms", "max difference"]
     rows = []
@@ -479,6 +503,7 @@ TABLES: dict[str, Callable[[Tree], str]] = {
     "race, cost": race_cost,
     "race, curves": race_curves,
     "race, runs": race_runs,
+    "autotune": autotune,
     "race, SD3.5": race_elsewhere,
     "race, plot": plot("tuned", "quality over the part that is computed, one line per method"),
     "easycontrol cost": easycontrol,

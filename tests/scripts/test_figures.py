@@ -115,3 +115,25 @@ def test_dynamictrls_costs_appear_with_their_results():
     }
     assert "results file" in tables.dynamictrl_cost({})
     assert "| base | 1 | 1.000 |" in tables.dynamictrl_cost({"dynamictrl cost": report})
+
+
+def test_what_autotune_found_appears_with_its_results(tmp_path):
+    row = {
+        "model": "SD3.5",
+        "sampler": "euler",
+        "cfg": 3.0,
+        "pictures": 4,
+        "floor": 38.0,
+        "computed": 0.21,
+        "spent": 3.1,
+    }
+    picked = {"picked": "TaylorSeer, interval 5, by step, first_full 1, Newton, damped 2"}
+    rows = [
+        {**row, **picked, "judged_db": 35.0, "default_db": 33.0},
+        {**row, **picked, "judged_db": 33.0, "default_db": None},
+    ]
+    (tmp_path / "autotune-2026-01-01-cpu.json").write_text(json.dumps(rows))
+    assert "results file" in tables.autotune({})
+    text = tables.autotune(results.tree(tmp_path))
+    assert "| SD3.5, euler, CFG 3 | 4 | 38 | interval 5, by step | 0.21 | **35.0** | 33.0 | 3.1 |" in text
+    assert "| 0.21 | 33.0 | | 3.1 |" in text
