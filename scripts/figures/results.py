@@ -42,6 +42,16 @@ def curves(report: dict) -> Tree:
     return tree
 
 
+def autotuned(rows: list[dict]) -> Tree:
+    """All rows, and how often and by how much they beat the defaults, for each number of pictures tuned on."""
+    tree: Tree = {"rows": rows}
+    for count in sorted({row["pictures"] for row in rows}):
+        gains = [row["judged_db"] - row["default_db"] for row in rows if row["pictures"] == count and row["default_db"]]
+        won, lost = (sum(sign * gain > 0.05 for gain in gains) for sign in (1, -1))
+        tree[str(count)] = {"of": len(gains), "won": won, "lost": lost, "gain": sum(gains) / max(len(gains), 1)}
+    return tree
+
+
 def tree(folder: Path = RESULTS) -> Tree:
     """All that pages may name."""
     found: Tree = {}
@@ -60,7 +70,7 @@ def tree(folder: Path = RESULTS) -> Tree:
         report = read(path)
         found["race on SD3.5"] = curves(report) | {"pictures": report["pictures"], "lines": report["curves"]}
     if path := newest("autotune", folder):
-        found["autotune"] = read(path)
+        found["autotune"] = autotuned(read(path))
     if path := newest("easycontrol", folder):
         found["easycontrol cost"] = {f"{row['conditions']} {row['form']}": row for row in read(path)["rows"]}
     if path := newest("attention", folder):

@@ -315,7 +315,7 @@ def autotune(found: Tree) -> str:
     if "autotune" not in found:
         return "*Not measured yet: `python -m benchmarks.autotune` writes the results file.*"
     rows = []
-    for row in found["autotune"]:
+    for row in found["autotune"]["rows"]:
         default = row["default_db"]
         judged = f"{row['judged_db']:.1f}"
         ahead = default is not None and round(row["judged_db"], 1) > round(default, 1)

@@ -134,6 +134,8 @@ def test_what_autotune_found_appears_with_its_results(tmp_path):
     ]
     (tmp_path / "autotune-2026-01-01-cpu.json").write_text(json.dumps(rows))
     assert "results file" in tables.autotune({})
-    text = tables.autotune(results.tree(tmp_path))
+    found = results.tree(tmp_path)
+    assert found["autotune"]["4"] == {"of": 1, "won": 1, "lost": 0, "gain": 2.0}
+    text = tables.autotune(found)
     assert "| SD3.5, euler, CFG 3 | 4 | 38 | interval 5, by step | 0.21 | **35.0** | 33.0 | 3.1 |" in text
     assert "| 0.21 | 33.0 | | 3.1 |" in text
