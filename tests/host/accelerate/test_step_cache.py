@@ -529,7 +529,7 @@ def test_noise_levels_are_shares_of_noise(family, shares):
     assert step_cache_run.noise_shares(sampling, (1.0, 0.5, 0.1)) == pytest.approx(shares)
 
 
-@pytest.mark.parametrize(("cfg", "slope"), [(1.0, 1.0), (2.5, 0.5)])
+@pytest.mark.parametrize(("cfg", "slope"), [(1.0, 1.0), (2.5, (0.85 - 2.5**1.3 / 4) / 0.3)])
 def test_guidance_damps_the_forecast_of_a_run(tiny_flux, cfg, slope):
     """Over four computed evaluations of twelve: the forecast by hand, with the prediction tap."""
     damped = replace(FORECASTS["Newton, damped"], order=1)
