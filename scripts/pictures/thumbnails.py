@@ -195,7 +195,7 @@ def emblem(prompt: Prompt) -> list[Picture]:
     if "DiTCGTaylor" in kinds:
         return [sheet.bars("1111100010000100001000010001", 440, 180)]
     if kinds & {"DiTTaylorSeer", "DiTAccelerate"}:  # one in three of 28, by noise and step
-        return [sheet.bars("1000010001000100010010010101", 440, 180)]
+        return [sheet.bars("1000100010001000100100100101", 440, 180)]
     return []
 
 
